@@ -1,0 +1,1 @@
+"""Operators: the only sub-package that knows torch.library and the shared CUDA library."""
