@@ -1,7 +1,7 @@
 """The private operators `hf_flashfftconv::fft_conv` and `fft_conv_backward`: schemas, shapes, dispatch, autograd.
 
 Autograd is a `torch.autograd.Function` around the raw operators, which costs a third of `register_autograd` a call and
-compiles with fullgraph=True. A raw operator called directly gives no gradient: call [`fft_conv`].
+compiles with fullgraph=True. A raw operator called by itself gives no gradient: go through `fft_conv` below.
 """
 
 import logging
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from ..errors import BackendError
 from . import reference
@@ -19,32 +18,31 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "torch", "cuda")
 
-_ARGUMENTS = "Tensor u, Tensor k, Tensor? skip, Tensor? pre_gate, Tensor? post_gate, Tensor? k_rev"
-_library = torch.library.Library("hf_flashfftconv", "DEF")
-_library.define(f"fft_conv({_ARGUMENTS}, bool causal, str backend) -> Tensor")
-_library.define(f"fft_conv_backward(Tensor dy, {_ARGUMENTS}, bool causal, str backend, bool[] needs) -> Tensor[]")
-_told: set[str] = set()
+_ARGUMENTS = "Tensor u, Tensor k, Tensor? skip, Tensor? pre_gate, Tensor? post_gate, Tensor? k_rev, bool causal"
+_reasons_told: set[str] = set()
 
 
 def use_kernels(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, backend: str) -> bool:
-    """Whether the CUDA kernels serve this call.
+    """Whether the CUDA kernels serve this call. A fallback of "auto" is logged once for each reason.
 
     Raises:
         BackendError: `backend` is "cuda" and the kernels cannot serve the call; the message tells why.
     """
     if backend == "torch":
         return False
-    from . import cuda
-
+    try:
+        from . import cuda
+    except ImportError:
+        return False
     reason = cuda.unsupported(u, k, k_rev, causal)
     if reason is None:
         return True
     if backend == "cuda":
-        raise BackendError(f'backend "cuda" cannot serve this call: {reason}')
-    if reason not in _told:
-        _told.add(reason)
-        level = logging.WARNING if u.is_cuda else logging.INFO
-        logger.log(level, 'fft_conv uses backend "torch" (torch.fft): %s', reason)
+        raise BackendError(f'backend "cuda" cannot serve this call: {reason}; backends "auto" and "torch" can')
+    if reason not in _reasons_told:
+        _reasons_told.add(reason)
+        # On a CPU torch.fft is what one expects; on a GPU it is slower than what one came for.
+        logger.log(logging.WARNING if u.is_cuda else logging.INFO, 'fft_conv uses backend "torch": %s', reason)
     return False
 
 
@@ -80,16 +78,16 @@ def _backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     inputs = (u, k, skip, pre_gate, post_gate, k_rev)
-    grads: Sequence[Tensor | None]
+    gradients: Sequence[Tensor | None]
     if u.numel() == 0:
-        grads = [None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs]
+        gradients = [None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs]
     elif use_kernels(u, k, k_rev, causal, backend):
         from . import cuda
 
-        grads = cuda.backward(dy, *inputs, causal)
+        gradients = cuda.backward(dy, *inputs, causal)
     else:
-        grads = reference.backward(dy, *inputs, causal, needs)
-    return [grad for grad, need in zip(grads, needs, strict=True) if need and grad is not None]
+        gradients = reference.backward(dy, *inputs, causal, needs)
+    return [gradient for gradient, need in zip(gradients, needs, strict=True) if need and gradient is not None]
 
 
 def _fake_forward(u: Tensor, *_: Any) -> Tensor:
@@ -102,6 +100,9 @@ def _fake_backward(dy: Tensor, *arguments: Any) -> list[Tensor]:
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in wanted]
 
 
+_library = torch.library.Library("hf_flashfftconv", "DEF")
+_library.define(f"fft_conv({_ARGUMENTS}, str backend) -> Tensor")
+_library.define(f"fft_conv_backward(Tensor dy, {_ARGUMENTS}, str backend, bool[] needs) -> Tensor[]")
 _library.impl("fft_conv", _forward, "CompositeExplicitAutograd")
 _library.impl("fft_conv_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("hf_flashfftconv::fft_conv", _fake_forward, lib=_library)
@@ -111,28 +112,46 @@ _fft_conv = torch.ops.hf_flashfftconv.fft_conv.default
 _fft_conv_backward = torch.ops.hf_flashfftconv.fft_conv_backward.default
 
 
-class FFTConvFunction(torch.autograd.Function):
-    """`fft_conv` with gradients of all tensors; saves nothing but its inputs."""
+class _FFTConv(torch.autograd.Function):
+    """Saves nothing but its inputs: the backward pass transforms them again."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        u: Tensor,
-        k: Tensor,
-        skip: Tensor | None,
-        pre_gate: Tensor | None,
-        post_gate: Tensor | None,
-        k_rev: Tensor | None,
-        causal: bool,
-        backend: str,
-    ) -> Tensor:
-        ctx.save_for_backward(u, k, skip, pre_gate, post_gate, k_rev)
-        ctx.causal, ctx.backend = causal, backend
-        return _fft_conv(u, k, skip, pre_gate, post_gate, k_rev, causal, backend)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *tensors, ctx.causal, ctx.backend = arguments
+        ctx.save_for_backward(*tensors)
+        return _fft_conv(*arguments)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:6])
-        grads = iter(_fft_conv_backward(dy, *ctx.saved_tensors, ctx.causal, ctx.backend, needs))
-        return *(next(grads) if need else None for need in needs), None, None
+        gradients = iter(_FFTConvBackward.apply(dy, *ctx.saved_tensors, ctx.causal, ctx.backend, needs))
+        return *(next(gradients) if need else None for need in needs), None, None
+
+
+class _FFTConvBackward(torch.autograd.Function):
+    """A function of its own so that a second derivative raises; `once_differentiable` misses those with a constant dy."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(_fft_conv_backward(*arguments))
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
+        raise RuntimeError("fft_conv has no second derivative: its gradients cannot be differentiated again")
+
+
+def fft_conv(
+    u: Tensor,
+    k: Tensor,
+    skip: Tensor | None,
+    pre_gate: Tensor | None,
+    post_gate: Tensor | None,
+    k_rev: Tensor | None,
+    causal: bool,
+    backend: str,
+) -> Tensor:
+    """The differentiable operator; its arguments have been checked by `hf_flashfftconv.functional.fft_conv`."""
+    # The autograd machinery costs as much as the rest of the call: inference goes straight to the operator.
+    if torch.is_grad_enabled():
+        return _FFTConv.apply(u, k, skip, pre_gate, post_gate, k_rev, causal, backend)
+    return _fft_conv(u, k, skip, pre_gate, post_gate, k_rev, causal, backend)
