@@ -129,7 +129,7 @@ class _FFTConv(torch.autograd.Function):
 
 
 class _FFTConvBackward(torch.autograd.Function):
-    """A function of its own so that a second derivative raises; `once_differentiable` misses those with a constant dy."""
+    """A function of its own to refuse second derivatives: `once_differentiable` misses those where dy is constant."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ and, with c = post * dy, the gradients need no value of the forward pass but its
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-@lru_cache(maxsize=None)
+@cache
 def good_fft_length(minimum: int) -> int:
     """Smallest 2^a 3^b 5^c 7^d that is at least `minimum`: the lengths that every FFT library does well.
 
