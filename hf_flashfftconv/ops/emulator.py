@@ -1,0 +1,132 @@
+"""The fused kernels' arithmetic in plain PyTorch: the sharp yardstick of the numerical tests.
+
+It rounds where the kernels round and nowhere else: float16 operands, unitary DFT stages with float32 sums, two batch
+rows packed as one complex sequence, power-of-two scales undone in float32 at the output.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def fft_conv_emulated(
+    u: Tensor,
+    k: Tensor,
+    *,
+    radices: Sequence[int],
+    skip: Tensor | None = None,
+    pre_gate: Tensor | None = None,
+    post_gate: Tensor | None = None,
+    k_rev: Tensor | None = None,
+    causal: bool = True,
+) -> Tensor:
+    """[`fft_conv`] as a kernel of the given radices computes it.
+
+    Args:
+        radices (`Sequence[int]`):
+            Factors of the FFT size N, outermost first: n = n1 N/r1 + n2 N/(r1 r2) + ..., f = k1 + r1 k2 + r1 r2 k3 + ...
+            N is at least L + max(K - 1, K') if `causal`, else equal to L.
+
+    Returns:
+        `torch.Tensor` of the shape and dtype of `u`; a row with a NaN or an infinity in it is NaN throughout.
+
+    Raises:
+        ValueError: the FFT size does not fit the lengths.
+    """
+    batch, channels, length = u.shape
+    size = math.prod(radices)
+    spectrum, filter_scale = _filter_spectrum(k, k_rev, length, size, causal)
+    order = kernel_order(radices).to(u.device)
+
+    g = u.float() if pre_gate is None else u.float() * pre_gate.float()
+    finite = g.isfinite().all(-1, keepdim=True)
+    # A row that is not finite must not reach its partner: it goes in as zeros and comes out as NaN.
+    rows = torch.where(finite, g, 0.0)
+    rows = torch.cat([rows, rows.new_zeros(batch % 2, channels, length)])
+    scale = _power_of_two(rows.unflatten(0, (-1, 2)).abs().amax((1, 3)))[..., None]
+    pair = torch.complex(_half(rows[0::2] / scale), _half(rows[1::2] / scale))
+    pair = torch.nn.functional.pad(pair, (0, size - length))
+
+    product = _half(_transform(pair, radices) * spectrum[:, order])
+    pair = _transform_back(product.conj(), radices).conj()[..., :length] * (scale * filter_scale)
+    y = torch.stack([pair.real, pair.imag], dim=1).flatten(0, 1)[:batch]
+
+    if skip is not None:
+        y = y + skip.float()[:, None] * g
+    if post_gate is not None:
+        y = y * post_gate.float()
+    return torch.where(finite, y, torch.nan).to(u.dtype)
+
+
+def kernel_order(radices: Sequence[int]) -> Tensor:
+    """Frequency that each position holds after the forward stages: the order of the filter's spectrum in the kernels."""
+    order = torch.zeros(1, dtype=torch.long)
+    for radix in reversed(radices):
+        order = (torch.arange(radix)[:, None] + radix * order).flatten()
+    return order
+
+
+def _filter_spectrum(k: Tensor, k_rev: Tensor | None, length: int, size: int, causal: bool) -> tuple[Tensor, Tensor]:
+    """The spectrum in float16 values, below 2 by the channel scales (H, 1) that were taken out and are returned too."""
+    k = k[:, :length].float()
+    reverse_taps = 0 if k_rev is None else min(k_rev.shape[1], length - 1)
+    needed = length + max(k.shape[1] - 1, reverse_taps) if causal else length
+    if size < needed or (not causal and size != length):
+        raise ValueError(f"FFT size {size} does not fit: {'at least ' if causal else ''}{needed} is needed")
+    taps = torch.nn.functional.pad(k, (0, size - k.shape[1]))
+    if k_rev is not None and reverse_taps:
+        taps[:, -reverse_taps:] = k_rev[:, :reverse_taps].float().flip(-1)
+    spectrum = torch.fft.fft(taps)
+    scale = _power_of_two(torch.view_as_real(spectrum).abs().amax((1, 2)))[:, None]
+    return _half(spectrum / scale), scale
+
+
+def _transform(x: Tensor, radices: Sequence[int]) -> Tensor:
+    """Unitary DFT over the last axis; the result is in `kernel_order`."""
+    radix, inner = radices[0], radices[1:]
+    x = _half(_dft_matrix(radix, x.device) @ x.unflatten(-1, (radix, -1)))
+    if inner:
+        x = _transform(_half(x * _twiddles(radix, x.shape[-1], x.device)), inner)
+    return x.flatten(-2)
+
+
+def _transform_back(x: Tensor, radices: Sequence[int], outermost: bool = True) -> Tensor:
+    """The same DFT from `kernel_order` to natural order; the last sums stay in float32, as nothing follows but output."""
+    radix, inner = radices[0], radices[1:]
+    x = x.unflatten(-1, (radix, -1))
+    if inner:
+        x = _half(_transform_back(x, inner, outermost=False) * _twiddles(radix, x.shape[-1], x.device))
+    x = _dft_matrix(radix, x.device) @ x
+    return (x if outermost else _half(x)).flatten(-2)
+
+
+def _dft_matrix(radix: int, device: torch.device) -> Tensor:
+    n = torch.arange(radix, device=device)
+    return _half(_unit_root(n[:, None] * n, radix) / math.sqrt(radix))
+
+
+def _twiddles(radix: int, inner_size: int, device: torch.device) -> Tensor:
+    exponent = torch.arange(radix, device=device)[:, None] * torch.arange(inner_size, device=device)
+    return _half(_unit_root(exponent, radix * inner_size))
+
+
+def _unit_root(exponent: Tensor, size: int) -> Tensor:
+    """exp(-2 pi i exponent / size), with the angle reduced in integers and taken in float64."""
+    angle = (exponent % size).double() * (-2 * math.pi / size)
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def _half(x: Tensor) -> Tensor:
+    """Round to float16 values, kept in float32 so that the next stage's sums are in float32."""
+    if x.is_complex():
+        return torch.view_as_complex(torch.view_as_real(x).half().float())
+    return x.half().float()
+
+
+def _power_of_two(maximum: Tensor) -> Tensor:
+    """The power of two s with maximum / s in [1, 2); one where the maximum is zero or not finite."""
+    exponent = torch.frexp(maximum).exponent - 1
+    usable = maximum.isfinite() & (maximum > 0)
+    return torch.where(usable, torch.ldexp(torch.ones_like(maximum), exponent), 1.0)
