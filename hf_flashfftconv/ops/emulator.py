@@ -26,8 +26,8 @@ def fft_conv_emulated(
 
     Args:
         radices (`Sequence[int]`):
-            Factors of the FFT size N, outermost first: n = n1 N/r1 + n2 N/(r1 r2) + ..., f = k1 + r1 k2 + r1 r2 k3 + ...
-            N is at least L + max(K - 1, K') if `causal`, else equal to L.
+            Factors of the FFT size N, outermost first: n = n1 N/r1 + n2 N/(r1 r2) + ..., f = k1 + r1 k2 + r1 r2 k3
+            + ... N is at least L + max(K - 1, K') if `causal`, else equal to L.
 
     Returns:
         `torch.Tensor` of the shape and dtype of `u`; a row with a NaN or an infinity in it is NaN throughout.
@@ -61,7 +61,7 @@ def fft_conv_emulated(
 
 
 def kernel_order(radices: Sequence[int]) -> Tensor:
-    """Frequency that each position holds after the forward stages: the order of the filter's spectrum in the kernels."""
+    """The frequency at each position after the forward stages, thus the order of the filter's spectrum in the kernels."""
     order = torch.zeros(1, dtype=torch.long)
     for radix in reversed(radices):
         order = (torch.arange(radix)[:, None] + radix * order).flatten()
@@ -93,7 +93,7 @@ def _transform(x: Tensor, radices: Sequence[int]) -> Tensor:
 
 
 def _transform_back(x: Tensor, radices: Sequence[int], outermost: bool = True) -> Tensor:
-    """The same DFT from `kernel_order` to natural order; the last sums stay in float32, as nothing follows but output."""
+    """The same DFT from `kernel_order` to natural order; the last sums stay in float32, as only the output follows."""
     radix, inner = radices[0], radices[1:]
     x = x.unflatten(-1, (radix, -1))
     if inner:
