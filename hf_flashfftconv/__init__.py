@@ -58,10 +58,11 @@ def _register() -> None:
     try:
         from . import models
         from .sparsity import quantizer
-    except ImportError:
+
+        models.register()
+        quantizer.register()
+    except (ImportError, AttributeError):
         return
-    models.register()
-    quantizer.register()
 
 
 _register()

@@ -14,12 +14,13 @@ class FlashFFTConv(nn.Module):
 
         y = postgate * ifft_N( fft_N(pregate * u) fft_N(k) )[..., :L]
 
-    It is the causal convolution as long as no tap wraps around, K <= N - L + 1, as with L and K of at most N / 2. Longer
-    filters wrap: their last taps act as negative lags, which is how M2-BERT makes one filter of 2L taps bidirectional.
+    It is the causal convolution as long as no tap wraps around, K <= N - L + 1, as with L and K of at most N / 2.
+    Longer filters wrap: their last taps act as negative lags, which is how M2-BERT makes one filter of 2L taps
+    bidirectional.
 
-    Any N, L <= N, H and B will do, as will one gate without the other, inputs of any floating dtype, strides and device,
-    and gradients in training and evaluation mode alike. There are no parameters and no buffers: one module can serve any
-    number of layers and adds nothing to their state dict.
+    Any N, L <= N, H and B will do, as will one gate without the other, inputs of any floating dtype, strides and
+    device, and gradients in training and evaluation mode alike. There are no parameters and no buffers: one module can
+    serve any number of layers and adds nothing to their state dict.
 
     Args:
         seqlen (`int`):

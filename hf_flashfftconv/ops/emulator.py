@@ -61,7 +61,7 @@ def fft_conv_emulated(
 
 
 def kernel_order(radices: Sequence[int]) -> Tensor:
-    """The frequency at each position after the forward stages, thus the order of the filter's spectrum in the kernels."""
+    """The frequency at each position after the forward stages: the order of the filter's spectrum in the kernels."""
     order = torch.zeros(1, dtype=torch.long)
     for radix in reversed(radices):
         order = (torch.arange(radix)[:, None] + radix * order).flatten()
