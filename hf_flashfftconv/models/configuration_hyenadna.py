@@ -1,0 +1,135 @@
+"""Configuration of HyenaDNA models."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+
+class HyenaDNAConfig(PreTrainedConfig):
+    r"""Configuration of [`HyenaDNAModel`], with the fields and defaults of the Hub's `configuration_hyena.HyenaConfig`.
+
+    Args:
+        vocab_size (`int`, *optional*, defaults to 12): Number of tokens, see [`HyenaDNATokenizer`].
+        d_model (`int`, *optional*, defaults to 256): Width of the hidden states; also called `hidden_size`.
+        d_inner (`int`, *optional*, defaults to `4 * d_model`): Width of the feed-forward layers.
+        use_bias (`bool`, *optional*, defaults to `True`): Unused, as on the Hub: the skip connection always applies.
+        train_freq (`bool`, *optional*, defaults to `True`): Whether the frequencies of the filter network are trained.
+        max_seq_len (`int`, *optional*, defaults to 1024): Longest input; filter positions are normalised by it.
+        emb_dim (`int`, *optional*, defaults to 3): Features of a filter position, odd and at least 3.
+        n_layer (`int`, *optional*, defaults to 12): Number of layers; also called `num_hidden_layers`.
+        num_inner_mlps (`int`, *optional*, defaults to 2): Hidden layers of the filter network after the first.
+        hyena_order (`int`, *optional*, defaults to 2): Order of the Hyena recurrence. Only 2 is supported.
+        short_filter_order (`int`, *optional*, defaults to 3): Taps of the short convolution. Only 3 is supported.
+        filter_order (`int`, *optional*, defaults to 64): Width of the filter network.
+        activation_freq (`float`, *optional*, defaults to 1): Initial frequency of the sines in the filter network.
+        embed_dropout (`float`, *optional*, defaults to 0.1): Unused, as on the Hub.
+        hyena_dropout (`float`, *optional*, defaults to 0.0): Dropout between the input gate and the long convolution.
+        hyena_filter_dropout (`float`, *optional*, defaults to 0.0): Unused, as on the Hub.
+        layer_norm_epsilon (`float`, *optional*, defaults to 1e-5): Epsilon of the last layer norm.
+        initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of the initial weights.
+        pad_vocab_size_multiple (`int`, *optional*, defaults to 8): The embedding has a multiple of this many rows.
+        pad_token_id (`int`, *optional*, defaults to 4): Padding token.
+        bos_token_id (`int`, *optional*): First token of a generated sequence.
+        eos_token_id (`int`, *optional*): Token that ends generation.
+        tie_word_embeddings (`bool`, *optional*, defaults to `False`): Whether the head shares the embedding.
+
+    Raises:
+        ValueError: If a value is out of range or not supported.
+    """
+
+    model_type = "hyenadna"
+    attribute_map = {  # noqa: RUF012 (transformers declares it a ClassVar)
+        "hidden_size": "d_model",
+        "intermediate_size": "d_inner",
+        "num_hidden_layers": "n_layer",
+        "max_position_embeddings": "max_seq_len",
+    }
+
+    # What the Hyena LM leaves open is fixed in HyenaDNA.
+    modulate = True
+    modulation_shift = 0.05
+    train_pos_emb = False
+    normalized = False
+    apply_embed_dropout = False
+    resid_dropout = 0.0
+
+    def __init__(
+        self,
+        vocab_size: int = 12,
+        d_model: int = 256,
+        d_inner: int | None = None,
+        use_bias: bool = True,
+        train_freq: bool = True,
+        max_seq_len: int = 1024,
+        emb_dim: int = 3,
+        n_layer: int = 12,
+        num_inner_mlps: int = 2,
+        hyena_order: int = 2,
+        short_filter_order: int = 3,
+        filter_order: int = 64,
+        activation_freq: float = 1,
+        embed_dropout: float = 0.1,
+        hyena_dropout: float = 0.0,
+        hyena_filter_dropout: float = 0.0,
+        layer_norm_epsilon: float = 1e-5,
+        initializer_range: float = 0.02,
+        pad_vocab_size_multiple: int = 8,
+        pad_token_id: int | None = 4,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        tie_word_embeddings: bool = False,
+        **kwargs: Any,
+    ):
+        self.vocab_size = vocab_size
+        self.d_model = d_model
+        self.d_inner = 4 * d_model if d_inner is None else d_inner
+        self.use_bias = use_bias
+        self.train_freq = train_freq
+        self.max_seq_len = max_seq_len
+        self.emb_dim = emb_dim
+        self.n_layer = n_layer
+        self.num_inner_mlps = num_inner_mlps
+        self.hyena_order = hyena_order
+        self.short_filter_order = short_filter_order
+        self.filter_order = filter_order
+        self.activation_freq = activation_freq
+        self.embed_dropout = embed_dropout
+        self.hyena_dropout = hyena_dropout
+        self.hyena_filter_dropout = hyena_filter_dropout
+        self.layer_norm_epsilon = layer_norm_epsilon
+        self.initializer_range = initializer_range
+        self.pad_vocab_size_multiple = pad_vocab_size_multiple
+        self.pad_token_id = pad_token_id
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.tie_word_embeddings = tie_word_embeddings
+        if hyena_order != 2:
+            raise ValueError(f"hyena_order={hyena_order} is not supported, only order 2 is.")
+        if short_filter_order != 3:
+            raise ValueError(f"short_filter_order={short_filter_order} is not supported, only 3 taps are.")
+        check_filter_fields(emb_dim=emb_dim, max_seq_len=max_seq_len)
+        super().__init__(**kwargs)
+
+    @property
+    def apply_bias(self) -> bool:
+        """Whether the skip connection of the long convolution applies."""
+        return True
+
+    @property
+    def block_norm_epsilon(self) -> float:
+        """Epsilon of the layer norms inside the blocks."""
+        return 1e-5
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """`vocab_size` rounded up to a multiple of `pad_vocab_size_multiple`: the rows of the embedding."""
+        return -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
+
+
+def check_filter_fields(emb_dim: int, **lengths: int) -> None:
+    """Raises `ValueError` for a number of position features or a length that no filter network can have."""
+    if emb_dim < 3 or emb_dim % 2 == 0:
+        raise ValueError(f"emb_dim={emb_dim} must be odd and at least 3: time, and as many cosines as sines.")
+    for name, value in lengths.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
