@@ -1,8 +1,12 @@
 """Tiny models with fixed seeds, for all tests of the repository."""
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from hf_flashfftconv.models.configuration_hyena_lm import HyenaLMConfig
@@ -25,6 +29,12 @@ HYENADNA = {
     "filter_order": 16,
     "activation_freq": 10,
     "initializer_range": INITIALIZER_RANGE,
+}
+_HUB_FIELDS = {
+    *HYENADNA,
+    *("d_inner", "embed_dropout", "hyena_dropout", "hyena_filter_dropout", "hyena_order", "layer_norm_epsilon"),
+    *("num_inner_mlps", "pad_token_id", "pad_vocab_size_multiple", "short_filter_order", "tie_word_embeddings"),
+    *("train_freq", "use_bias", "vocab_size", "id2label", "label2id"),
 }
 HYENA = {
     "vocab_size": 50,
@@ -76,6 +86,43 @@ def tiny_m2bert(**overrides: Any) -> M2BertForMaskedLM:
 def dna_ids(batch: int = 2, length: int = 60, seed: int = 0) -> torch.Tensor:
     """Random token ids of the bases A, C, G, T; also valid for the text models."""
     return torch.randint(7, 11, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def remote_hyenadna_repo(path: Path, model: PreTrainedModel | None = None) -> Path:
+    """Writes a repository as on the Hub: its own code (see `remote_hyenadna/`), tokenizer, and each tensor once.
+
+    Load it with `trust_remote_code=True` for the classes it carries, without for those of this package.
+
+    Args:
+        path (`Path`): Folder to write to.
+        model (`PreTrainedModel`, *optional*): The native HyenaDNA to store; `tiny_hyenadna()` if not given.
+    """
+    model = tiny_hyenadna() if model is None else model
+    path.mkdir(parents=True, exist_ok=True)
+    for source in (Path(__file__).parent / "remote_hyenadna").glob("*.py"):
+        shutil.copy(source, path)
+    classes = {"AutoModel": "HyenaDNAModel"}
+    classes |= {f"AutoModelFor{head}": f"HyenaDNAFor{head}" for head in ("CausalLM", "SequenceClassification")}
+    auto_map = {auto: f"modeling_hyena.{name}" for auto, name in classes.items()}
+    auto_map["AutoConfig"] = "configuration_hyena.HyenaConfig"
+    config = {key: value for key, value in model.config.to_dict().items() if key in _HUB_FIELDS}
+    config |= {"architectures": [type(model).__name__], "auto_map": auto_map, "model_type": "hyenadna"}
+    (path / "config.json").write_text(json.dumps(config, indent=2))
+    tokenizer = {
+        "auto_map": {"AutoTokenizer": ["tokenization_hyena.HyenaDNATokenizer", None]},
+        "model_max_length": model.config.max_seq_len,
+        "padding_side": "left",
+        "tokenizer_class": "HyenaDNATokenizer",
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2))
+    save_file(hub_state_dict(model), path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def hub_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The state dict with each shared frequency under its first name only, as in the Hub's files."""
+    aliases = ("implicit_filter.3.freq", "implicit_filter.5.freq")
+    return {name: value.clone() for name, value in model.state_dict().items() if not name.endswith(aliases)}
 
 
 def _build(model_class: type[Model], config: Any) -> Model:

@@ -3,6 +3,7 @@
 from .configuration_hyena_lm import HyenaLMConfig
 from .configuration_hyenadna import HyenaDNAConfig
 from .configuration_m2_bert import M2BertConfig
+from .conversion import convert_state_dict
 from .modeling_hyena_lm import HyenaLMForCausalLM, HyenaLMModel
 from .modeling_hyenadna import HyenaDNAForCausalLM, HyenaDNAForSequenceClassification, HyenaDNAModel
 from .modeling_m2_bert import M2BertForMaskedLM, M2BertForSequenceClassification, M2BertModel
@@ -22,5 +23,6 @@ __all__ = [
     "M2BertForMaskedLM",
     "M2BertForSequenceClassification",
     "M2BertModel",
+    "convert_state_dict",
     "register",
 ]

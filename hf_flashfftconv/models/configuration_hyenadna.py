@@ -1,5 +1,8 @@
 """Configuration of HyenaDNA models."""
 
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -108,7 +111,22 @@ class HyenaDNAConfig(PreTrainedConfig):
         if short_filter_order != 3:
             raise ValueError(f"short_filter_order={short_filter_order} is not supported, only 3 taps are.")
         check_filter_fields(emb_dim=emb_dim, max_seq_len=max_seq_len)
-        super().__init__(**kwargs)
+        super().__init__(**without_local_code(kwargs))
+
+    @classmethod
+    def from_original_config(cls, config: dict[str, Any] | str | os.PathLike[str], **kwargs: Any) -> "HyenaDNAConfig":
+        """Translates the configuration of a checkpoint trained with the authors' code (`safari`, `hyena-dna`).
+
+        Args:
+            config (`dict` or path): The model section of the training configuration, with its section `layer`, or a
+                JSON file of it.
+            kwargs: Further fields, which win.
+        """
+        original = config if isinstance(config, dict) else json.loads(Path(config).read_text())
+        top = {key: original[key] for key in _ORIGINAL_FIELDS if key in original}
+        layer = original.get("layer", {})
+        renamed = {new: layer[old] for old, new in _ORIGINAL_LAYER_FIELDS.items() if old in layer}
+        return cls(**{**top, **renamed, **kwargs})
 
     @property
     def apply_bias(self) -> bool:
@@ -124,6 +142,40 @@ class HyenaDNAConfig(PreTrainedConfig):
     def padded_vocab_size(self) -> int:
         """`vocab_size` rounded up to a multiple of `pad_vocab_size_multiple`: the rows of the embedding."""
         return -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
+
+
+_ORIGINAL_FIELDS = (
+    "d_model",
+    "n_layer",
+    "d_inner",
+    "vocab_size",
+    "resid_dropout",
+    "embed_dropout",
+    "layer_norm_epsilon",
+    "pad_vocab_size_multiple",
+)
+# `local_order`, which some of these files hold, never reached the model: it has 3 taps all the same.
+_ORIGINAL_LAYER_FIELDS = {
+    "l_max": "max_seq_len",
+    "emb_dim": "emb_dim",
+    "filter_order": "filter_order",
+    "order": "hyena_order",
+    "short_filter_order": "short_filter_order",
+    "num_inner_mlps": "num_inner_mlps",
+    "w": "activation_freq",
+    "dropout": "hyena_dropout",
+    "bias": "use_bias",
+    "modulate": "modulate",
+    "shift": "modulation_shift",
+    "normalized": "normalized",
+}
+
+
+def without_local_code(fields: dict[str, Any]) -> dict[str, Any]:
+    """Drops references to code files beside the configuration, which saving a native model would not copy along."""
+    auto_map = fields.pop("auto_map", None) or {}
+    kept = {auto_class: target for auto_class, target in auto_map.items() if "--" in str(target)}
+    return {**fields, "auto_map": kept} if kept else fields
 
 
 def check_filter_fields(emb_dim: int, **lengths: int) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .configuration_hyenadna import check_filter_fields
+from .configuration_hyenadna import check_filter_fields, without_local_code
 
 
 class M2BertConfig(PreTrainedConfig):
@@ -131,4 +131,4 @@ class M2BertConfig(PreTrainedConfig):
                 f"monarch_mlp_nblocks={monarch_mlp_nblocks}."
             )
         check_filter_fields(hyena_emb_dim, long_conv_l_max=self.long_conv_l_max)
-        super().__init__(**kwargs)
+        super().__init__(**without_local_code(kwargs))

@@ -56,7 +56,7 @@ class HyenaBlock(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.resid_dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        residual = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        residual = _at_least_float32(hidden_states)
         residual = residual + self.dropout(self.mixer(self.norm1(residual.to(self.norm1.weight.dtype))))
         return residual + self.dropout(self.mlp(self.norm2(residual.to(self.norm2.weight.dtype))))
 
@@ -222,13 +222,13 @@ class HyenaDNAForCausalLM(HyenaDNAPreTrainedModel, GenerationMixin):
 
         Returns:
             [`~transformers.modeling_outputs.CausalLMOutput`]: `logits` of shape `(batch, length, padded vocabulary)`
-            in float32, and the mean cross-entropy `loss` where `labels` are given.
+            in at least float32, and the mean cross-entropy `loss` where `labels` are given.
         """
         outputs = self.hyena(
             input_ids, attention_mask, inputs_embeds, output_hidden_states=output_hidden_states, return_dict=True
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept]).float()
+        logits = _at_least_float32(self.lm_head(outputs.last_hidden_state[:, kept]))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
@@ -282,6 +282,10 @@ class HyenaDNAForSequenceClassification(HyenaDNAPreTrainedModel):
             return -1
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         return (positions * (input_ids != self.config.pad_token_id)).argmax(-1).to(token_logits.device)
+
+
+def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _warn_if_padded_before_tokens(attention_mask: torch.Tensor | None) -> None:
