@@ -1,0 +1,215 @@
+"""What all families share: the description of a family, and the class that a patched module gets.
+
+A family is one file with a check that recognises its mixer modules by structure, and a subclass of [`PatchedMixer`]
+whose `forward` restates the original one with a single `fft_conv` for gates, long convolution and skip term. A module
+is patched by changing its class to a subclass of its own class, so that hooks, `isinstance`, copies and replicas of it
+keep working, and unpatched by changing it back.
+"""
+
+import functools
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PatchError
+from ..functional import fft_conv
+from .cache import FilterCache, may_cache
+from .structure import has_hooks
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One family of mixer modules.
+
+    Args:
+        family (`str`): The name in reports.
+        class_names (`frozenset[str]`): Names that the class of a module, or one of its bases, must have.
+        check (`Callable`): Raises `Unsupported` with the reason if the module is not safe to patch.
+        mixer (`type[PatchedMixer]`): Supplies the new `forward`.
+        claims (`Callable`, *optional*): Tells families apart that share a class name; by default all are claimed.
+    """
+
+    family: str
+    class_names: frozenset[str]
+    check: Callable[[nn.Module], None]
+    mixer: "type[PatchedMixer]"
+    claims: Callable[[nn.Module], bool] = lambda module: True
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a patched module was last called with."""
+
+    length: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass
+class PatchState:
+    """All that patching adds to a module: one attribute, outside of its parameters, buffers and state dict."""
+
+    family: str
+    backend: str = "auto"
+    cache: FilterCache = field(default_factory=FilterCache)
+    last: Usage | None = None
+
+
+class PatchedMixer(nn.Module):
+    """Base of the classes that patched modules get, in front of the module's own class.
+
+    Sub-modules are called, never read: quantisation, LoRA, offloading and the hooks of other libraries live there.
+    """
+
+    _flashfftconv: PatchState
+    _flashfftconv_original: type[nn.Module]
+
+    def original_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The unpatched code, for calls that the patched one does not cover."""
+        return self._flashfftconv_original.forward(self, *args, **kwargs)
+
+    def covers(self, *filters: nn.Module) -> bool:
+        """Whether leaving out the calls of these filter modules goes unnoticed: no hook was put on them since."""
+        return not any(has_hooks(filter_fn) for filter_fn in filters)
+
+    def checked_length(self, u: Tensor) -> int:
+        """The length of `u` `(batch, length, channels)`; raises `ValueError` if there are no filters for it."""
+        length = u.shape[-2]
+        if length > self.l_max:
+            name = self._flashfftconv_original.__name__
+            raise ValueError(f"sequence length {length} exceeds l_max={self.l_max}, the longest filter of this {name}")
+        return length
+
+    def gated(self, v: Tensor, gate: Tensor, dropout: nn.Module | None) -> tuple[Tensor, Tensor | None]:
+        """Input and gate for `fft_conv`; active dropout acts on their product, which must then exist."""
+        if dropout is not None and dropout.training and dropout.p > 0:
+            return dropout(v * gate), None
+        return v, gate
+
+    def convolve(
+        self,
+        filter_fn: nn.Module,
+        u: Tensor,
+        pre_gate: Tensor | None = None,
+        post_gate: Tensor | None = None,
+        bidirectional: bool = False,
+    ) -> Tensor:
+        """Gates, long convolution with the filters of `filter_fn`, and skip term on `u` `(batch, channels, length)`."""
+        k = self._taps(filter_fn, "filter", u)
+        k_rev = self._taps(filter_fn, "filter_rev", u) if bidirectional else None
+        state = self._flashfftconv
+        if not torch.compiler.is_compiling():
+            state.last = Usage(u.shape[-1], u.dtype, u.device)
+        return fft_conv(
+            u,
+            k,
+            skip=_skip(filter_fn),
+            pre_gate=pre_gate,
+            post_gate=post_gate,
+            k_rev=k_rev,
+            backend=state.backend,
+        )
+
+    def _taps(self, filter_fn: nn.Module, method: str, u: Tensor) -> Tensor:
+        """The filters `(channels, length)`, generated anew or kept from an earlier call in evaluation."""
+        length = u.shape[-1]
+
+        def generate() -> Tensor:
+            return getattr(filter_fn, method)(length)[0].transpose(0, 1)
+
+        if torch.compiler.is_compiling():
+            return generate()
+        cache = self._flashfftconv.cache
+        if not may_cache(self):
+            cache.drop(filter_fn)
+            return generate()
+        device = u.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return cache.get(filter_fn, (length, method, autocast), generate)
+
+    def train(self, mode: bool = True) -> "PatchedMixer":
+        # See FilterCache: weights written through `.data` between two evaluations leave no other trace.
+        for module in self.children():
+            self._flashfftconv.cache.drop(module)
+        return super().train(mode)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is generated: copies and pickles name what it is generated from.
+        mixer, original = type(self).__bases__
+        if original is not self._flashfftconv_original:
+            return super().__reduce_ex__(protocol)
+        return _rebuild, (mixer, original), *super().__reduce_ex__(protocol)[2:]
+
+
+def _skip(filter_fn: nn.Module) -> Tensor:
+    """The weight D of the skip term, read anew in every call since training updates it."""
+    bias = filter_fn.bias
+    if bias.is_meta and hasattr(filter_fn, "_hf_hook"):
+        from accelerate.utils import align_module_device
+
+        with align_module_device(filter_fn):
+            bias = filter_fn.bias
+    return bias if getattr(filter_fn, "use_bias", True) else 0 * bias
+
+
+@functools.cache
+def _patched_class(mixer: type, original: type) -> type:
+    attributes = {"__module__": original.__module__, "_flashfftconv_original": original}
+    name = f"FlashFFT{original.__name__}"
+    return types.new_class(name, (mixer, original), exec_body=lambda body: body.update(attributes))
+
+
+def _rebuild(mixer: type, original: type) -> nn.Module:
+    patched = _patched_class(mixer, original)
+    return patched.__new__(patched)
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether a module has a patched class, or a class that another library has put on top of one."""
+    return isinstance(module, PatchedMixer)
+
+
+def patch_module(module: nn.Module, adapter: Adapter, backend: str, cache: FilterCache) -> None:
+    """Changes the class of a module that `adapter` has recognised."""
+    original: type = type(module)
+    patched = _patched_class(adapter.mixer, original)
+    module.__class__ = patched
+    module._flashfftconv = PatchState(adapter.family, backend, cache)
+    _rebind(module, original, patched)
+
+
+def check_restorable(module: nn.Module, name: str) -> None:
+    """Raises `PatchError` where the patched class cannot be taken away."""
+    if type(module)._flashfftconv_original not in type(module).__bases__:
+        raise PatchError(
+            f"{name} has the class {type(module).__name__}, which was built on top of the patched class; "
+            "undo that first, then unpatch"
+        )
+
+
+def restore_module(module: nn.Module) -> None:
+    """Undoes [`patch_module`]."""
+    patched = type(module)
+    original = patched._flashfftconv_original
+    module.__class__ = original
+    del module._flashfftconv
+    _rebind(module, patched, original)
+
+
+def _rebind(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
+    """Lets methods that other libraries have bound to the instance follow the change of its class.
+
+    `kernelize` and the removal of an accelerate hook leave a bound copy of the class's own `forward`, which would hide
+    the new one; an accelerate hook itself calls the one that it found, through `_old_forward`.
+    """
+    attributes = vars(module)
+    for name in ("forward", "_old_forward"):
+        bound = attributes.get(name)
+        if isinstance(bound, types.MethodType) and bound.__func__ is old.forward:
+            del attributes[name]
+            if name == "_old_forward":
+                attributes[name] = types.MethodType(new.forward, module)

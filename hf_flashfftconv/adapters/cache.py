@@ -1,0 +1,131 @@
+"""Filters that are generated once in evaluation instead of in every call."""
+
+import threading
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+DEFAULT_CACHE_BYTES = 1 << 30
+
+
+@dataclass
+class _Entry:
+    filters: Tensor
+    stamp: list[Any]
+
+    @property
+    def bytes(self) -> int:
+        return self.filters.numel() * self.filters.element_size()
+
+
+class FilterCache:
+    """Bounded store of generated filters, shared by the modules of one patched model.
+
+    An entry is used again only while nothing that the filter is computed from has changed: the tensors are the same
+    objects in the same memory at the same version, and every sub-module has the same class and attributes. One thing
+    leaves no trace, a write into `parameter.data`; therefore `train()` and `eval()` drop the entries of a module too.
+
+    Args:
+        max_bytes (`int`): Bound on the memory of all entries; 0 turns the cache off.
+    """
+
+    def __init__(self, max_bytes: int = DEFAULT_CACHE_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self._entries: WeakKeyDictionary[nn.Module, dict[tuple[Hashable, ...], _Entry]] = WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies of a model, in memory or in a file, start with an empty cache of the same size.
+        return FilterCache, (self.max_bytes,)
+
+    def get(self, module: nn.Module, key: tuple[Hashable, ...], generate: Callable[[], Tensor]) -> Tensor:
+        """Returns `generate()`, or the tensor that it returned for the same key when nothing has changed since.
+
+        Args:
+            module (`nn.Module`): The module that the filter is computed by.
+            key (`tuple`): What else the filter depends on; its first item is the length.
+            generate (`Callable`): Computes the filter.
+        """
+        stamp = _stamp(module) if self.max_bytes > 0 else None
+        if stamp is None:
+            self.drop(module)
+            return generate()
+        with self._lock:
+            entry = self._entries.get(module, {}).get(key)
+        if entry is not None and _same(entry.stamp, stamp):
+            return entry.filters
+        self.drop(module, key)
+        filters = generate()
+        # Generating may itself replace what lazily built modules hold.
+        stamp = _stamp(module)
+        if stamp is None or type(filters) is not Tensor or filters.is_meta:
+            return filters
+        with self._lock:
+            if not self._make_room(filters.numel() * filters.element_size(), length=key[0]):
+                return filters
+            entry = _Entry(filters.contiguous(), stamp)
+            self._entries.setdefault(module, {})[key] = entry
+        return entry.filters
+
+    def drop(self, module: nn.Module, key: tuple[Hashable, ...] | None = None) -> None:
+        """Forgets the filters of a module, or one of them."""
+        with self._lock:
+            if key is None:
+                self._entries.pop(module, None)
+            elif module in self._entries:
+                self._entries[module].pop(key, None)
+
+    def _make_room(self, needed: int, length: Hashable) -> bool:
+        """Forgets filters of other lengths, never of this one: the layers of one pass must not evict each other."""
+        excess = needed - self.max_bytes
+        excess += sum(entry.bytes for entries in self._entries.values() for entry in entries.values())
+        for entries in self._entries.values():
+            for key in [key for key in entries if key[0] != length]:
+                if excess > 0:
+                    excess -= entries.pop(key).bytes
+        return excess <= 0
+
+
+def _stamp(module: nn.Module) -> list[Any] | None:
+    """Everything that the output of `module` depends on, or `None` where this cannot be known."""
+    stamp: list[Any] = []
+    for part in module.modules():
+        # Hooks and overridden forwards may do anything. A layer inside a layer is an adapter or a parametrization,
+        # which may be switched on and off without a trace.
+        if "forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks or _is_wrapped(part, module):
+            return None
+        stamp.append(type(part))
+        stamp.extend(vars(part).values())
+        for tensor in (*part._parameters.values(), *part._buffers.values()):
+            if tensor is None:
+                continue
+            if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.is_inference():
+                return None
+            stamp.extend((tensor, tensor._version, tensor.data_ptr()))
+    return stamp
+
+
+def _is_wrapped(part: nn.Module, root: nn.Module) -> bool:
+    return part is not root and bool(part._modules) and not isinstance(part, nn.Sequential)
+
+
+def _same(old: list[Any], new: list[Any]) -> bool:
+    # Tensors compare elementwise and must be the same object; numbers (versions, addresses) are equal by value.
+    def same(a: Any, b: Any) -> bool:
+        return a is b or (type(a) is type(b) is int and a == b)
+
+    return len(old) == len(new) and all(map(same, old, new))
+
+
+def may_cache(module: nn.Module) -> bool:
+    """Whether filters may be kept between calls of `module`: plain inference, outside of any tracing."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and not module.training
+        and not getattr(module, "_is_replica", False)
+    )

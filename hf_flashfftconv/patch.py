@@ -1,0 +1,128 @@
+"""`patch_model`, the one switch that makes the long convolutions of a model fast, and the way back."""
+
+import logging
+from collections import Counter
+
+from torch import nn
+
+from .adapters import Finding, supported_classes, survey
+from .adapters.base import check_restorable, patch_module, restore_module
+from .adapters.cache import DEFAULT_CACHE_BYTES, FilterCache
+from .adapters.repair import declare_shared_weights, undeclare_shared_weights
+from .errors import PatchError
+from .ops.library import BACKENDS
+from .report import PatchReport, patch_report
+
+__all__ = ["PatchReport", "patch_model", "patch_report", "unpatch_model"]
+
+logger = logging.getLogger(__name__)
+
+
+def patch_model(
+    model: nn.Module, *, backend: str = "auto", repair: bool = True, cache_bytes: int = DEFAULT_CACHE_BYTES
+) -> nn.Module:
+    """Makes the long convolutions of a model run through [`fft_conv`], in place.
+
+    Works on the models of `hf_flashfftconv.models`, on remote code from the Hub whose classes have the published names,
+    and on such models wrapped by `torch.compile`, PEFT, DataParallel or DistributedDataParallel. Each mixer module
+    (`HyenaOperator`, `MonarchMixerSequenceMixing`) that is understood for certain gets a subclass of its own class;
+    what is not understood is left alone, with the reason in [`patch_report`]. Parameters, buffers, state dict, hooks
+    and the other modules stay as they are, other models too.
+
+    Patch before `torch.compile`, `Trainer` or distributed wrapping where you can: what was compiled is compiled again.
+
+    Patching twice changes nothing but the backend. Either all modules that can be patched are patched, or the model is
+    left as it was.
+
+    Args:
+        model (`nn.Module`): The model; on any device, weights on the meta device included.
+        backend (`str`, *optional*, defaults to `"auto"`): The backend of [`fft_conv`].
+        repair (`bool`, *optional*, defaults to `True`):
+            Whether to declare shared parameters to transformers, which otherwise cannot save HyenaDNA's and M2-BERT's
+            remote code (`save_pretrained`, `push_to_hub` and `Trainer` checkpoints).
+        cache_bytes (`int`, *optional*, defaults to 1 GiB):
+            Bound on the memory for filters that are kept between calls in evaluation, under `torch.no_grad()` or
+            `torch.inference_mode()`; 0 generates them in every call. They are dropped when weights change; a write
+            into `parameter.data` is noticed at the next `model.train()` or `model.eval()`.
+
+    Returns:
+        `nn.Module`: `model` itself.
+
+    Raises:
+        TypeError: `model` is not a module.
+        PatchError: The backend is unknown, `cache_bytes` is negative, or nothing in the model can be patched.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch_model needs a torch.nn.Module, got {type(model).__name__}")
+    if backend not in BACKENDS:
+        raise PatchError(f"unknown backend {backend!r}; supported: {', '.join(map(repr, BACKENDS))}")
+    if cache_bytes < 0:
+        raise PatchError(f"cache_bytes must not be negative, got {cache_bytes}")
+
+    findings = survey(model)
+    done = [finding for finding in findings if finding.patched]
+    planned = [finding for finding in findings if not finding.patched and finding.refusal is None]
+    if not done and not planned:
+        raise PatchError(_nothing_to_patch(model, findings))
+
+    cache = done[0].module._flashfftconv.cache if done else FilterCache()
+    committed: list[nn.Module] = []
+    try:
+        for finding in planned:
+            patch_module(finding.module, finding.adapter, backend, cache)
+            committed.append(finding.module)
+        if repair:
+            declare_shared_weights(model)
+    except BaseException:
+        for module in committed:
+            restore_module(module)
+        undeclare_shared_weights(model)
+        raise
+    cache.max_bytes = cache_bytes
+    for finding in done:
+        finding.module._flashfftconv.backend = backend
+    _log(findings)
+    return model
+
+
+def unpatch_model(model: nn.Module) -> nn.Module:
+    """Restores a model exactly as it was before [`patch_model`]; a model that was never patched is left as it is.
+
+    Args:
+        model (`nn.Module`): The model, wrapped or not.
+
+    Returns:
+        `nn.Module`: `model` itself.
+
+    Raises:
+        TypeError: `model` is not a module.
+        PatchError: Another library has since built its own classes on top of the patched ones (`fully_shard` does).
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"unpatch_model needs a torch.nn.Module, got {type(model).__name__}")
+    patched = [finding for finding in survey(model) if finding.patched]
+    for finding in patched:
+        check_restorable(finding.module, finding.name)
+    for finding in patched:
+        restore_module(finding.module)
+    undeclare_shared_weights(model)
+    return model
+
+
+def _nothing_to_patch(model: nn.Module, findings: list[Finding]) -> str:
+    if findings:
+        refusals = "; ".join(f"{f.name or 'the module'} ({type(f.module).__name__}): {f.refusal}" for f in findings)
+        return f"no long convolution of this {type(model).__name__} can be patched: {refusals}"
+    seen = Counter(type(m).__name__ for m in model.modules() if not type(m).__module__.startswith("torch."))
+    classes = ", ".join(f"{count} x {name}" for name, count in seen.most_common(12))
+    return (
+        f"found no long convolution in this {type(model).__name__}; supported are modules of the classes "
+        f"{', '.join(supported_classes())}; seen: {classes or 'only modules of torch'}"
+    )
+
+
+def _log(findings: list[Finding]) -> None:
+    left = [finding for finding in findings if finding.refusal is not None]
+    logger.info("%d of %d long convolutions are patched", len(findings) - len(left), len(findings))
+    for finding in left:
+        logger.warning("%s is left alone: %s", finding.name, finding.refusal)

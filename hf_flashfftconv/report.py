@@ -1,0 +1,139 @@
+"""`patch_report`: what patching has replaced in a model, or would replace, and why the rest is left alone."""
+
+import html
+from dataclasses import asdict, dataclass, fields
+
+import torch
+from torch import nn
+
+from .adapters import Finding, survey
+from .adapters.base import Usage
+from .errors import BackendError
+from .ops.library import use_kernels
+from .ops.reference import linear_fft_length
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One long-convolution module of a model.
+
+    Args:
+        name (`str`): Its name in the model.
+        original_class (`str`): The class that it has when it is not patched.
+        family (`str`): The family that it was recognised as.
+        status (`str`): `"replaced"`, `"not patched"` (`patch_model` would replace it) or `"left alone"`.
+        backend (`str`, *optional*): The backend that serves it at this length, dtype and device.
+        length (`int`, *optional*): Sequence length of the last call, or the longest one before any call.
+        fft_size (`int`, *optional*): Length of the transform at this sequence length with backend `"torch"`.
+        dtype (`str`, *optional*): Of the input of the convolution.
+        reason (`str`): Why it is left alone.
+    """
+
+    name: str
+    original_class: str
+    family: str
+    status: str
+    backend: str | None = None
+    length: int | None = None
+    fft_size: int | None = None
+    dtype: str | None = None
+    reason: str = ""
+
+
+_COLUMNS = tuple(field.name for field in fields(ModuleReport))
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What [`patch_report`] found; prints as a table, also in notebooks.
+
+    Args:
+        rows (`tuple[ModuleReport, ...]`): One for each module, in the order of the model.
+    """
+
+    rows: tuple[ModuleReport, ...]
+
+    @property
+    def replaced(self) -> int:
+        """Number of modules that are patched now."""
+        return sum(row.status == "replaced" for row in self.rows)
+
+    def to_dict(self) -> list[dict[str, str | int | None]]:
+        """The rows as dictionaries of JSON types."""
+        return [asdict(row) for row in self.rows]
+
+    def __str__(self) -> str:
+        table = [_COLUMNS, *map(_cells, self.rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
+        return "\n".join([*lines, self._summary()])
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(row)) + "</tr>" for row in self.rows
+        )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{self._summary()}</p>"
+
+    def _summary(self) -> str:
+        return f"{self.replaced} of {len(self.rows)} long convolutions replaced"
+
+
+def _cells(row: ModuleReport) -> list[str]:
+    return ["-" if value in (None, "") else str(value) for value in asdict(row).values()]
+
+
+def patch_report(model: nn.Module) -> PatchReport:
+    """Tells for each long convolution of a model whether it is patched, how it runs, or why it is left alone.
+
+    Args:
+        model (`nn.Module`): A model, patched or not.
+
+    Returns:
+        `PatchReport`: No rows if the model has no module of a known family.
+
+    Raises:
+        TypeError: `model` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch_report needs a torch.nn.Module, got {type(model).__name__}")
+    return PatchReport(tuple(_row(finding) for finding in survey(model)))
+
+
+def _row(finding: Finding) -> ModuleReport:
+    module, family = finding.module, finding.adapter.family
+    if finding.refusal is not None:
+        return ModuleReport(finding.name, type(module).__name__, family, "left alone", reason=finding.refusal)
+    if not finding.patched:
+        return ModuleReport(finding.name, type(module).__name__, family, "not patched")
+    state = module._flashfftconv
+    usage = state.last or _longest(module)
+    return ModuleReport(
+        finding.name,
+        type(module)._flashfftconv_original.__name__,
+        family,
+        "replaced",
+        backend=_backend(usage, module.d_model, state.backend),
+        length=usage.length,
+        fft_size=_fft_size(usage.length, getattr(module, "bidirectional", False)),
+        dtype=str(usage.dtype).removeprefix("torch."),
+    )
+
+
+def _longest(module: nn.Module) -> Usage:
+    weight = next(module.parameters())
+    return Usage(module.l_max, weight.dtype, weight.device)
+
+
+def _fft_size(length: int, bidirectional: bool) -> int:
+    return linear_fft_length(length, length, length - 1 if bidirectional else 0)
+
+
+def _backend(usage: Usage, channels: int, backend: str) -> str:
+    # Views of one element: shapes, dtype and device of a call without its memory.
+    u = torch.empty((), dtype=usage.dtype, device=usage.device).expand(1, channels, usage.length)
+    k = torch.empty((), dtype=torch.float32, device=usage.device).expand(channels, usage.length)
+    try:
+        return "cuda" if use_kernels(u, k, None, True, backend) else "torch"
+    except BackendError as error:
+        return f"none: {error}"
