@@ -127,15 +127,16 @@ def backward(
     g_spectrum, c_spectrum = filters.transform(g), filters.transform(c)
     du = dk = dskip = dpre = dpost = dk_rev = None
 
+    # Conjugated in memory: compiled code may run an operator where PyTorch's lazy conjugation is switched off.
     if need_u or need_pre:
-        dg = filters.inverse(c_spectrum * filters.spectrum.conj())
+        dg = filters.inverse(c_spectrum * filters.spectrum.conj_physical())
         if scale is not None:
             dg = dg + scale * c
         du = _gated(dg, pre_gate, dtype).to(u.dtype).contiguous()
         if pre_gate is not None:
             dpre = (u * dg).to(pre_gate.dtype).contiguous()
     if need_k or need_rev:
-        dk, dk_rev = filters.tap_gradients((g_spectrum.conj() * c_spectrum).sum(0), k, k_rev)
+        dk, dk_rev = filters.tap_gradients((g_spectrum.conj_physical() * c_spectrum).sum(0), k, k_rev)
     if skip is not None and need_skip:
         dskip = (g * c).sum((0, 2)).to(skip.dtype)
     if post_gate is not None and need_post:
