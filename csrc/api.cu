@@ -1,0 +1,36 @@
+// The C interface: checks what the kernels rely on and picks the instance.
+#include "launch.h"
+
+static int log2_of(int x) {
+    int log = 0;
+    while (1 << log < x) log++;
+    return log;
+}
+
+static bool valid(const fft_conv_params& p) {
+    const int radix = p.fft_size / kColumns, reach = p.half ? p.fft_size / 2 : p.fft_size;
+    return radix >= 1 && (radix & (radix - 1)) == 0 && radix * kColumns == p.fft_size && p.batch > 0 && p.channels > 0 && p.length > 0 && p.length <= reach;
+}
+
+// Derives what the host knows once for all threads: alignments and logarithms.
+static LaunchParams derive(const fft_conv_params& p) {
+    LaunchParams derived;
+    static_cast<fft_conv_params&>(derived) = p;
+    const int bytes = p.element == FFT_CONV_FLOAT32 ? 4 : 2;
+    derived.alignment = derived.pair_aligned = 16;
+    for (const fft_conv_tensor* t : {&p.u, &p.pre_gate, &p.post_gate, &p.grad_output}) derived.alignment = std::min(derived.alignment, common_alignment(*t, bytes));
+    derived.pair_aligned = derived.alignment;
+    for (const fft_conv_tensor* t : {&p.output, &p.grad_u, &p.grad_pre_gate, &p.grad_post_gate})
+        derived.pair_aligned = std::min(derived.pair_aligned, common_alignment(*t, bytes));
+    derived.pair_aligned = derived.pair_aligned >= 2 * bytes;
+    derived.log_radix = log2_of(p.fft_size / kColumns);
+    return derived;
+}
+
+extern "C" int fft_conv_forward(const fft_conv_params* params, void* stream) {
+    if (!valid(*params)) return kUnsupported;
+    const LaunchParams derived = derive(*params);
+    return with_tile(*params, [&](auto tile) { return Launcher<decltype(tile)>::forward(derived, stream); });
+}
+
+extern "C" int fft_conv_version() { return 1; }

@@ -1,0 +1,37 @@
+// C interface of the kernel library. Pointers are device memory, strides count elements, every launch goes to the given stream.
+// Functions return 0 or a CUDA error code, which fft_conv_error_string names.
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// A (batch, channels, length) tensor whose time stride is 1; data is null where an optional operand is absent.
+struct fft_conv_tensor {
+    void* data;
+    int64_t batch_stride, channel_stride;
+};
+
+enum fft_conv_element { FFT_CONV_BFLOAT16 = 0, FFT_CONV_FLOAT16 = 1, FFT_CONV_FLOAT32 = 2 };
+
+// y = post_gate * conv(pre_gate * u, k) with the filter k given by its spectrum of fft_size points (hf_flashfftconv/ops/filters.py).
+// half: inputs and outputs lie in the first half of the transform (causal and bidirectional convolution).
+struct fft_conv_params {
+    fft_conv_tensor u, pre_gate, post_gate, grad_output;
+    fft_conv_tensor output, grad_u, grad_pre_gate, grad_post_gate;
+    const uint32_t* tables;         // hf_flashfftconv/ops/tables.py
+    const uint32_t* spectrum;       // (channels, fft_size) complex half precision in kernel order, conjugated where stated
+    const float* spectrum_scale;    // (channels,) powers of two that the spectrum was divided by
+    float* grad_filter;             // (splits, channels, fft_size) gradient of the filter's taps
+    int32_t batch, channels, length, fft_size, element, half, splits;
+};
+
+int fft_conv_forward(const struct fft_conv_params* params, void* stream);
+int fft_conv_backward(const struct fft_conv_params* params, void* stream);
+const char* fft_conv_error_string(int code);
+int fft_conv_version(void);
+
+#ifdef __cplusplus
+}
+#endif

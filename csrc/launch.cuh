@@ -1,0 +1,42 @@
+// Launches of the kernels for one tile type.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "launch.h"
+
+template <class T>
+__global__ void __launch_bounds__(T::kThreads, ForwardPlan<T>::kBlocks) forward_kernel(const __grid_constant__ LaunchParams params) {
+    forward_tiles<T>(params);
+}
+
+// Blocks for a persistent grid: every multiprocessor full, or one block a tile where there are fewer.
+inline int grid_size(int64_t tiles, int blocks_per_processor, int* error) {
+    int device = 0, processors = 0;
+    *error = cudaGetDevice(&device);
+    if (*error == 0) *error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    return int(std::min<int64_t>(processors, (tiles + blocks_per_processor - 1) / blocks_per_processor)) * blocks_per_processor;
+}
+
+template <class Kernel>
+int launch(Kernel kernel, int64_t tiles, int blocks_per_processor, int threads, int shared_bytes, const LaunchParams& params, void* stream) {
+    int error = 0;
+    const int grid = grid_size(tiles, blocks_per_processor, &error);
+    if (error == 0) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error == 0) kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
+    const int launch_error = cudaGetLastError();
+    return error ? error : launch_error;
+}
+
+template <class T>
+int Launcher<T>::forward(const LaunchParams& params, void* stream) {
+    using Plan = ForwardPlan<T>;
+    return launch(forward_kernel<T>, tile_count<T>(params), Plan::kBlocks, T::kThreads, Plan::kSharedBytes, params, stream);
+}
+
+#define INSTANTIATE_TILES(ROWS)                      \
+    template struct Launcher<Tile<bfloat16, ROWS, true>>;  \
+    template struct Launcher<Tile<bfloat16, ROWS, false>>; \
+    template struct Launcher<Tile<float16, ROWS, true>>;   \
+    template struct Launcher<Tile<float16, ROWS, false>>;  \
+    template struct Launcher<Tile<float, ROWS, true>>;     \
+    template struct Launcher<Tile<float, ROWS, false>>;

@@ -1,0 +1,94 @@
+// The few machine operations that the kernels are written in: packed half arithmetic, matrix products, asynchronous copies, barriers.
+// Words of type u32 hold two half-precision numbers. The CPU build of the kernels (tests/simt) supplies the same names.
+#pragma once
+#ifndef __CUDACC__
+#include "simt_primitives.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cstdint>
+
+using u32 = uint32_t;
+using bfloat16 = __nv_bfloat16;
+using float16 = __half;
+#define DEVICE __device__ __forceinline__
+#define HOST_DEVICE __host__ __device__ __forceinline__
+
+DEVICE int thread_index() { return threadIdx.x; }
+DEVICE int block_index() { return blockIdx.x; }
+DEVICE int block_count() { return gridDim.x; }
+DEVICE void block_barrier() { __syncthreads(); }
+DEVICE char* shared_memory() {
+    extern __shared__ __align__(128) char memory[];
+    return memory;
+}
+
+DEVICE u32 as_word(__half2 x) { return *reinterpret_cast<u32*>(&x); }
+DEVICE __half2 as_half2(u32 x) { return *reinterpret_cast<__half2*>(&x); }
+DEVICE u32 pack(float low, float high) { return as_word(__floats2half2_rn(low, high)); }
+DEVICE float low_half(u32 x) { return __low2float(as_half2(x)); }
+DEVICE float high_half(u32 x) { return __high2float(as_half2(x)); }
+DEVICE u32 multiply2(u32 a, u32 b) { return as_word(__hmul2(as_half2(a), as_half2(b))); }
+DEVICE u32 multiply_add2(u32 a, u32 b, u32 c) { return as_word(__hfma2(as_half2(a), as_half2(b), as_half2(c))); }
+DEVICE u32 negate2(u32 a) { return as_word(__hneg2(as_half2(a))); }
+DEVICE u32 join_low(u32 a, u32 b) { return __byte_perm(a, b, 0x5410); }
+DEVICE u32 join_high(u32 a, u32 b) { return __byte_perm(a, b, 0x7632); }
+
+// D += A B with A 16x16 (row major fragments), B 16x8, D 16x8: one warp, half-precision operands, single-precision sums.
+DEVICE void matrix_multiply_add(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+template <class X>
+DEVICE X shuffle(X x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
+
+// Copies kBytes from global to shared memory without waiting; bytes from `valid` on are filled with zeros.
+template <int kBytes>
+DEVICE void copy_async(void* to, const void* from, int valid) {
+    const u32 address = static_cast<u32>(__cvta_generic_to_shared(to));
+    if constexpr (kBytes == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(address), "l"(from), "r"(valid) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" :: "r"(address), "l"(from), "n"(kBytes), "r"(valid) : "memory");
+}
+DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+DEVICE void copy_async_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(kPending) : "memory"); }
+
+DEVICE void atomic_maximum(u32* shared, u32 x) { atomicMax(shared, x); }
+
+// Tables stay in the L1 cache; volatile keeps the compiler from holding them in registers across a tile instead.
+DEVICE uint4 load_table(const uint4* p) {
+    uint4 v;
+    asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+
+DEVICE float float_from_bits(u32 x) { return __uint_as_float(x); }
+DEVICE u32 bits_from_float(float x) { return __float_as_uint(x); }
+
+DEVICE float power_of_two(int exponent) { return __uint_as_float(u32(exponent + 127) << 23); }
+
+struct Pair { float x, y; };
+template <class Element> struct PairWord { using type = u32; };
+template <> struct PairWord<float> { using type = uint2; };
+template <class Word>
+DEVICE Word load_streaming(const Word* p) { return __ldcs(p); }
+
+// Two neighbouring elements of a tensor, as single precision.
+DEVICE Pair widen(const bfloat16*, u32 w) { return {__uint_as_float(w << 16), __uint_as_float(w & 0xffff0000u)}; }
+DEVICE Pair widen(const float16*, u32 w) { return {low_half(w), high_half(w)}; }
+DEVICE Pair widen(const float*, uint2 w) { return {__uint_as_float(w.x), __uint_as_float(w.y)}; }
+DEVICE float widen_one(bfloat16 x) { return __bfloat162float(x); }
+DEVICE float widen_one(float16 x) { return __half2float(x); }
+DEVICE float widen_one(float x) { return x; }
+DEVICE void narrow_one(bfloat16* p, float x) { *p = __float2bfloat16_rn(x); }
+DEVICE void narrow_one(float16* p, float x) { *p = __float2half_rn(x); }
+DEVICE void narrow_one(float* p, float x) { *p = x; }
+DEVICE void narrow_two(bfloat16* p, float x, float y) { *reinterpret_cast<__nv_bfloat162*>(p) = __floats2bfloat162_rn(x, y); }
+DEVICE void narrow_two(float16* p, float x, float y) { *reinterpret_cast<__half2*>(p) = __floats2half2_rn(x, y); }
+DEVICE void narrow_two(float* p, float x, float y) { *reinterpret_cast<float2*>(p) = make_float2(x, y); }
+#endif

@@ -1,0 +1,68 @@
+// Geometry of a tile: what one thread block transforms at a time, and where its parts lie in shared memory.
+//
+// A transform of N = radix * 256 complex points has the points n = 256 n1 + p; a tile is `kRows` rows of 256 points: the `radix` rows of one
+// pair of sequences, or of several pairs where the radix is below 16. Two batch rows of a channel form a pair: real and imaginary part.
+#pragma once
+#include "fft_conv.h"
+#include "primitives.cuh"
+
+constexpr int kColumns = 256;       // points of the inner transform, done by one warp in registers
+constexpr int kRowPitch = 264;      // words between rows in shared memory: 32 bytes beyond the row, so that four rows share no bank
+constexpr int kSharedLimit = 232448;
+
+template <typename Element_, int kRows_, bool kHalf_>
+struct Tile {
+    using Element = Element_;
+    static constexpr int kRows = kRows_;
+    static constexpr int kSlots = kHalf_ ? kRows / 2 : kRows;    // rows of 256 positions that are read and written
+    static constexpr int kGroups = kRows > 32 ? 2 : 1;           // groups of eight warps; each group covers all 256 columns of the outer stage
+    static constexpr int kWarps = 8 * kGroups;
+    static constexpr int kThreads = 32 * kWarps;
+    static constexpr int kMaxPairs = kRows == 16 ? 16 : 1;
+    static constexpr int kSegment = kColumns * int(sizeof(Element)) + 32;
+    static constexpr int kStageBytes = 2 * kSlots * kSegment;    // one tensor of a tile
+    static constexpr int kRowBytes = kRows * kRowPitch * 4;
+    static constexpr int kEnergyBytes = 2 * kMaxPairs * 8 * 4;   // partial energies of the sequences
+    static_assert(kRows == 16 || kRows == 32 || kRows == 64, "rows of a tile");
+};
+
+// A call's parameters with what the host derives from them.
+struct LaunchParams : fft_conv_params {
+    int alignment;      // bytes that every row of every input is aligned to: 16, 4 or 2
+    int pair_aligned;   // whether two neighbouring elements of every tensor may be moved as one word
+    int log_radix;
+};
+
+// Which part of the work a block does: tiles first, first + step, ... below last. Blocks that probably share a multiprocessor
+// take turns in one range, so that they read the same filter spectra.
+struct WorkRange {
+    int first, last, step;
+};
+
+DEVICE WorkRange work_range(int tiles, int blocks_per_processor) {
+    const int processors = block_count() / blocks_per_processor;
+    const int processor = block_index() % processors, turn = block_index() / processors;
+    const int64_t begin = int64_t(tiles) * processor / processors, end = int64_t(tiles) * (processor + 1) / processors;
+    return {int(begin) + turn, int(end), blocks_per_processor};
+}
+
+// Pairs run over the batch first, then over the channels; a tile holds consecutive ones.
+template <class T>
+HOST_DEVICE int tile_count(const LaunchParams& params) {
+    const int pairs = (params.batch + 1) / 2 * params.channels, per_tile = T::kRows >> params.log_radix;
+    return (pairs + per_tile - 1) / per_tile;
+}
+
+// The sequences of a tile: lane 2 p + c of every warp knows the batch row and the channel of sequence c of pair p.
+struct TileSequences {
+    int row, channel;
+    bool valid;
+
+    DEVICE TileSequences(const fft_conv_params& params, int first_pair, int lane) {
+        const int pairs = (params.batch + 1) / 2, pair = first_pair + lane / 2;
+        channel = pair / pairs;
+        row = 2 * (pair % pairs) + lane % 2;
+        valid = channel < params.channels && row < params.batch;
+        if (!valid) row = channel = 0;
+    }
+};

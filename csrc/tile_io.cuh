@@ -1,0 +1,186 @@
+// Tensors on their way into and out of a tile: staging through shared memory, element pairs, the scale of each sequence.
+//
+// A segment is the 256 positions of one slot of one sequence; slot s belongs to pair s / slots_per_pair and holds the positions
+// 256 (s % slots_per_pair) and up.
+#pragma once
+#include "tile.cuh"
+
+template <class T>
+struct SlotMap {
+    int log_slots_per_pair;
+    DEVICE int pair(int slot) const { return slot >> log_slots_per_pair; }
+    DEVICE int position(int slot) const { return (slot & ((1 << log_slots_per_pair) - 1)) * kColumns; }
+};
+
+// Copies one tensor's segments of a tile to shared memory, asynchronously where the alignment of its rows allows; what lies beyond the
+// sequence or the batch becomes zero.
+template <class T, int kBytes>
+DEVICE void stage_chunks(char* to, const fft_conv_tensor& tensor, int length, SlotMap<T> slots, TileSequences sequences) {
+    using Element = typename T::Element;
+    constexpr int kElements = kBytes / int(sizeof(Element)), kChunks = kColumns / kElements;
+#pragma unroll 1
+    for (int i = thread_index(); i < 2 * T::kSlots * kChunks; i += T::kThreads) {
+        const int segment = i / kChunks, chunk = i % kChunks, slot = segment % T::kSlots;
+        const int source_lane = 2 * slots.pair(slot) + segment / T::kSlots, position = slots.position(slot) + chunk * kElements;
+        const int row = shuffle(sequences.row, source_lane), channel = shuffle(sequences.channel, source_lane);
+        const bool valid = shuffle(int(sequences.valid), source_lane) && position < length;
+        const int count = !valid ? 0 : length - position < kElements ? length - position : kElements;
+        const Element* from = static_cast<const Element*>(tensor.data);
+        if (count > 0) from += row * tensor.batch_stride + channel * tensor.channel_stride + position;
+        char* target = to + segment * T::kSegment + chunk * kBytes;
+        if constexpr (kBytes >= 4)
+            copy_async<kBytes>(target, from, count * int(sizeof(Element)));
+        else
+            *reinterpret_cast<uint16_t*>(target) = count > 0 ? *reinterpret_cast<const uint16_t*>(from) : uint16_t(0);
+    }
+}
+
+template <class T>
+DEVICE void stage(char* to, const fft_conv_tensor& tensor, int alignment, int length, SlotMap<T> slots, TileSequences sequences) {
+    if (alignment >= 16)
+        stage_chunks<T, 16>(to, tensor, length, slots, sequences);
+    else if (alignment >= 4)
+        stage_chunks<T, 4>(to, tensor, length, slots, sequences);
+    else if constexpr (sizeof(typename T::Element) == 2)
+        stage_chunks<T, 2>(to, tensor, length, slots, sequences);
+}
+
+// Two neighbouring elements of a staged tensor.
+template <class T>
+DEVICE Pair load_staged(const char* stage, int sequence, int slot, int column) {
+    using Element = typename T::Element;
+    using Word = typename PairWord<Element>::type;
+    const char* p = stage + (sequence * T::kSlots + slot) * T::kSegment + column * int(sizeof(Element));
+    return widen(static_cast<const Element*>(nullptr), *reinterpret_cast<const Word*>(p));
+}
+
+// Two neighbouring elements of a sequence in global memory, zero beyond its length.
+template <class Element>
+DEVICE Pair load_global(const Element* sequence, int position, int length, bool aligned) {
+    if (aligned && position + 1 < length)
+        return widen(sequence, load_streaming(reinterpret_cast<const typename PairWord<Element>::type*>(sequence + position)));
+    return {position < length ? widen_one(sequence[position]) : 0.f, position + 1 < length ? widen_one(sequence[position + 1]) : 0.f};
+}
+
+template <class Element>
+DEVICE void store_global(Element* sequence, int position, int length, bool aligned, float x, float y) {
+    if (aligned && position + 1 < length) {
+        narrow_two(sequence + position, x, y);
+    } else {
+        if (position < length) narrow_one(sequence + position, x);
+        if (position + 1 < length) narrow_one(sequence + position + 1, y);
+    }
+}
+
+template <class Element>
+DEVICE Element* sequence_data(const fft_conv_tensor& tensor, int row, int channel) {
+    return static_cast<Element*>(tensor.data) + row * tensor.batch_stride + channel * tensor.channel_stride;
+}
+
+// Packs u (times gate, where there is one) as (re, im) = (first, second sequence of the pair). Column c of x[j]: a, a + 1, a + 128, a + 129.
+// With kScaled every sequence is multiplied by the factor that its lane holds; a factor of zero drops a sequence that is not finite.
+template <class T, bool kScaled>
+DEVICE void pack_product(u32 (&x)[T::kSlots / 4][4], const char* u, const char* gate, SlotMap<T> slots, float factor, int column, int lane) {
+#pragma unroll
+    for (int j = 0; j < T::kSlots / 4; j++) {
+        const int slot = 4 * j + lane % 4;
+        float first = 1.f, second = 1.f;
+        if constexpr (kScaled) first = shuffle(factor, 2 * slots.pair(slot)), second = shuffle(factor, 2 * slots.pair(slot) + 1);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int at = column + 128 * half;
+            Pair v = load_staged<T>(u, 0, slot, at), w = load_staged<T>(u, 1, slot, at);
+            if (gate) {
+                const Pair g = load_staged<T>(gate, 0, slot, at), h = load_staged<T>(gate, 1, slot, at);
+                v = {v.x * g.x, v.y * g.y}, w = {w.x * h.x, w.y * h.y};
+            }
+            if constexpr (kScaled) {
+                v = first == 0.f ? Pair{0.f, 0.f} : Pair{v.x * first, v.y * first};
+                w = second == 0.f ? Pair{0.f, 0.f} : Pair{w.x * second, w.y * second};
+            }
+            x[j][2 * half] = pack(v.x, w.x), x[j][2 * half + 1] = pack(v.y, w.y);
+        }
+    }
+}
+
+// Scales every sequence of a tile by a power of two to a root mean square near one, so that half precision holds it whatever its size and
+// neither sequence of a pair drowns in the other's rounding. Values are packed as they are first; only if a sequence's energy is then outside
+// half precision's comfortable range are they packed again, from the largest magnitude.
+template <class T>
+struct SequenceScales {
+    float* energies;    // shared memory, [2 kMaxPairs][8]
+    float up;           // what undoes the scale of this lane's sequence
+
+    DEVICE void publish(const u32 (&x)[T::kSlots / 4][4], SlotMap<T> slots, int warp, int lane) {
+        if (warp >= 8) return;
+        const int per_pair = 1 << slots.log_slots_per_pair;
+        float re = 0.f, im = 0.f;
+#pragma unroll
+        for (int j = 0; j < T::kSlots / 4; j++) {
+            u32 sum = 0;
+#pragma unroll
+            for (int c = 0; c < 4; c++) sum = multiply_add2(x[j][c], x[j][c], sum);
+            re += low_half(sum), im += high_half(sum);
+            if (T::kMaxPairs == 1 ? j + 1 < T::kSlots / 4 : 4 * (j + 1) % per_pair != 0 && per_pair > 4) continue;
+            for (int mask = 4; mask < 32; mask *= 2) re += shuffle_xor(re, mask), im += shuffle_xor(im, mask);
+            for (int mask = 1; mask < 4 && mask < per_pair; mask *= 2) re += shuffle_xor(re, mask), im += shuffle_xor(im, mask);
+            const int pair = slots.pair(4 * j + lane % 4);
+            if (lane < 4) energies[(2 * pair) * 8 + warp] = re, energies[(2 * pair + 1) * 8 + warp] = im;
+            re = im = 0.f;
+        }
+    }
+
+    DEVICE float mean_square(SlotMap<T> slots, int lane) const {
+        if (lane >= T::kSlots >> slots.log_slots_per_pair << 1) return 1.f;
+        float sum = 0.f;
+        for (int w = 0; w < 8; w++) sum += energies[lane * 8 + w];
+        return sum * power_of_two(-8 - slots.log_slots_per_pair);
+    }
+
+    // The factor that brings this lane's sequence to a largest magnitude near one; zero if the sequence is not finite.
+    DEVICE float from_largest(const char* u, const char* gate, SlotMap<T> slots, int column, int lane) {
+        u32* largest = reinterpret_cast<u32*>(energies);
+        block_barrier();
+        if (thread_index() < 2 * T::kMaxPairs) largest[thread_index()] = 0;
+        block_barrier();
+        for (int j = 0; j < T::kSlots / 4; j++)
+            for (int c = 0; c < 4; c++) {
+                const int slot = 4 * j + lane % 4, sequence = c % 2, at = column + 128 * (c / 2);
+                Pair v = load_staged<T>(u, sequence, slot, at);
+                if (gate) {
+                    const Pair g = load_staged<T>(gate, sequence, slot, at);
+                    v = {v.x * g.x, v.y * g.y};
+                }
+                const u32 a = bits_from_float(v.x) & 0x7fffffffu, b = bits_from_float(v.y) & 0x7fffffffu;
+                atomic_maximum(largest + 2 * slots.pair(slot) + sequence, a > b ? a : b);
+            }
+        block_barrier();
+        const int exponent = lane < 2 * T::kMaxPairs ? int(largest[lane] >> 23) : 127;
+        block_barrier();
+        return exponent == 255 ? 0.f : power_of_two(exponent < 1 ? 126 : 127 - exponent);
+    }
+
+    // Packs the tile's inputs into x.
+    DEVICE void pack_scaled(u32 (&x)[T::kSlots / 4][4], const char* u, const char* gate, SlotMap<T> slots, bool valid, int column, int warp, int lane) {
+        pack_product<T, false>(x, u, gate, slots, 1.f, column, lane);
+        publish(x, slots, warp, lane);
+        block_barrier();
+        float square = mean_square(slots, lane), factor = 1.f;
+        if (warp_any(valid && !(square >= 0x1p-14f && square <= 0x1p10f))) {
+            factor = from_largest(u, gate, slots, column, lane);
+            pack_product<T, true>(x, u, gate, slots, factor, column, lane);
+            publish(x, slots, warp, lane);
+            block_barrier();
+            square = mean_square(slots, lane);
+        }
+        const int exponent = int(bits_from_float(square) >> 23) - 127, root = exponent < -24 ? -12 : exponent >> 1;
+        up = factor == 0.f ? float_from_bits(0x7fc00000u) : power_of_two(root) * power_of_two(127 - int(bits_from_float(factor) >> 23));
+#pragma unroll
+        for (int j = 0; j < T::kSlots / 4; j++) {
+            const int pair = slots.pair(4 * j + lane % 4);
+            const u32 scale = pack(power_of_two(-shuffle(root, 2 * pair)), power_of_two(-shuffle(root, 2 * pair + 1)));
+#pragma unroll
+            for (int c = 0; c < 4; c++) x[j][c] = multiply2(x[j][c], scale);
+        }
+    }
+};

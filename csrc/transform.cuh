@@ -1,0 +1,181 @@
+// The Fourier transform of a tile as matrix products, after FlashFFTConv (arXiv 2311.05908, section 3.1).
+//
+//   N = radix * 16 * 16,  n = 256 n1 + 16 n2 + n3,  f = k1 + radix (k2 + 16 k3)
+//
+// The outer stage contracts n1 (all rows, across warps), the inner stages n2 and n3 (one row, one warp, in registers). Values travel as planar
+// pairs: one word holds the real parts of two points, the next word their imaginary parts. Accumulators of one product are, once packed, the
+// fragment of the next: after a product with the data as B a pair is two columns, and columns are what the following product with the data as
+// A contracts; there a pair is two outputs, and these are what the inverse stage with the data as B contracts.
+// Index maps of a lane with r = lane / 4, q = lane % 4 (i = half of a pair):
+//   n2, k3 = q + 4 s + 8 i  for fragment s;     k2, n3 = 2 row + t  for fragment t (row = r in A and D rows, 2 q + i in D columns)
+// All stages are unitary. An inverse transform is the forward one between two conjugations: the first is folded into the product with the
+// spectrum, the second is a sign at the output.
+#pragma once
+#include "tile.cuh"
+
+struct PlanarPair {
+    u32 re, im;
+};
+
+// (re, im) * (w.re, w.im) for two points.
+DEVICE PlanarPair operator*(PlanarPair x, PlanarPair w) {
+    return {multiply_add2(x.re, w.re, negate2(multiply2(x.im, w.im))), multiply_add2(x.re, w.im, multiply2(x.im, w.re))};
+}
+
+// conj(x * w)
+DEVICE PlanarPair conjugate_product(PlanarPair x, PlanarPair w) {
+    return {multiply_add2(x.re, w.re, negate2(multiply2(x.im, w.im))), multiply_add2(negate2(x.re), w.im, negate2(multiply2(x.im, w.re)))};
+}
+
+// The constant operands of the inner stages: DFT-16 matrices as A and as B operand, and the twiddles w256^(k2 n3).
+struct InnerConstants {
+    u32 a_cos[2][2], a_sin[2][2], b_cos[2][2], b_sin[2][2];
+    PlanarPair twiddle[2][2];
+
+    DEVICE void load(const uint4* table, int lane) {
+        const uint4 ac = load_table(table + lane), as = load_table(table + 32 + lane), bc = load_table(table + 64 + lane), bs = load_table(table + 96 + lane);
+        const uint4 t0 = load_table(table + 128 + lane), t1 = load_table(table + 160 + lane);
+        a_cos[0][0] = ac.x, a_cos[0][1] = ac.y, a_cos[1][0] = ac.z, a_cos[1][1] = ac.w;
+        a_sin[0][0] = as.x, a_sin[0][1] = as.y, a_sin[1][0] = as.z, a_sin[1][1] = as.w;
+        b_cos[0][0] = bc.x, b_cos[0][1] = bc.y, b_cos[1][0] = bc.z, b_cos[1][1] = bc.w;
+        b_sin[0][0] = bs.x, b_sin[0][1] = bs.y, b_sin[1][0] = bs.z, b_sin[1][1] = bs.w;
+        twiddle[0][0] = {t0.x, t0.y}, twiddle[0][1] = {t0.z, t0.w}, twiddle[1][0] = {t1.x, t1.y}, twiddle[1][1] = {t1.z, t1.w};
+    }
+};
+constexpr int kInnerConstantVectors = 192;
+
+// A row of 256 points in the registers of a warp: value[s][t] with the index maps above.
+struct RowFragment {
+    PlanarPair value[2][2];
+
+    DEVICE void load(const uint4* words, int lane) {
+        for (int s = 0; s < 2; s++) {
+            const uint4 v = words[32 * s + (lane % 4) * 8 + lane / 4];
+            value[s][0] = {v.x, v.y}, value[s][1] = {v.z, v.w};
+        }
+    }
+
+    DEVICE void store(uint4* words, int lane) const {
+        for (int s = 0; s < 2; s++)
+            words[32 * s + (lane % 4) * 8 + lane / 4] = make_uint4(value[s][0].re, value[s][0].im, value[s][1].re, value[s][1].im);
+    }
+
+    // From a table in lane order.
+    DEVICE void load_lanes(const uint4* words, int lane) {
+        for (int s = 0; s < 2; s++) {
+            const uint4 v = load_table(words + 32 * s + lane);
+            value[s][0] = {v.x, v.y}, value[s][1] = {v.z, v.w};
+        }
+    }
+};
+
+DEVICE RowFragment operator*(const RowFragment& x, const RowFragment& w) {
+    RowFragment z;
+    for (int s = 0; s < 2; s++)
+        for (int t = 0; t < 2; t++) z.value[s][t] = x.value[s][t] * w.value[s][t];
+    return z;
+}
+
+DEVICE RowFragment conjugate_product(const RowFragment& x, const RowFragment& w) {
+    RowFragment z;
+    for (int s = 0; s < 2; s++)
+        for (int t = 0; t < 2; t++) z.value[s][t] = conjugate_product(x.value[s][t], w.value[s][t]);
+    return z;
+}
+
+// DFT-256 of a row: contracts value[s][t] over s and lane % 4 (data as B), multiplies by the twiddles, contracts over t and lane % 4 (data as A).
+DEVICE RowFragment inner_transform(const RowFragment& x, const InnerConstants& constants) {
+    PlanarPair z[2][2];
+    for (int m = 0; m < 2; m++)
+        for (int t = 0; t < 2; t++) {
+            float d[4] = {};
+            for (int s = 0; s < 2; s++) {
+                const u32 c = constants.a_cos[m][s], n = constants.a_sin[m][s];
+                matrix_multiply_add(d, c, n, negate2(n), c, x.value[s][t].re, x.value[s][t].im);
+            }
+            z[m][t] = PlanarPair{pack(d[0], d[1]), pack(d[2], d[3])} * constants.twiddle[m][t];
+        }
+    RowFragment y;
+    for (int h = 0; h < 2; h++) {
+        float re[4] = {}, im[4] = {};
+        for (int t = 0; t < 2; t++) {
+            const u32 c = constants.b_cos[h][t], n = constants.b_sin[h][t];
+            matrix_multiply_add(re, z[0][t].re, z[1][t].re, z[0][t].im, z[1][t].im, c, negate2(n));
+            matrix_multiply_add(im, z[0][t].re, z[1][t].re, z[0][t].im, z[1][t].im, n, c);
+        }
+        y.value[h][0] = {pack(re[0], re[1]), pack(im[0], im[1])};
+        y.value[h][1] = {pack(re[2], re[3]), pack(im[2], im[3])};
+    }
+    return y;
+}
+
+// The outer stage for 32 columns a warp: lane (r, q) holds the columns a, a + 1, a + 128, a + 129 with a = 16 warp + 2 r.
+// x[j][c]: (re, im) of slot 4 j + q at column c. Writes the group's share of the rows.
+template <class T>
+DEVICE void outer_forward(const u32 (&x)[T::kSlots / 4][4], uint4* rows, const uint4* table, int warp, int lane) {
+    constexpr int kTilesPerGroup = T::kRows / 4 / T::kGroups, kSteps = T::kSlots / 8;
+    const int first = warp / 8 * kTilesPerGroup, unit = warp % 8 * 8 + lane / 4;
+#pragma unroll 4
+    for (int n = 0; n < kTilesPerGroup; n += 2) {
+        float d[2][2][4] = {};
+#pragma unroll
+        for (int s = 0; s < kSteps; s++) {
+            const uint4 b = load_table(table + ((first + n) / 2 * kSteps + s) * 32 + lane);
+#pragma unroll
+            for (int t = 0; t < 2; t++) {
+                matrix_multiply_add(d[0][t], x[2 * s][t], x[2 * s][2 + t], x[2 * s + 1][t], x[2 * s + 1][2 + t], b.x, b.y);
+                matrix_multiply_add(d[1][t], x[2 * s][t], x[2 * s][2 + t], x[2 * s + 1][t], x[2 * s + 1][2 + t], b.z, b.w);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int row = 4 * (first + n + i) + lane % 4;
+            rows[row * (kRowPitch / 4) + unit] = make_uint4(pack(d[i][0][0], d[i][0][2]), pack(d[i][0][1], d[i][0][3]),
+                                                             pack(d[i][1][0], d[i][1][2]), pack(d[i][1][1], d[i][1][3]));
+        }
+    }
+}
+
+// The inverse outer stage: y[n][t] holds (re, im) of the group's slot 4 n + q at columns a + t (first two) and a + 128 + t (last two).
+template <class T>
+struct OuterResult {
+    static constexpr int kTiles = T::kSlots / 4 / T::kGroups;
+    float value[kTiles][2][4];
+
+    DEVICE static int slot(int n, int warp, int lane) { return 4 * (warp / 8 * kTiles + n) + lane % 4; }
+
+    DEVICE void transform(const uint4* rows, const uint4* table, int warp, int lane) {
+        const int first = warp / 8 * kTiles, unit = warp % 8 * 8 + lane / 4;
+#pragma unroll
+        for (int n = 0; n < kTiles; n++)
+            for (int t = 0; t < 2; t++)
+                for (int i = 0; i < 4; i++) value[n][t][i] = 0.f;
+#pragma unroll 4
+        for (int s = 0; s < T::kRows / 8; s++) {
+            const uint4 v = rows[(8 * s + lane % 4) * (kRowPitch / 4) + unit], w = rows[(8 * s + 4 + lane % 4) * (kRowPitch / 4) + unit];
+            const u32 a[2][4] = {{join_low(v.x, v.y), join_high(v.x, v.y), join_low(w.x, w.y), join_high(w.x, w.y)},
+                                 {join_low(v.z, v.w), join_high(v.z, v.w), join_low(w.z, w.w), join_high(w.z, w.w)}};
+#pragma unroll
+            for (int n = 0; n < kTiles; n += 2) {
+                const uint4 b = load_table(table + (s * (T::kSlots / 8) + (first + n) / 2) * 32 + lane);
+#pragma unroll
+                for (int t = 0; t < 2; t++) {
+                    matrix_multiply_add(value[n][t], a[t][0], a[t][1], a[t][2], a[t][3], b.x, b.y);
+                    matrix_multiply_add(value[n + 1][t], a[t][0], a[t][1], a[t][2], a[t][3], b.z, b.w);
+                }
+            }
+        }
+    }
+};
+
+// Where the constants of a transform lie in its table.
+template <class T>
+struct Tables {
+    const uint4 *inner, *outer, *outer_inverse, *twiddle;
+    DEVICE explicit Tables(const u32* words) {
+        inner = reinterpret_cast<const uint4*>(words);
+        outer = inner + kInnerConstantVectors;
+        outer_inverse = outer + T::kRows / 8 * (T::kSlots / 8) * 32;
+        twiddle = outer_inverse + T::kRows / 8 * (T::kSlots / 8) * 32;
+    }
+};

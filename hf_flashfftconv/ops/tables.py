@@ -1,0 +1,125 @@
+"""Constant operands of the CUDA kernels: DFT matrices and twiddles in the order in which the lanes of a warp read them.
+
+The index maps are those of csrc/transform.cuh: a lane has ``r = lane // 4`` and ``q = lane % 4``; half ``i`` of a fragment pair ``s`` stands
+for the index ``q + 4 s + 8 i`` of the contracted axis, row or column ``j`` of fragment ``t`` for ``2 j + t`` of the other one.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+COLUMNS = 256
+_LANE = torch.arange(32)
+_R, _Q = _LANE // 4, _LANE % 4
+
+
+def tile_rows(fft_size: int) -> int:
+    """Rows of 256 points that one thread block holds: one pair of sequences, or several pairs of short ones."""
+    return max(16, fft_size // COLUMNS)
+
+
+def words(low: Tensor, high: Tensor) -> Tensor:
+    """Packs two real tensors as half-precision pairs into int32 words."""
+    return torch.stack([low, high], -1).to(torch.float16).contiguous().view(torch.int32).squeeze(-1)
+
+
+def _root(index: Tensor, order: int) -> Tensor:
+    """exp(-2 pi i index / order) in double precision."""
+    angle = (index % order).double() * (-2 * torch.pi / order)
+    return torch.complex(angle.cos(), angle.sin())
+
+
+def _pair(index_of: "list[Tensor]", order: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Words of the real and of the imaginary parts of two roots of unity."""
+    low, high = (_root(index, order) * scale for index in index_of)
+    return words(low.real, high.real), words(low.imag, high.imag)
+
+
+def _contracted(s: int) -> list[Tensor]:
+    return [_Q + 4 * s + 8 * i for i in (0, 1)]
+
+
+def _inner() -> Tensor:
+    """A and B operands of the DFT of 16 points (scaled to be unitary) and the twiddles w256^(k2 n3)."""
+    a_cos, a_sin, b_cos, b_sin, twiddles = [], [], [], [], []
+    for m in (0, 1):
+        for s in (0, 1):
+            cos, sin = _pair([n * (2 * _R + m) for n in _contracted(s)], 16, 0.25)
+            a_cos.append(cos)
+            a_sin.append(sin)
+    for h in (0, 1):
+        for t in (0, 1):
+            output = _R // 2 + 4 * h + 8 * (_R % 2)
+            cos, sin = _pair([(4 * _Q + 2 * i + t) * output for i in (0, 1)], 16, 0.25)
+            b_cos.append(cos)
+            b_sin.append(sin)
+    for m in (0, 1):
+        for t in (0, 1):
+            twiddles += _pair([(2 * _R + m) * (4 * _Q + 2 * i + t) for i in (0, 1)], 256)
+    groups = [a_cos, a_sin, b_cos, b_sin, twiddles[:4], twiddles[4:]]
+    return torch.stack([torch.stack(group, -1) for group in groups])
+
+
+def _outer(radix: int, rows: int, half: bool) -> tuple[Tensor, Tensor]:
+    """B operands of the outer stage and of its inverse: block diagonal over the pairs of sequences that share a tile."""
+    slots_per_pair = radix // 2 if half else radix
+    slots = rows // radix * slots_per_pair
+
+    def matrix(slot: Tensor, row: Tensor) -> Tensor:
+        same_pair = slot // slots_per_pair == row // radix
+        return _root((slot % slots_per_pair) * (row % radix), radix) * same_pair / radix**0.5
+
+    def operand(value: Tensor) -> Tensor:
+        real_column = _R % 2 == 0
+        return words(torch.where(real_column, value.real, value.imag), torch.where(real_column, -value.imag, value.real))
+
+    def fragments(contracted_tiles: int, output_tiles: int, forward: bool) -> list[list[Tensor]]:
+        table = []
+        for s in range(contracted_tiles):
+            row_of_tiles = []
+            for n in range(output_tiles):
+                inputs, output = [8 * s + _Q, 8 * s + 4 + _Q], 4 * n + _R // 2
+                pairs = [(x, output) if forward else (output, x) for x in inputs]
+                row_of_tiles.append(torch.stack([operand(matrix(*pair)) for pair in pairs], -1))
+            table.append(row_of_tiles)
+        return table
+
+    forward = fragments(slots // 8, rows // 4, True)
+    inverse = fragments(rows // 8, slots // 4, False)
+    outer = [torch.cat([forward[s][n], forward[s][n + 1]], -1) for n in range(0, rows // 4, 2) for s in range(slots // 8)]
+    back = [torch.cat([inverse[s][n], inverse[s][n + 1]], -1) for s in range(rows // 8) for n in range(0, slots // 4, 2)]
+    return torch.stack(outer), torch.stack(back)
+
+
+def _row_twiddles(fft_size: int) -> Tensor:
+    """w_N^(k1 p) for every row k1 of a pair and every column p."""
+    k1 = torch.arange(fft_size // COLUMNS).view(-1, 1)
+    table = []
+    for s in (0, 1):
+        values: list[Tensor] = []
+        for t in (0, 1):
+            values += _pair([k1 * (16 * n2 + 2 * _R + t) for n2 in _contracted(s)], fft_size)
+        table.append(torch.stack(values, -1))
+    return torch.stack(table, 1)
+
+
+@lru_cache(maxsize=32)
+def transform_tables(fft_size: int, half: bool) -> Tensor:
+    """All constants of one transform as one int32 tensor on the CPU, in the order of ``Tables`` in csrc/transform.cuh."""
+    radix = fft_size // COLUMNS
+    outer, back = _outer(radix, tile_rows(fft_size), half)
+    return torch.cat([part.flatten() for part in (_inner(), outer, back, _row_twiddles(fft_size))])
+
+
+@lru_cache(maxsize=32)
+def spectrum_order(fft_size: int) -> Tensor:
+    """Frequencies in kernel order, shape ``(fft_size / 256, 2, 32, 2, 2)``: row, fragment h, lane, fragment t, half of the pair."""
+    radix = fft_size // COLUMNS
+    k1 = torch.arange(radix).view(-1, 1, 1, 1, 1)
+    h = torch.arange(2).view(-1, 1, 1, 1)
+    t = torch.arange(2).view(-1, 1)
+    i = torch.arange(2)
+    k2 = 2 * _R.view(-1, 1, 1) + t
+    k3 = _Q.view(-1, 1, 1) + 4 * h + 8 * i
+    return k1 + radix * (k2 + 16 * k3)

@@ -1,0 +1,217 @@
+// The kernels' primitives for a CPU: every thread of a block is a fiber, warp operations exchange values between 32 of them, asynchronous
+// copies land only when they are waited for, and shared memory starts poisoned. Slow and exact: it checks index maps and synchronisation.
+#pragma once
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+using u32 = uint32_t;
+#define DEVICE inline
+#define HOST_DEVICE inline
+#define __restrict__
+
+struct uint2 { u32 x, y; };
+struct uint4 { u32 x, y, z, w; };
+inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+
+struct float16 { uint16_t bits; };
+struct bfloat16 { uint16_t bits; };
+
+namespace simt {
+
+struct Copy { void* to; const void* from; int bytes, valid; };
+
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack;
+    int index = 0;
+    bool done = false;
+    std::deque<std::vector<Copy>> groups{1};
+};
+
+struct Rendezvous {
+    int arrived = 0;
+    long generation = 0;
+};
+
+struct Warp {
+    Rendezvous meet;
+    alignas(16) unsigned char slots[32][64];
+};
+
+struct Block {
+    std::vector<std::unique_ptr<Fiber>> fibers;
+    std::vector<Warp> warps;
+    Rendezvous barrier;
+    std::vector<unsigned char> shared;
+    int index = 0, count = 1;
+    ucontext_t scheduler;
+    Fiber* current = nullptr;
+    std::function<void()> body;
+};
+
+inline Block* block;
+
+inline void yield() { swapcontext(&block->current->context, &block->scheduler); }
+
+inline void meet(Rendezvous& r, int participants) {
+    const long generation = r.generation;
+    if (++r.arrived == participants) {
+        r.arrived = 0;
+        r.generation++;
+    }
+    while (r.generation == generation) yield();
+}
+
+inline void entry() {
+    block->body();
+    block->current->done = true;
+    swapcontext(&block->current->context, &block->scheduler);
+}
+
+// Runs body as a grid of blocks, one after the other.
+inline void launch(int blocks, int threads, int shared_bytes, std::function<void()> body) {
+    for (int b = 0; b < blocks; b++) {
+        Block state;
+        block = &state;
+        state.index = b, state.count = blocks, state.body = body;
+        state.warps.resize(threads / 32);
+        state.shared.assign(shared_bytes + 128, 0xff);
+        for (int t = 0; t < threads; t++) {
+            auto fiber = std::make_unique<Fiber>();
+            fiber->index = t;
+            fiber->stack.resize(256 * 1024);
+            getcontext(&fiber->context);
+            fiber->context.uc_stack.ss_sp = fiber->stack.data();
+            fiber->context.uc_stack.ss_size = fiber->stack.size();
+            fiber->context.uc_link = nullptr;
+            makecontext(&fiber->context, entry, 0);
+            state.fibers.push_back(std::move(fiber));
+        }
+        // Odd rounds run the fibers backwards: an order that code without a barrier may not rely on.
+        for (long round = 0, running = threads; running > 0; round++) {
+            running = 0;
+            for (int i = 0; i < threads; i++) {
+                Fiber* fiber = state.fibers[round % 2 ? threads - 1 - i : i].get();
+                if (fiber->done) continue;
+                state.current = fiber;
+                swapcontext(&state.scheduler, &fiber->context);
+                running += !fiber->done;
+            }
+        }
+        block = nullptr;
+    }
+}
+
+template <class X>
+void exchange(const X& mine, X (&all)[32]) {
+    static_assert(sizeof(X) <= 64);
+    Warp& warp = block->warps[block->current->index / 32];
+    std::memcpy(warp.slots[block->current->index % 32], &mine, sizeof(X));
+    meet(warp.meet, 32);
+    for (int i = 0; i < 32; i++) std::memcpy(&all[i], warp.slots[i], sizeof(X));
+    meet(warp.meet, 32);
+}
+
+}  // namespace simt
+
+inline int thread_index() { return simt::block->current->index; }
+inline int block_index() { return simt::block->index; }
+inline int block_count() { return simt::block->count; }
+inline void block_barrier() { simt::meet(simt::block->barrier, int(simt::block->fibers.size())); }
+inline char* shared_memory() {
+    const auto address = reinterpret_cast<uintptr_t>(simt::block->shared.data());
+    return reinterpret_cast<char*>((address + 127) / 128 * 128);
+}
+
+inline float float_from_bits(u32 x) { float f; std::memcpy(&f, &x, 4); return f; }
+inline u32 bits_from_float(float x) { u32 u; std::memcpy(&u, &x, 4); return u; }
+inline float power_of_two(int exponent) { return float_from_bits(u32(exponent + 127) << 23); }
+
+inline uint16_t half_bits(float x) { const _Float16 h = static_cast<_Float16>(x); uint16_t b; std::memcpy(&b, &h, 2); return b; }
+inline float half_value(uint16_t b) { _Float16 h; std::memcpy(&h, &b, 2); return static_cast<float>(h); }
+inline u32 pack(float low, float high) { return half_bits(low) | u32(half_bits(high)) << 16; }
+inline float low_half(u32 x) { return half_value(uint16_t(x)); }
+inline float high_half(u32 x) { return half_value(uint16_t(x >> 16)); }
+inline u32 multiply2(u32 a, u32 b) { return pack(low_half(a) * low_half(b), high_half(a) * high_half(b)); }
+inline u32 multiply_add2(u32 a, u32 b, u32 c) {
+    return pack(low_half(a) * low_half(b) + low_half(c), high_half(a) * high_half(b) + high_half(c));
+}
+inline u32 negate2(u32 a) { return a ^ 0x80008000u; }
+inline u32 join_low(u32 a, u32 b) { return (a & 0xffffu) | b << 16; }
+inline u32 join_high(u32 a, u32 b) { return a >> 16 | (b & 0xffff0000u); }
+
+inline void matrix_multiply_add(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    struct Operands { u32 a[4], b[2]; };
+    Operands all[32];
+    simt::exchange(Operands{{a0, a1, a2, a3}, {b0, b1}}, all);
+    const int lane = thread_index() % 32;
+    for (int i = 0; i < 4; i++) {
+        const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+        float sum = 0.f;
+        for (int k = 0; k < 16; k++) {
+            const u32 a = all[row % 8 * 4 + k % 8 / 2].a[row / 8 + 2 * (k / 8)], b = all[column * 4 + k % 8 / 2].b[k / 8];
+            sum += (k % 2 ? high_half(a) : low_half(a)) * (k % 2 ? high_half(b) : low_half(b));
+        }
+        d[i] += sum;
+    }
+}
+
+template <class X>
+X shuffle(X x, int lane) { X all[32]; simt::exchange(x, all); return all[lane & 31]; }
+inline float shuffle_xor(float x, int mask) { return shuffle(x, (thread_index() % 32) ^ mask); }
+inline bool warp_any(bool x) {
+    bool all[32];
+    simt::exchange(x, all);
+    for (bool b : all) if (b) return true;
+    return false;
+}
+inline void atomic_maximum(u32* shared, u32 x) { if (x > *shared) *shared = x; }
+
+template <int kBytes>
+void copy_async(void* to, const void* from, int valid) {
+    if (reinterpret_cast<uintptr_t>(to) % kBytes || (valid > 0 && reinterpret_cast<uintptr_t>(from) % kBytes)) throw std::runtime_error("misaligned copy");
+    simt::block->current->groups.back().push_back({to, from, kBytes, valid});
+}
+inline void copy_async_commit() { simt::block->current->groups.emplace_back(); }
+template <int kPending>
+void copy_async_wait() {
+    auto& groups = simt::block->current->groups;
+    while (int(groups.size()) > kPending + 1) {
+        for (const simt::Copy& c : groups.front()) {
+            std::memset(c.to, 0, c.bytes);
+            if (c.valid > 0) std::memcpy(c.to, c.from, c.valid);
+        }
+        groups.pop_front();
+    }
+}
+
+inline uint4 load_table(const uint4* p) { return *p; }
+template <class Word>
+Word load_streaming(const Word* p) { return *p; }
+
+struct Pair { float x, y; };
+template <class Element> struct PairWord { using type = u32; };
+template <> struct PairWord<float> { using type = uint2; };
+
+inline float widen_one(bfloat16 x) { return float_from_bits(u32(x.bits) << 16); }
+inline float widen_one(float16 x) { return half_value(x.bits); }
+inline float widen_one(float x) { return x; }
+inline Pair widen(const bfloat16*, u32 w) { return {float_from_bits(w << 16), float_from_bits(w & 0xffff0000u)}; }
+inline Pair widen(const float16*, u32 w) { return {low_half(w), high_half(w)}; }
+inline Pair widen(const float*, uint2 w) { return {float_from_bits(w.x), float_from_bits(w.y)}; }
+inline void narrow_one(bfloat16* p, float x) {
+    const u32 b = bits_from_float(x);
+    p->bits = std::isnan(x) ? 0x7fc0 : uint16_t((b + 0x7fffu + (b >> 16 & 1)) >> 16);
+}
+inline void narrow_one(float16* p, float x) { p->bits = half_bits(x); }
+inline void narrow_one(float* p, float x) { *p = x; }
+template <class Element>
+void narrow_two(Element* p, float x, float y) { narrow_one(p, x), narrow_one(p + 1, y); }
