@@ -85,7 +85,7 @@ class HyenaDNAConfig(PreTrainedConfig):
     ):
         self.vocab_size = vocab_size
         self.d_model = d_model
-        self.d_inner = 4 * d_model if d_inner is None else d_inner
+        self.d_inner = d_inner
         self.use_bias = use_bias
         self.train_freq = train_freq
         self.max_seq_len = max_seq_len
@@ -110,8 +110,11 @@ class HyenaDNAConfig(PreTrainedConfig):
             raise ValueError(f"hyena_order={hyena_order} is not supported, only order 2 is.")
         if short_filter_order != 3:
             raise ValueError(f"short_filter_order={short_filter_order} is not supported, only 3 taps are.")
-        check_filter_fields(emb_dim=emb_dim, max_seq_len=max_seq_len)
         super().__init__(**without_local_code(kwargs))
+        # The names of `attribute_map` have taken effect by now.
+        check_filter_fields(self.emb_dim, max_seq_len=self.max_seq_len)
+        if self.d_inner is None:
+            self.d_inner = 4 * self.d_model
 
     @classmethod
     def from_original_config(cls, config: dict[str, Any] | str | os.PathLike[str], **kwargs: Any) -> "HyenaDNAConfig":

@@ -25,6 +25,8 @@ def long_conv(x: torch.Tensor, k: torch.Tensor, skip: torch.Tensor, k_rev: torch
     Returns:
         `torch.Tensor`: Shape and dtype of `x`; computed in float32, or in float64 where an operand is float64.
     """
+    if x.numel() == 0:
+        return x.clone()
     length = x.shape[-1]
     fft_size = 2 * length
     dtype = torch.promote_types(torch.promote_types(x.dtype, k.dtype), torch.float32)

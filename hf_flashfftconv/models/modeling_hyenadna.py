@@ -1,5 +1,6 @@
 """HyenaDNA (Nguyen et al. 2023, https://arxiv.org/abs/2306.15794), as in the `LongSafari/hyenadna-*-hf` repos."""
 
+import logging
 import math
 from functools import cache
 from typing import Any
@@ -15,7 +16,9 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_hyenadna import HyenaDNAConfig
 from .hyena import HyenaFilter, HyenaOperator
-from .pretrained import LongConvPreTrainedModel, logger
+from .pretrained import LongConvPreTrainedModel, check_inputs
+
+logger = logging.getLogger(__name__)
 
 
 class HyenaMlp(nn.Module):
@@ -155,10 +158,9 @@ class HyenaDNAModel(HyenaDNAPreTrainedModel):
             return_dict (`bool`, *optional*): `False` returns a tuple.
 
         Raises:
-            ValueError: If not exactly one input is given, or if it is too long.
+            ValueError: If not exactly one input is given, or if it is empty or too long.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        check_inputs(input_ids, inputs_embeds)
         _warn_if_padded_before_tokens(attention_mask)
         if inputs_embeds is None:
             inputs_embeds = self.backbone.embeddings(input_ids)

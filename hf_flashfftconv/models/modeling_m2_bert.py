@@ -14,7 +14,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_m2_bert import M2BertConfig
 from .monarch import BlockdiagLinear, MonarchMixerSequenceMixing
-from .pretrained import LongConvPreTrainedModel
+from .pretrained import LongConvPreTrainedModel, check_inputs
 
 
 class M2BertMlp(nn.Module):
@@ -190,10 +190,9 @@ class M2BertModel(M2BertPreTrainedModel):
             return_dict (`bool`, *optional*): `False` returns a tuple.
 
         Raises:
-            ValueError: If not exactly one input is given, or if it is too long.
+            ValueError: If not exactly one input is given, or if it is empty or too long.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        check_inputs(input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.embeddings.word_embeddings(input_ids)
         states = self.encoder(self.embeddings(inputs_embeds, token_type_ids, position_ids))

@@ -1,6 +1,5 @@
 """What the model families share as transformers models: initialisation, shared frequencies, checked loading."""
 
-import logging
 import math
 from typing import Any
 
@@ -12,10 +11,6 @@ from transformers import initialization as init
 
 from ..errors import CheckpointError
 from .hyena import HyenaExponentialModulation, HyenaFilter, HyenaPositionalEmbedding, HyenaSin
-
-logger = logging.getLogger(__name__)
-
-_REBUILT_FROM_CONFIG = (".pos_emb.z", ".pos_emb.t", ".modulation.deltas", ".position_ids")
 
 
 class LongConvPreTrainedModel(PreTrainedModel):
@@ -48,20 +43,12 @@ class LongConvPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """Adds the sine frequencies, which one module shares between all layers of a filter, to the tied weights."""
-        tied = dict(super().get_expanded_tied_weights_keys(all_submodels))
-        for prefix, module in self.named_modules():
-            if isinstance(module, HyenaFilter):
-                tied.update({f"{prefix}.{k}": f"{prefix}.{v}" for k, v in module._tied_weights_keys.items()})
-        return tied
-
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Loads a checkpoint as [`~transformers.PreTrainedModel.from_pretrained`] does, but never half of one.
 
         Heads may be missing, as when fine-tuning starts from a language model; weights of the base model may not,
-        except tables that the configuration determines.
+        except buffers, which the configuration determines.
 
         Raises:
             CheckpointError: If the file is truncated, if weights of the base model are missing, or if a shape differs
@@ -93,11 +80,21 @@ class LongConvPreTrainedModel(PreTrainedModel):
         return (model, info) if want_info else model
 
 
+def check_inputs(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> None:
+    """Raises `ValueError` unless exactly one of the two is given and holds at least one token."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+    given = input_ids if inputs_embeds is None else inputs_embeds
+    if given is not None and given.shape[1] == 0:
+        raise ValueError(f"The input of shape {tuple(given.shape)} has no tokens; at least one is needed.")
+
+
 def _missing_weights(model: PreTrainedModel, missing: set[str]) -> list[str]:
-    has_head = model.base_model is not model
-    prefix = model.base_model_prefix + "." if has_head else ""
-    return [
-        f"{key} is missing"
-        for key in sorted(missing)
-        if key.startswith(prefix) and not key.endswith(_REBUILT_FROM_CONFIG) and ".pooler." not in f".{key}"
-    ]
+    base = "" if model.base_model is model else f"{model.base_model_prefix}."
+    # Buffers are tables that initialisation has computed anew.
+    needed = {
+        name
+        for name, _ in model.named_parameters(remove_duplicate=False)
+        if name.startswith(base) and not name.startswith(f"{base}pooler.")
+    }
+    return [f"{key} is missing" for key in sorted(missing & needed)]
