@@ -5,6 +5,7 @@ Module and attribute names are those of the checkpoints on the Hub, which [`patc
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -121,6 +122,8 @@ class HyenaExponentialModulation(nn.Module):
 class HyenaFilter(nn.Module):
     """Implicit long filter: a small sine network of the position, times a decay (paper section 3.3).
 
+    The network runs in the dtype of its weights, under autocast too.
+
     Args:
         channels (`int`): Number of filters.
         emb_dim (`int`): Features of a position, odd and at least 3.
@@ -187,7 +190,10 @@ class HyenaFilter(nn.Module):
 
     def _taps(self, network: nn.Sequential, length: int) -> torch.Tensor:
         z, t = self.pos_emb(length)
-        h = self.modulation(t, network(z.to(network[0].weight.dtype)))
+        # Sines of high frequency do not survive bfloat16, and autocast would gain nothing on a network this small.
+        device = z.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+            h = self.modulation(t, network(z.to(network[0].weight.dtype)))
         return h / torch.linalg.vector_norm(h, ord=1, dim=-1, keepdim=True) if self.normalized else h
 
     def filter(self, length: int) -> torch.Tensor:
