@@ -55,14 +55,11 @@ def __dir__() -> list[str]:
 
 def _register() -> None:
     """Make the Auto classes of transformers know this package; calling it again changes nothing."""
-    try:
-        from . import models
-        from .sparsity import quantizer
+    from . import models
+    from .sparsity import quantizer
 
-        models.register()
-        quantizer.register()
-    except (ImportError, AttributeError):
-        return
+    models.register()
+    quantizer.register()
 
 
 _register()

@@ -42,7 +42,7 @@ BFLOAT16 = _in_roundings(torch.bfloat16, 1.3, 1.6, 1.5, 2e-3)
 FLOAT16 = _in_roundings(torch.float16, 6, 8, 8, 2e-3)
 FLOAT32_TF32 = Bounds(torch.float32, 1.3e-3, 2e-3, 2e-3, 2e-3)
 FLOAT32 = Bounds(torch.float32, 2e-6, 4e-6, 4e-6, 4e-6)
-FLOAT64 = Bounds(torch.float64, 4e-15, 8e-15, 8e-15, 8e-15)
+FLOAT64 = Bounds(torch.float64, 1e-14, 4e-13, 1e-14, 1e-14)
 BOUNDS = {bounds.dtype: bounds for bounds in (BFLOAT16, FLOAT16, FLOAT32, FLOAT64)}
 
 
