@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .adapters.repair import declare_tied_weights
+from .adapters.repair import declare_shared_weights
 from .errors import CheckpointError
 from .shim import SHIM, auto_class_of, is_native, origin, write_shim
 from .sparsity import sparsity_report
@@ -96,6 +96,8 @@ def push_to_hub(
     """
     Publishes a model on the Hugging Face Hub: the files of [`save_pretrained`] in one commit.
 
+    After training, publish with this function and not with `Trainer.push_to_hub`, which writes no loader file.
+
     Args:
         model (`nn.Module`):
             As in [`save_pretrained`], like `tokenizer`, `base_model`, `license`, `tags` and `max_shard_size`.
@@ -152,7 +154,7 @@ def _write(
 ) -> None:
     folder.mkdir()
     # older remote code shares parameters without saying so, which transformers refuses to save
-    declare_tied_weights(model)
+    declare_shared_weights(model)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -176,7 +178,7 @@ def _write(
         auto_class=auto_class_of(type(model)),
         remote_code=not native,
         shim=f"{SHIM}.py" if report or native else None,
-        report=report.to_markdown(),
+        report=report.to_markdown() if report else None,
         dropped=f"{1 - report.density:.0%}",
     ).save(folder / "README.md")
 

@@ -33,6 +33,11 @@ def sparsify_model(
     masked at twice its full length, with one mask for all its channels. A causal filter stays causal: what masking
     moves to its negative lags is dropped, see [`sparsity_report`]. Works on patched and unpatched models alike.
 
+    Transformers models save, load and train as usual where this package is imported. Where it is not, remote code would
+    run with dense filters and no more than a warning: share models by [`hf_flashfftconv.save_pretrained`] or
+    [`hf_flashfftconv.push_to_hub`], which add a loader file. A sparse filter is always generated at full length, so
+    training on much shorter sequences costs more than with dense filters.
+
     Args:
         model (`nn.Module`):
             A model with Hyena filters; changed in place. It may be wrapped (PEFT, torch.compile, data parallel).

@@ -176,7 +176,8 @@ class _Blocks:
         self.starts = list(range(0, len(energy), block))
         self.stops = [*self.starts[1:], len(energy)]
         self.sizes = torch.tensor(self.stops) - torch.tensor(self.starts)
-        self.energy = torch.stack([part.sum() for part in energy.detach().double().cpu().split(block)])
+        padding = block * len(self.starts) - len(energy)
+        self.energy = torch.nn.functional.pad(energy.detach().double().cpu(), (0, padding)).view(-1, block).sum(1)
         self.per_bin = self.energy / self.sizes
         self.order = torch.sort(self.per_bin, descending=True, stable=True).indices
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import SparsityError
 from .calibration import ModelInputs, filter_energies, output_energies
-from .filters import check_mask, find_filters, is_sparse, make_dense, make_sparse
+from .filters import check_mask, find_filters, make_dense, make_sparse
 from .pattern import FrequencyMask, select_masks
 
 Pattern: TypeAlias = "int | float | FrequencyMask | Mapping[str, FrequencyMask]"
@@ -38,9 +38,6 @@ def plan_masks(
             "as in Hyena, HyenaDNA and M2-BERT"
         )
     chosen = _select(filters, list(pattern) if isinstance(pattern, Mapping) else layers)
-    for name, module in chosen.items():
-        if is_sparse(module):
-            raise SparsityError(f"{name} is sparse already; call densify_model first to choose another mask")
     if isinstance(pattern, Mapping):
         return {name: pattern[name] for name in chosen}
     if isinstance(pattern, FrequencyMask):

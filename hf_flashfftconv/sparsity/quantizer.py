@@ -17,6 +17,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..adapters.repair import declare_shared_weights
 from ..errors import CheckpointError, SparsityError
 from .checkpoint import check_checkpoint
 from .filters import find_filters, is_sparse, make_dense
@@ -130,6 +131,11 @@ class FlashFFTSparseQuantizer(HfQuantizer):
             if is_sparse(module):
                 make_dense(module)
         return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        # called when a model is saved; older remote code shares parameters without saying so, which would fail there
+        declare_shared_weights(model)
+        return None, {}
 
     def is_serializable(self) -> bool:
         return True
