@@ -162,6 +162,10 @@ def test_public_names() -> None:
         assert getattr(hf_flashfftconv, name).__doc__
 
 
+def test_one_version() -> None:
+    assert f'\nversion = "{hf_flashfftconv.__version__}"\n' in (PACKAGE.parent / "pyproject.toml").read_text()
+
+
 def test_unknown_names_are_attribute_errors() -> None:
     with pytest.raises(AttributeError, match="module 'hf_flashfftconv' has no attribute 'fft_convolve'"):
         hf_flashfftconv.fft_convolve  # noqa: B018
