@@ -254,6 +254,19 @@ def test_missing_weights_are_refused_by_name(gone: str, tmp_path: Path) -> None:
         HyenaDNAForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("build", [tiny_hyena, tiny_m2bert])
+def test_a_tied_embedding_must_be_there_under_one_of_its_names(build, tmp_path: Path) -> None:
+    model = build()
+    model.save_pretrained(tmp_path)
+    name = next(key for key in model.state_dict() if key.endswith("word_embeddings.weight"))
+    head = next(alias for alias, source in model.all_tied_weights_keys.items() if source == name)
+    rewrite(tmp_path, lambda state: {head if key == name else key: value for key, value in state.items()})
+    assert torch.equal(type(model).from_pretrained(tmp_path)(dna_ids()).logits, model(dna_ids()).logits)
+    rewrite(tmp_path, lambda state: {key: value for key, value in state.items() if key != head})
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.") + " is missing"):
+        type(model).from_pretrained(tmp_path)
+
+
 def test_trained_positions_of_m2_bert_must_be_there(tmp_path: Path) -> None:
     model = tiny_m2bert()
     model.save_pretrained(tmp_path)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import dispatch_model
 from model_factory import dna_ids, tiny_hyena, tiny_hyenadna, tiny_hyenadna_classifier, tiny_m2bert
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
@@ -99,13 +98,19 @@ def test_low_rank_adapters_train_and_merge() -> None:
 
 
 @pytest.mark.parametrize("build", [tiny_hyenadna, tiny_m2bert])
-def test_device_maps_keep_blocks_whole(build, tmp_path: Path) -> None:
+def test_device_maps_with_a_block_on_disk(build, tmp_path: Path) -> None:
     model, ids = build(), dna_ids()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.03 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path)
     assert torch.equal(type(model).from_pretrained(tmp_path, device_map="cpu")(ids).logits, model(ids).logits)
-    block = next(name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules)
-    half = {name: "cpu" for name, _ in model.named_children()}
-    assert block and model._no_split_modules
-    assert torch.equal(
-        dispatch_model(model, half, main_device="cpu", force_hooks=True)(ids).logits, build()(ids).logits
-    )
+    names = {type(module).__name__ for module in model.modules()}
+    assert names >= set(model._no_split_modules)
+    blocks = [name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules]
+    others = [name.rpartition(".")[0] for name, _ in model.named_parameters() if not name.startswith(tuple(blocks))]
+    device_map = {name: "cpu" for name in blocks + others} | {blocks[-1]: "disk"}
+    options = {"offload_folder": tmp_path / "offload", "offload_buffers": True}
+    offloaded = type(model).from_pretrained(tmp_path, device_map=device_map, **options)
+    assert {parameter.device.type for parameter in offloaded.parameters()} == {"cpu", "meta"}
+    assert torch.equal(offloaded(ids).logits, model(ids).logits)

@@ -43,6 +43,22 @@ class LongConvPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Adds the sine frequencies, which one module shares between all layers of a filter, to the tied weights."""
+        tied = dict(super().get_expanded_tied_weights_keys(all_submodels))
+        for prefix, module in self.named_modules():
+            if isinstance(module, HyenaFilter):
+                tied.update({f"{prefix}.{k}": f"{prefix}.{v}" for k, v in module._tied_weights_keys.items()})
+        return tied
+
+    def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
+        """Keeps a tied weight on the list of missing ones when a checkpoint has it under none of its names."""
+        tied = self.all_tied_weights_keys
+        found = {source for alias, source in tied.items() if alias not in loading_info.missing_keys}
+        absent = (set(tied.values()) - found) & loading_info.missing_keys
+        super().mark_tied_weights_as_initialized(loading_info)
+        loading_info.missing_keys |= absent
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Loads a checkpoint as [`~transformers.PreTrainedModel.from_pretrained`] does, but never half of one.
@@ -91,10 +107,10 @@ def check_inputs(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | N
 
 def _missing_weights(model: PreTrainedModel, missing: set[str]) -> list[str]:
     base = "" if model.base_model is model else f"{model.base_model_prefix}."
-    # Buffers are tables that initialisation has computed anew.
+    # Aliases are not listed: they are missing from every checkpoint. Buffers have been computed anew.
     needed = {
         name
-        for name, _ in model.named_parameters(remove_duplicate=False)
+        for name, _ in model.named_parameters()
         if name.startswith(base) and not name.startswith(f"{base}pooler.")
     }
-    return [f"{key} is missing" for key in sorted(missing & needed)]
+    return [f"{name} is missing" for name in sorted(missing & needed)]
