@@ -1,0 +1,74 @@
+"""The examples, run as a reader runs them, with fewer steps."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fakehub import LoopbackHub
+from transformers import AutoConfig
+
+import hf_flashfftconv
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_example(name: str, *arguments: object, environment: dict[str, str] | None = None) -> str:
+    """What an example prints; the package is the one under test, installed or not."""
+    path = os.pathsep.join([str(Path(hf_flashfftconv.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    settings = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", **(environment or {})}
+    command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
+    result = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def table(output: str) -> dict[str, float]:
+    """The rows of the quickstart's table."""
+    return {name: float(value) for name, value in re.findall(r"^  (\S.*?) {2,}(\S+)$", output, re.MULTILINE)}
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("quickstart") / "model"
+    return folder, run_example("quickstart.py", "--steps", 5, "--output", folder)
+
+
+def check(output: str) -> None:
+    rows = table(output)
+    assert rows["trained"] < rows["before training"]
+    assert rows["sparse, saved and reloaded"] == rows["sparse, 6% of the frequencies"]
+    assert rows["patched to unpatched, logits"] < 1e-5
+    assert 0 < rows["patched to unpatched, gradients"] < 1e-5
+    assert rows["reloaded to saved, logits"] == 0
+    assert re.search(r"^2 of 2 long convolutions replaced$", output, re.MULTILINE)
+
+
+def test_quickstart(quickstart: tuple[Path, str]) -> None:
+    folder, output = quickstart
+    check(output)
+    assert table(output)["before training"] > 10, "a model that knows nothing guesses among all tokens"
+    assert (folder / "quickstart.png").read_bytes().startswith(b"\x89PNG")
+    assert AutoConfig.from_pretrained(folder).quantization_config["masks"].keys() == {
+        f"backbone.layers.{layer}.mixer.filter_fn" for layer in range(2)
+    }
+
+
+def test_quickstart_on_a_saved_model(quickstart: tuple[Path, str], tmp_path: Path) -> None:
+    output = run_example("quickstart.py", "--model", quickstart[0], "--steps", 2, "--output", tmp_path / "tuned")
+    check(output)
+
+
+def test_push_to_hub(quickstart: tuple[Path, str], tmp_path: Path) -> None:
+    with LoopbackHub() as hub:
+        environment = hub.environment(tmp_path)
+        output = run_example(
+            "push_to_hub.py", "--model", quickstart[0], "--repo", "tester/lambda", environment=environment
+        )
+        files = hub.repositories["tester/lambda"].files
+    assert f"pushed {hub.url}/tester/lambda/commit/" in output
+    assert "logits differ by 0.0e+00" in output
+    assert "hyena.backbone.layers.1.mixer.filter_fn" in output, "the published filters are sparse"
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer_config.json"} <= files.keys()
