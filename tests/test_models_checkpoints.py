@@ -311,6 +311,18 @@ def test_constant_tables_of_another_library_are_ignored(tmp_path: Path) -> None:
     assert torch.equal(loaded(dna_ids()).logits, model(dna_ids()).logits)
 
 
+def test_older_m2_bert_repositories(tmp_path: Path) -> None:
+    """Their model type is that of BERT, and their file a pickle of tensors with every alias in it."""
+    model = tiny_m2bert()
+    model.config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    loaded, info = M2BertForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(loaded(dna_ids()).logits, model(dna_ids()).logits)
+
+
 def test_checkpoints_of_the_original_code() -> None:
     model = tiny_hyenadna()
     wrapped = {}

@@ -8,6 +8,8 @@ from model_factory import dna_ids, tiny_hyena, tiny_hyenadna, tiny_hyenadna_clas
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
+from hf_flashfftconv.models import HyenaDNAForCausalLM
+
 REPEAT = torch.tensor([7, 8, 8, 10, 9, 7, 10])
 
 
@@ -85,8 +87,9 @@ def test_autocast_stays_close_to_float32(build) -> None:
     assert ((logits - model(ids).logits).norm() / model(ids).logits.norm()).item() < 0.03
 
 
-def test_low_rank_adapters_train_and_merge() -> None:
-    model, ids = tiny_hyenadna(), dna_ids()
+def test_low_rank_adapters_train_load_and_merge(tmp_path: Path) -> None:
+    tiny_hyenadna().save_pretrained(tmp_path / "base")
+    model, ids = HyenaDNAForCausalLM.from_pretrained(tmp_path / "base"), dna_ids()
     expected = model(ids).logits
     adapted = get_peft_model(model, LoraConfig(target_modules=["in_proj", "out_proj"], r=2, init_lora_weights=False))
     assert not torch.allclose(adapted(ids).logits, expected)
@@ -94,6 +97,8 @@ def test_low_rank_adapters_train_and_merge() -> None:
     trained = [name for name, parameter in adapted.named_parameters() if parameter.grad is not None]
     assert trained and all("lora" in name for name in trained)
     logits = adapted(ids).logits
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert torch.allclose(HyenaDNAForCausalLM.from_pretrained(tmp_path / "adapter")(ids).logits, logits, atol=1e-4)
     assert torch.allclose(adapted.merge_and_unload()(ids).logits, logits, atol=1e-4)
 
 

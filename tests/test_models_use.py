@@ -111,6 +111,8 @@ def test_generate_continues_greedily(build) -> None:
     assert torch.equal(generated, expected)
     embedded = model.get_input_embeddings()(ids)
     assert torch.equal(model.generate(inputs_embeds=embedded, max_new_tokens=9, do_sample=False), expected[:, 12:])
+    with pytest.raises(ValueError, match="not both"):
+        model.generate(ids, inputs_embeds=embedded, max_new_tokens=9)
 
 
 def test_generate_samples_searches_and_stops() -> None:
@@ -289,3 +291,15 @@ def test_an_empty_batch_gives_empty_logits_and_an_empty_sequence_an_error() -> N
         assert model(dna_ids(2, 10)[:0]).logits.shape[:2] == (0, 10)
         with pytest.raises(ValueError, match=r"shape \(2, 0\) has no tokens"):
             model(dna_ids(2, 10)[:, :0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("build", BUILDERS)
+def test_on_a_gpu(build) -> None:
+    model, ids = build(), dna_ids()
+    expected = model(ids).logits
+    model.cuda()
+    assert torch.allclose(model(ids.cuda()).logits.cpu(), expected, rtol=1e-3, atol=1e-3)
+    with torch.autocast("cuda", torch.bfloat16):
+        logits = model(ids.cuda(), attention_mask=torch.ones_like(ids).cuda()).logits.float().cpu()
+    assert (logits - expected).norm() < 0.05 * expected.norm()

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -41,7 +41,7 @@ class HyenaDNAConfig(PreTrainedConfig):
     """
 
     model_type = "hyenadna"
-    attribute_map = {  # noqa: RUF012 (transformers declares it a ClassVar)
+    attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "d_model",
         "intermediate_size": "d_inner",
         "num_hidden_layers": "n_layer",

@@ -3,7 +3,7 @@
 import logging
 import math
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -172,7 +172,9 @@ class HyenaDNAModel(HyenaDNAPreTrainedModel):
 class HyenaDNAForCausalLM(HyenaDNAPreTrainedModel, GenerationMixin):
     """HyenaDNA with a language modelling head. `generate` has no cache: each token costs one forward pass."""
 
-    _tied_weights_keys = {"lm_head.weight": "hyena.backbone.embeddings.word_embeddings.weight"}  # noqa: RUF012
+    _tied_weights_keys: ClassVar[dict[str, str]] = {
+        "lm_head.weight": "hyena.backbone.embeddings.word_embeddings.weight"
+    }
 
     def __init__(self, config: HyenaDNAConfig):
         super().__init__(config)
@@ -195,11 +197,14 @@ class HyenaDNAForCausalLM(HyenaDNAPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Always passes the whole sequence: there is no cache. A prompt is either `input_ids` or `inputs_embeds`."""
         if inputs_embeds is None:
             return {"input_ids": input_ids, "attention_mask": attention_mask}
+        if is_first_iteration and input_ids.shape[1]:
+            raise ValueError("Without a cache a prompt is either input_ids or inputs_embeds, not both.")
         generated = self.get_input_embeddings()(input_ids)
         return {"inputs_embeds": torch.cat([inputs_embeds, generated], dim=1), "attention_mask": attention_mask}
 

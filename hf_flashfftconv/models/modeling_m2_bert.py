@@ -1,7 +1,7 @@
 """M2-BERT (Fu et al. 2023, Monarch Mixer, https://arxiv.org/abs/2310.12109), compatible with the Hub's checkpoints."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -226,7 +226,9 @@ class M2BertPredictionHead(nn.Module):
 class M2BertForMaskedLM(M2BertPreTrainedModel):
     """M2-BERT with a masked language modelling head."""
 
-    _tied_weights_keys = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"}  # noqa: RUF012
+    _tied_weights_keys: ClassVar[dict[str, str]] = {
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"
+    }
 
     def __init__(self, config: M2BertConfig):
         super().__init__(config)

@@ -109,8 +109,6 @@ def _missing_weights(model: PreTrainedModel, missing: set[str]) -> list[str]:
     base = "" if model.base_model is model else f"{model.base_model_prefix}."
     # Aliases are not listed: they are missing from every checkpoint. Buffers have been computed anew.
     needed = {
-        name
-        for name, _ in model.named_parameters()
-        if name.startswith(base) and not name.startswith(f"{base}pooler.")
+        name for name, _ in model.named_parameters() if name.startswith(base) and not name.startswith(f"{base}pooler.")
     }
     return [f"{name} is missing" for name in sorted(missing & needed)]

@@ -1,6 +1,7 @@
 """Makes the Auto classes of transformers find the models of this package."""
 
 import logging
+from functools import cache
 from typing import Any
 
 from transformers import (
@@ -52,6 +53,7 @@ def register() -> None:
     AutoTokenizer.register(HyenaDNAConfig, slow_tokenizer_class=_yielding(HyenaDNATokenizer), exist_ok=True)
 
 
+@cache
 def _yielding(target: type) -> type:
     """A stand-in for `target` that gives way to the code of a repository when the user trusts it.
 
@@ -62,9 +64,6 @@ def _yielding(target: type) -> type:
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
         return target(*args, **kwargs)
 
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        raise TypeError(f"{target.__name__} stand-ins are not instantiated")
-
     module = f"transformers.models.{target.__module__.rpartition('.')[2]}"
     namespace = {"__module__": module, "__qualname__": target.__qualname__, "__doc__": target.__doc__}
-    return type(target)(target.__name__, (target,), {**namespace, "__new__": new, "__init__": init})
+    return type(target)(target.__name__, (target,), {**namespace, "__new__": new})

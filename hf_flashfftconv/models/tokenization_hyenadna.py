@@ -1,6 +1,6 @@
 """Character-level DNA tokenizer of the HyenaDNA models."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizer
 
@@ -23,7 +23,7 @@ class HyenaDNATokenizer(PreTrainedTokenizer):
         padding_side (`str`, *optional*, defaults to `"left"`): Where padding goes.
     """
 
-    model_input_names = ["input_ids"]  # noqa: RUF012 (transformers declares it a plain list)
+    model_input_names: ClassVar[list[str]] = ["input_ids"]
 
     def __init__(
         self,
