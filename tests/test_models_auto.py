@@ -74,8 +74,7 @@ def test_a_hub_repository_loads_natively_unless_its_code_is_trusted(repo: Path) 
         assert type(trusted).__module__.startswith("transformers_modules.")
 
 
-def test_native_and_remote_classes_agree_on_half_of_everything_else(repo: Path) -> None:
-    """Gradients of the same checkpoint, and the two failures of the Hub's code that the native class does not share."""
+def test_gradients_are_those_of_the_remote_code_and_its_failures_are_not_shared(repo: Path) -> None:
     ids = dna_ids()
     native = AutoModelForCausalLM.from_pretrained(repo)
     remote = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True)
@@ -90,6 +89,14 @@ def test_native_and_remote_classes_agree_on_half_of_everything_else(repo: Path) 
     with pytest.raises(TypeError, match="attention_mask"):
         remote(input_ids=ids, attention_mask=torch.ones_like(ids))
     assert not hasattr(remote, "generate")
+
+
+def test_tables_are_those_of_the_remote_code_bit_for_bit(repo: Path) -> None:
+    config = AutoConfig.from_pretrained(repo, trust_remote_code=True, max_seq_len=1026)
+    remote = AutoModel.from_config(config, trust_remote_code=True).backbone.layers[0].mixer.filter_fn
+    native = tiny_hyenadna(max_seq_len=1026).hyena.backbone.layers[0].mixer.filter_fn
+    for name, table in remote.named_buffers():
+        assert torch.equal(native.get_buffer(name), table), name
 
 
 def test_the_tokenizer_follows_the_same_rule(repo: Path) -> None:
