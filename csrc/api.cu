@@ -7,6 +7,11 @@ static int log2_of(int x) {
     return log;
 }
 
+static Divider divider(int divisor) {
+    const int log = log2_of(divisor);
+    return {divisor, u32(((uint64_t(1) << (31 + log)) + divisor - 1) / divisor), u32(log > 0 ? log - 1 : 0)};
+}
+
 static bool valid(const fft_conv_params& p) {
     const int radix = p.fft_size / kColumns, reach = p.half ? p.fft_size / 2 : p.fft_size;
     return radix >= 1 && (radix & (radix - 1)) == 0 && radix * kColumns == p.fft_size && p.batch > 0 && p.channels > 0 && p.length > 0 && p.length <= reach;
@@ -24,6 +29,7 @@ static LaunchParams derive(const fft_conv_params& p) {
         derived.pair_aligned = std::min(derived.pair_aligned, common_alignment(*t, bytes));
     derived.pair_aligned = derived.pair_aligned >= 2 * bytes;
     derived.log_radix = log2_of(p.fft_size / kColumns);
+    derived.pairs = divider((p.batch + 1) / 2);
     return derived;
 }
 

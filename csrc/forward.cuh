@@ -5,23 +5,78 @@
 
 template <class T>
 struct ForwardPlan {
-    static constexpr int bytes(int tensors) { return T::kRowBytes + T::kEnergyBytes + tensors * T::kStageBytes; }
+    static constexpr int kBarrierBytes = 32;
+    static constexpr int bytes(int tensors) { return T::kRowBytes + T::kEnergyBytes + kBarrierBytes + tensors * T::kStageBytes; }
     static constexpr int blocks(int tensors) { return T::kThreads <= 256 && 2 * (bytes(tensors) + 1024) <= kSharedLimit + 1024 ? 2 : 1; }
     static constexpr int kBlocks = blocks(2);                                                           // resident on a multiprocessor
     static constexpr bool kStagePost = bytes(3) <= kSharedLimit && blocks(3) == kBlocks;
     static constexpr int kSharedBytes = bytes(kStagePost ? 3 : 2);
 };
 
+// Where one sequence of the tile goes, and what undoes its scales; the imaginary one comes out conjugated.
+template <class T>
+struct Output {
+    typename T::Element* data;
+    const typename T::Element* gate;
+    float factor;
+    bool valid;
+
+    DEVICE Output(const LaunchParams& params, const TileSequences& sequences, float scale, int owner) {
+        const int row = shuffle(sequences.row, owner), channel = shuffle(sequences.channel, owner);
+        valid = shuffle(int(sequences.valid), owner);
+        factor = shuffle(scale, owner) * (owner % 2 == 0 ? 1.f : -1.f);
+        data = sequence_data<typename T::Element>(params.output, row, channel);
+        gate = sequence_data<const typename T::Element>(params.post_gate, row, channel);
+    }
+};
+
+// Gates and stores a tile. kRegular: every position of every slot exists, pairs are aligned, and the gate is staged if kGated and absent if not.
+template <class T, bool kRegular, bool kGated>
+DEVICE void store_output(const OuterResult<T>& result, const LaunchParams& params, const TileSequences& sequences, SlotMap<T> slots,
+                         const Stage<T>& post, float scale, int warp, int lane) {
+    const int column = outer_column(warp, lane);
+#pragma unroll
+    for (int c = 0; c < 2; c++) {
+        Output<T> output(params, sequences, scale, c);
+#pragma unroll
+        for (int n = 0; n < OuterResult<T>::kTiles; n++) {
+            const int slot = OuterResult<T>::slot(n, warp, lane);
+            if (T::kMaxPairs > 1) output = Output<T>(params, sequences, scale, 2 * slots.pair(slot) + c);
+            if (!output.valid) continue;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int at = column + 128 * half, position = slots.position(slot) + at;
+                float y0 = result.value[n][0][2 * half + c] * output.factor, y1 = result.value[n][1][2 * half + c] * output.factor;
+                if constexpr (kRegular) {
+                    if constexpr (kGated) {
+                        const Pair gate = post.load(c, slot, at);
+                        y0 *= gate.x, y1 *= gate.y;
+                    }
+                    narrow_two(output.data + position, y0, y1);
+                } else if (position < params.length) {
+                    if (params.post_gate.data) {
+                        const Pair gate = post.memory ? post.load(c, slot, at) : load_global(output.gate, position, params.length, params.pair_aligned);
+                        y0 *= gate.x, y1 *= gate.y;
+                    }
+                    store_global(output.data, position, params.length, params.pair_aligned, y0, y1);
+                }
+            }
+        }
+    }
+}
+
 template <class T>
 DEVICE void forward_tiles(const LaunchParams& params) {
     using Plan = ForwardPlan<T>;
     using Element = typename T::Element;
-    const int warp = thread_index() / 32, lane = thread_index() % 32, column = 2 * (warp % 8 * 8 + lane / 4);
+    const int warp = thread_index() / 32, lane = thread_index() % 32, column = outer_column(warp, lane);
     uint4* rows = reinterpret_cast<uint4*>(shared_memory());
     SequenceScales<T> scales{reinterpret_cast<float*>(shared_memory() + T::kRowBytes), 1.f};
-    char* const stage_u = shared_memory() + T::kRowBytes + T::kEnergyBytes;
-    char* const stage_pre = stage_u + T::kStageBytes;
-    char* const stage_post = stage_pre + T::kStageBytes;
+    uint64_t* const barriers = reinterpret_cast<uint64_t*>(shared_memory() + T::kRowBytes + T::kEnergyBytes);
+    char* const stages = shared_memory() + T::kRowBytes + T::kEnergyBytes + Plan::kBarrierBytes;
+    const bool gated = params.pre_gate.data, stage_post = Plan::kStagePost && params.post_gate.data, bulk = Transfer<T>::bulk(params);
+    const Transfer<T> inputs{{stages}, {gated ? stages + T::kStageBytes : nullptr}, {barriers}};
+    const Transfer<T> post{{stages + 2 * T::kStageBytes}, {nullptr}, {barriers + 1}};
 
     const int radix = 1 << params.log_radix, pairs_per_tile = T::kRows >> params.log_radix;
     const SlotMap<T> slots{params.log_radix - (T::kSlots < T::kRows)};
@@ -29,72 +84,68 @@ DEVICE void forward_tiles(const LaunchParams& params) {
 
     const Tables<T> tables(params.tables);
 
-    auto stage_inputs = [&](int tile) {
-        if (tile < range.last) {
-            const TileSequences sequences(params, tile * pairs_per_tile, lane);
-            stage<T>(stage_u, params.u, params.alignment, params.length, slots, sequences);
-            if (params.pre_gate.data) stage<T>(stage_pre, params.pre_gate, params.alignment, params.length, slots, sequences);
-        }
-        copy_async_commit();
-    };
+    inputs.initialise();
+    if (stage_post) post.initialise();
+    block_barrier();
+    TileSequences sequences(params, range.first * pairs_per_tile, lane);
+    if (range.first < range.last) inputs.start(params.u, params.pre_gate, params, slots, sequences);
+    copy_async_commit();
 
-    stage_inputs(range.first);
-    for (int tile = range.first; tile < range.last; tile += range.step) {
-        const TileSequences sequences(params, tile * pairs_per_tile, lane);
-        copy_async_wait<0>();
-        block_barrier();
+    int parity = 0;
+    for (int tile = range.first; tile < range.last; tile += range.step, parity ^= 1) {
+        if (bulk) {
+            inputs.arrived.wait(parity);
+        } else {
+            copy_async_wait<0>();
+            block_barrier();
+        }
         u32 x[T::kSlots / 4][4];
-        scales.pack_scaled(x, stage_u, params.pre_gate.data ? stage_pre : nullptr, slots, sequences.valid, column, warp, lane);
+        scales.pack_scaled(x, inputs.first, inputs.second, slots, sequences.valid, column, warp, lane);
 
         // Every thread has read its inputs (a barrier has passed): the next tile's may come.
-        if (Plan::kStagePost && params.post_gate.data) stage<T>(stage_post, params.post_gate, params.alignment, params.length, slots, sequences);
+        const TileSequences current = sequences;
+        if (stage_post) post.start(params.post_gate, {}, params, slots, current);
         copy_async_commit();
-        stage_inputs(tile + range.step);
+        sequences = TileSequences(params, (tile + range.step) * pairs_per_tile, lane);
+        if (tile + range.step < range.last) inputs.start(params.u, params.pre_gate, params, slots, sequences);
+        copy_async_commit();
 
         outer_forward<T>(x, rows, tables.outer, warp, lane);
         InnerConstants constants;
         constants.load(tables.inner, lane);
+        const uint4* const spectra = reinterpret_cast<const uint4*>(params.spectrum) + int64_t(current.channel) * radix * 64;
+        RowFragment next_twiddle;
+        next_twiddle.load_twiddles(tables.twiddle + (warp & (radix - 1)) * 64, lane);
         block_barrier();
 #pragma unroll 1
         for (int row = warp; row < T::kRows; row += T::kWarps) {
-            const int k1 = row & (radix - 1), channel = shuffle(sequences.channel, 2 * (row >> params.log_radix));
+            const RowFragment twiddle = next_twiddle;
+            RowFragment value, spectrum;
+            const uint4* spectrum_words = shuffle_pointer(spectra, T::kMaxPairs == 1 ? 0 : 2 * (row >> params.log_radix));
+            spectrum.load_spectrum(spectrum_words + (row & (radix - 1)) * 64, lane);
+            next_twiddle.load_twiddles(tables.twiddle + ((row + T::kWarps) & (radix - 1)) * 64, lane);
             uint4* words = rows + row * (kRowPitch / 4);
-            RowFragment value, twiddle, spectrum;
-            twiddle.load_lanes(tables.twiddle + k1 * 64, lane);
-            spectrum.load_lanes(reinterpret_cast<const uint4*>(params.spectrum) + (int64_t(channel) * radix + k1) * 64, lane);
             value.load(words, lane);
             value = inner_transform(value * twiddle, constants);
             value = conjugate_product(value, spectrum);
             value = inner_transform(value, constants) * twiddle;
             value.store(words, lane);
         }
-        copy_async_wait<1>();
+        if (!bulk)
+            copy_async_wait<1>();
+        else if (stage_post)
+            post.arrived.wait(parity);
         block_barrier();
 
         OuterResult<T> result;
         result.transform(rows, tables.outer_inverse, warp, lane);
-        const float scale = sequences.valid ? params.spectrum_scale[sequences.channel] * scales.up : 0.f;
-#pragma unroll
-        for (int n = 0; n < OuterResult<T>::kTiles; n++) {
-            const int slot = OuterResult<T>::slot(n, warp, lane);
-#pragma unroll
-            for (int c = 0; c < 2; c++) {
-                const int owner = 2 * slots.pair(slot) + c, row = shuffle(sequences.row, owner), channel = shuffle(sequences.channel, owner);
-                const float factor = c == 0 ? shuffle(scale, owner) : -shuffle(scale, owner);
-                if (!shuffle(int(sequences.valid), owner)) continue;
-                Element* output = sequence_data<Element>(params.output, row, channel);
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    const int at = column + 128 * half, position = slots.position(slot) + at;
-                    float y0 = result.value[n][0][2 * half + c] * factor, y1 = result.value[n][1][2 * half + c] * factor;
-                    if (params.post_gate.data) {
-                        const Pair gate = Plan::kStagePost ? load_staged<T>(stage_post, c, slot, at)
-                            : load_global(sequence_data<const Element>(params.post_gate, row, channel), position, params.length, params.pair_aligned);
-                        y0 *= gate.x, y1 *= gate.y;
-                    }
-                    store_global(output, position, params.length, params.pair_aligned, y0, y1);
-                }
-            }
-        }
+        const float scale = current.valid ? params.spectrum_scale[current.channel] * scales.up : 0.f;
+        const bool regular = params.pair_aligned && params.length == kColumns << slots.log_slots_per_pair;
+        if (regular && stage_post)
+            store_output<T, true, true>(result, params, current, slots, post.first, scale, warp, lane);
+        else if (regular && !params.post_gate.data)
+            store_output<T, true, false>(result, params, current, slots, post.first, scale, warp, lane);
+        else
+            store_output<T, false, false>(result, params, current, slots, stage_post ? post.first : Stage<T>{nullptr}, scale, warp, lane);
     }
 }

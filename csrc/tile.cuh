@@ -7,7 +7,7 @@
 #include "primitives.cuh"
 
 constexpr int kColumns = 256;       // points of the inner transform, done by one warp in registers
-constexpr int kRowPitch = 264;      // words between rows in shared memory: 32 bytes beyond the row, so that four rows share no bank
+constexpr int kRowPitch = 260;      // words between rows in shared memory: a 16-byte unit beyond the row, against bank conflicts
 constexpr int kSharedLimit = 232448;
 
 template <typename Element_, int kRows_, bool kHalf_>
@@ -26,11 +26,20 @@ struct Tile {
     static_assert(kRows == 16 || kRows == 32 || kRows == 64, "rows of a tile");
 };
 
+// Division by a number that is known at launch, exact for dividends below 2^31.
+struct Divider {
+    int divisor;
+    u32 multiplier, shift;
+
+    DEVICE int divide(int x) const { return divisor == 1 ? x : int(high_product(u32(x), multiplier) >> shift); }
+};
+
 // A call's parameters with what the host derives from them.
 struct LaunchParams : fft_conv_params {
     int alignment;      // bytes that every row of every input is aligned to: 16, 4 or 2
     int pair_aligned;   // whether two neighbouring elements of every tensor may be moved as one word
     int log_radix;
+    Divider pairs;      // pairs of sequences in a channel
 };
 
 // Which part of the work a block does: tiles first, first + step, ... below last. Blocks that probably share a multiprocessor
@@ -53,15 +62,16 @@ HOST_DEVICE int tile_count(const LaunchParams& params) {
     return (pairs + per_tile - 1) / per_tile;
 }
 
-// The sequences of a tile: lane 2 p + c of every warp knows the batch row and the channel of sequence c of pair p.
+// The sequences of a tile: lane 2 p + c of every warp knows the batch row and the channel of sequence c of pair p
+// (further lanes: of the pairs that follow the tile).
 struct TileSequences {
     int row, channel;
     bool valid;
 
-    DEVICE TileSequences(const fft_conv_params& params, int first_pair, int lane) {
-        const int pairs = (params.batch + 1) / 2, pair = first_pair + lane / 2;
-        channel = pair / pairs;
-        row = 2 * (pair % pairs) + lane % 2;
+    DEVICE TileSequences(const LaunchParams& params, int first_pair, int lane) {
+        const int pair = first_pair + lane / 2;
+        channel = params.pairs.divide(pair);
+        row = 2 * (pair - channel * params.pairs.divisor) + lane % 2;
         valid = channel < params.channels && row < params.batch;
         if (!valid) row = channel = 0;
     }

@@ -8,51 +8,122 @@
 template <class T>
 struct SlotMap {
     int log_slots_per_pair;
-    DEVICE int pair(int slot) const { return slot >> log_slots_per_pair; }
-    DEVICE int position(int slot) const { return (slot & ((1 << log_slots_per_pair) - 1)) * kColumns; }
+    DEVICE int pair(int slot) const { return T::kMaxPairs == 1 ? 0 : slot >> log_slots_per_pair; }
+    DEVICE int position(int slot) const { return (T::kMaxPairs == 1 ? slot : slot & ((1 << log_slots_per_pair) - 1)) * kColumns; }
 };
 
-// Copies one tensor's segments of a tile to shared memory, asynchronously where the alignment of its rows allows; what lies beyond the
-// sequence or the batch becomes zero.
-template <class T, int kBytes>
-DEVICE void stage_chunks(char* to, const fft_conv_tensor& tensor, int length, SlotMap<T> slots, TileSequences sequences) {
+// One tensor's segments of a tile in shared memory. Where rows are aligned to 16 bytes one warp has the copy engine bring them, else every
+// thread copies. What lies beyond the sequence or the batch is zero.
+template <class T>
+struct Stage {
     using Element = typename T::Element;
-    constexpr int kElements = kBytes / int(sizeof(Element)), kChunks = kColumns / kElements;
-#pragma unroll 1
-    for (int i = thread_index(); i < 2 * T::kSlots * kChunks; i += T::kThreads) {
-        const int segment = i / kChunks, chunk = i % kChunks, slot = segment % T::kSlots;
-        const int source_lane = 2 * slots.pair(slot) + segment / T::kSlots, position = slots.position(slot) + chunk * kElements;
-        const int row = shuffle(sequences.row, source_lane), channel = shuffle(sequences.channel, source_lane);
-        const bool valid = shuffle(int(sequences.valid), source_lane) && position < length;
-        const int count = !valid ? 0 : length - position < kElements ? length - position : kElements;
-        const Element* from = static_cast<const Element*>(tensor.data);
-        if (count > 0) from += row * tensor.batch_stride + channel * tensor.channel_stride + position;
-        char* target = to + segment * T::kSegment + chunk * kBytes;
-        if constexpr (kBytes >= 4)
-            copy_async<kBytes>(target, from, count * int(sizeof(Element)));
-        else
-            *reinterpret_cast<uint16_t*>(target) = count > 0 ? *reinterpret_cast<const uint16_t*>(from) : uint16_t(0);
+    char* memory;
+
+    DEVICE char* segment(int sequence, int slot) const { return memory + (sequence * T::kSlots + slot) * T::kSegment; }
+
+    // Two neighbouring elements.
+    DEVICE Pair load(int sequence, int slot, int column) const {
+        using Word = typename PairWord<Element>::type;
+        return widen(static_cast<const Element*>(nullptr), *reinterpret_cast<const Word*>(segment(sequence, slot) + column * int(sizeof(Element))));
     }
-}
 
-template <class T>
-DEVICE void stage(char* to, const fft_conv_tensor& tensor, int alignment, int length, SlotMap<T> slots, TileSequences sequences) {
-    if (alignment >= 16)
-        stage_chunks<T, 16>(to, tensor, length, slots, sequences);
-    else if (alignment >= 4)
-        stage_chunks<T, 4>(to, tensor, length, slots, sequences);
-    else if constexpr (sizeof(typename T::Element) == 2)
-        stage_chunks<T, 2>(to, tensor, length, slots, sequences);
-}
+    DEVICE void clear() const {
+        for (int i = thread_index(); i < T::kStageBytes / 16; i += T::kThreads) reinterpret_cast<uint4*>(memory)[i] = make_uint4(0, 0, 0, 0);
+    }
 
-// Two neighbouring elements of a staged tensor.
+    // Bytes of a segment that exist; a multiple of 16 where rows are aligned to 16 bytes and the length is, too.
+    DEVICE static int segment_bytes(const LaunchParams& params, int position) {
+        const int left = params.length - position;
+        return (left < 0 ? 0 : left < kColumns ? left : kColumns) * int(sizeof(Element));
+    }
+
+    // One segment by the copy engine, or zeros if its sequence is absent. All lanes call this; index is out of range for idle ones.
+    // Returns the bytes that will arrive.
+    DEVICE int copy_segment(int index, const fft_conv_tensor& tensor, const LaunchParams& params, SlotMap<T> slots,
+                            const TileSequences& sequences, TransferBarrier arrived) const {
+        const int slot = index % T::kSlots, owner = 2 * slots.pair(slot) + index / T::kSlots % 2, position = slots.position(slot);
+        const int row = shuffle(sequences.row, owner), channel = shuffle(sequences.channel, owner);
+        const bool valid = shuffle(int(sequences.valid), owner);
+        if (index >= 2 * T::kSlots) return 0;
+        uint4* to = reinterpret_cast<uint4*>(memory + index * T::kSegment);
+        if (!valid) {
+            for (int i = 0; i < kColumns * int(sizeof(Element)) / 16; i++) to[i] = make_uint4(0, 0, 0, 0);
+            fence_before_bulk();
+            return 0;
+        }
+        const int bytes = segment_bytes(params, position);
+        if (bytes > 0)
+            arrived.copy(to, static_cast<const Element*>(tensor.data) + row * tensor.batch_stride + channel * tensor.channel_stride + position, bytes);
+        return bytes;
+    }
+
+    // All threads: chunks of kBytes, asynchronously where the hardware can.
+    template <int kBytes>
+    DEVICE void copy_chunks(const fft_conv_tensor& tensor, const LaunchParams& params, SlotMap<T> slots, const TileSequences& sequences) const {
+        constexpr int kElements = kBytes / int(sizeof(Element));
+#pragma unroll 1
+        for (int index = thread_index() / 32; index < 2 * T::kSlots; index += T::kWarps) {
+            const int slot = index % T::kSlots, owner = 2 * slots.pair(slot) + index / T::kSlots;
+            const bool valid = shuffle(int(sequences.valid), owner);
+            const Element* from = static_cast<const Element*>(tensor.data) + shuffle(sequences.row, owner) * tensor.batch_stride
+                + shuffle(sequences.channel, owner) * tensor.channel_stride + slots.position(slot);
+            const int bytes = valid ? segment_bytes(params, slots.position(slot)) : 0;
+#pragma unroll 1
+            for (int at = thread_index() % 32 * kBytes; at < kColumns * int(sizeof(Element)); at += 32 * kBytes) {
+                char* to = memory + index * T::kSegment + at;
+                const int count = bytes - at < 0 ? 0 : bytes - at < kBytes ? bytes - at : kBytes;
+                if constexpr (kBytes >= 4)
+                    copy_async<kBytes>(to, count > 0 ? from + at / int(sizeof(Element)) : tensor.data, count);
+                else
+                    *reinterpret_cast<uint16_t*>(to) = count > 0 ? *reinterpret_cast<const uint16_t*>(from + at / kBytes) : uint16_t(0);
+            }
+        }
+    }
+
+    DEVICE void copy(const fft_conv_tensor& tensor, const LaunchParams& params, SlotMap<T> slots, const TileSequences& sequences) const {
+        if (params.alignment >= 16)
+            copy_chunks<16>(tensor, params, slots, sequences);
+        else if (params.alignment >= 4)
+            copy_chunks<4>(tensor, params, slots, sequences);
+        else if constexpr (sizeof(Element) == 2)
+            copy_chunks<2>(tensor, params, slots, sequences);
+    }
+};
+
+// Brings up to two tensors of a tile; the second may be absent.
 template <class T>
-DEVICE Pair load_staged(const char* stage, int sequence, int slot, int column) {
-    using Element = typename T::Element;
-    using Word = typename PairWord<Element>::type;
-    const char* p = stage + (sequence * T::kSlots + slot) * T::kSegment + column * int(sizeof(Element));
-    return widen(static_cast<const Element*>(nullptr), *reinterpret_cast<const Word*>(p));
-}
+struct Transfer {
+    Stage<T> first, second;
+    TransferBarrier arrived;
+
+    DEVICE static bool bulk(const LaunchParams& params) {
+        return kBulkCopies && params.alignment >= 16 && params.length * int(sizeof(typename T::Element)) % 16 == 0;
+    }
+
+    // Before the first start; a block barrier must follow.
+    DEVICE void initialise() const {
+        if (thread_index() == 0) arrived.initialise(T::kWarps);
+        first.clear();
+        if (second.memory) second.clear();
+        fence_before_bulk();
+    }
+
+    // Segments are dealt to the warps in turn, one a lane.
+    DEVICE void start(const fft_conv_tensor& a, const fft_conv_tensor& b, const LaunchParams& params, SlotMap<T> slots, const TileSequences& sequences) const {
+        static_assert(4 * T::kSlots <= T::kThreads, "a lane copies one segment");
+        if (bulk(params)) {
+            const int lane = thread_index() % 32, index = lane * T::kWarps + thread_index() / 32;
+            const bool is_second = index >= 2 * T::kSlots && second.memory;
+            const Stage<T>& stage = is_second ? second : first;
+            const int bytes = stage.copy_segment(is_second ? index - 2 * T::kSlots : index, is_second ? b : a, params, slots, sequences, arrived);
+            const int total = warp_sum(bytes);
+            if (lane == 0) arrived.expect(total);
+        } else {
+            first.copy(a, params, slots, sequences);
+            if (second.memory) second.copy(b, params, slots, sequences);
+        }
+    }
+};
 
 // Two neighbouring elements of a sequence in global memory, zero beyond its length.
 template <class Element>
@@ -80,7 +151,7 @@ DEVICE Element* sequence_data(const fft_conv_tensor& tensor, int row, int channe
 // Packs u (times gate, where there is one) as (re, im) = (first, second sequence of the pair). Column c of x[j]: a, a + 1, a + 128, a + 129.
 // With kScaled every sequence is multiplied by the factor that its lane holds; a factor of zero drops a sequence that is not finite.
 template <class T, bool kScaled>
-DEVICE void pack_product(u32 (&x)[T::kSlots / 4][4], const char* u, const char* gate, SlotMap<T> slots, float factor, int column, int lane) {
+DEVICE void pack_product(u32 (&x)[T::kSlots / 4][4], const Stage<T>& u, const Stage<T>& gate, SlotMap<T> slots, float factor, int column, int lane) {
 #pragma unroll
     for (int j = 0; j < T::kSlots / 4; j++) {
         const int slot = 4 * j + lane % 4;
@@ -89,9 +160,9 @@ DEVICE void pack_product(u32 (&x)[T::kSlots / 4][4], const char* u, const char* 
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int at = column + 128 * half;
-            Pair v = load_staged<T>(u, 0, slot, at), w = load_staged<T>(u, 1, slot, at);
-            if (gate) {
-                const Pair g = load_staged<T>(gate, 0, slot, at), h = load_staged<T>(gate, 1, slot, at);
+            Pair v = u.load(0, slot, at), w = u.load(1, slot, at);
+            if (gate.memory) {
+                const Pair g = gate.load(0, slot, at), h = gate.load(1, slot, at);
                 v = {v.x * g.x, v.y * g.y}, w = {w.x * h.x, w.y * h.y};
             }
             if constexpr (kScaled) {
@@ -138,7 +209,7 @@ struct SequenceScales {
     }
 
     // The factor that brings this lane's sequence to a largest magnitude near one; zero if the sequence is not finite.
-    DEVICE float from_largest(const char* u, const char* gate, SlotMap<T> slots, int column, int lane) {
+    DEVICE float from_largest(const Stage<T>& u, const Stage<T>& gate, SlotMap<T> slots, int column, int lane) {
         u32* largest = reinterpret_cast<u32*>(energies);
         block_barrier();
         if (thread_index() < 2 * T::kMaxPairs) largest[thread_index()] = 0;
@@ -146,9 +217,9 @@ struct SequenceScales {
         for (int j = 0; j < T::kSlots / 4; j++)
             for (int c = 0; c < 4; c++) {
                 const int slot = 4 * j + lane % 4, sequence = c % 2, at = column + 128 * (c / 2);
-                Pair v = load_staged<T>(u, sequence, slot, at);
-                if (gate) {
-                    const Pair g = load_staged<T>(gate, sequence, slot, at);
+                Pair v = u.load(sequence, slot, at);
+                if (gate.memory) {
+                    const Pair g = gate.load(sequence, slot, at);
                     v = {v.x * g.x, v.y * g.y};
                 }
                 const u32 a = bits_from_float(v.x) & 0x7fffffffu, b = bits_from_float(v.y) & 0x7fffffffu;
@@ -161,7 +232,7 @@ struct SequenceScales {
     }
 
     // Packs the tile's inputs into x.
-    DEVICE void pack_scaled(u32 (&x)[T::kSlots / 4][4], const char* u, const char* gate, SlotMap<T> slots, bool valid, int column, int warp, int lane) {
+    DEVICE void pack_scaled(u32 (&x)[T::kSlots / 4][4], const Stage<T>& u, const Stage<T>& gate, SlotMap<T> slots, bool valid, int column, int warp, int lane) {
         pack_product<T, false>(x, u, gate, slots, 1.f, column, lane);
         publish(x, slots, warp, lane);
         block_barrier();

@@ -27,22 +27,26 @@ DEVICE PlanarPair conjugate_product(PlanarPair x, PlanarPair w) {
     return {multiply_add2(x.re, w.re, negate2(multiply2(x.im, w.im))), multiply_add2(negate2(x.re), w.im, negate2(multiply2(x.im, w.re)))};
 }
 
-// The constant operands of the inner stages: DFT-16 matrices as A and as B operand, and the twiddles w256^(k2 n3).
+// The constant operands of the inner stages: DFT-16 matrices as A and as B operand, and the twiddles w256^(k2 n3). Operands of a matrix
+// product are whole register groups, so that no move is needed in front of it.
 struct InnerConstants {
-    u32 a_cos[2][2], a_sin[2][2], b_cos[2][2], b_sin[2][2];
+    u32 a[2][2][4], b_re[2][2][2], b_im[2][2][2];
     PlanarPair twiddle[2][2];
 
     DEVICE void load(const uint4* table, int lane) {
-        const uint4 ac = load_table(table + lane), as = load_table(table + 32 + lane), bc = load_table(table + 64 + lane), bs = load_table(table + 96 + lane);
-        const uint4 t0 = load_table(table + 128 + lane), t1 = load_table(table + 160 + lane);
-        a_cos[0][0] = ac.x, a_cos[0][1] = ac.y, a_cos[1][0] = ac.z, a_cos[1][1] = ac.w;
-        a_sin[0][0] = as.x, a_sin[0][1] = as.y, a_sin[1][0] = as.z, a_sin[1][1] = as.w;
-        b_cos[0][0] = bc.x, b_cos[0][1] = bc.y, b_cos[1][0] = bc.z, b_cos[1][1] = bc.w;
-        b_sin[0][0] = bs.x, b_sin[0][1] = bs.y, b_sin[1][0] = bs.z, b_sin[1][1] = bs.w;
-        twiddle[0][0] = {t0.x, t0.y}, twiddle[0][1] = {t0.z, t0.w}, twiddle[1][0] = {t1.x, t1.y}, twiddle[1][1] = {t1.z, t1.w};
+        for (int m = 0; m < 2; m++)
+            for (int s = 0; s < 2; s++) {
+                const uint4 v = load_table(table + (2 * m + s) * 32 + lane), w = load_table(table + (4 + 2 * m + s) * 32 + lane);
+                a[m][s][0] = v.x, a[m][s][1] = v.y, a[m][s][2] = v.z, a[m][s][3] = v.w;
+                b_re[m][s][0] = w.x, b_re[m][s][1] = w.y, b_im[m][s][0] = w.z, b_im[m][s][1] = w.w;
+            }
+        for (int m = 0; m < 2; m++) {
+            const uint4 t = load_table(table + (8 + m) * 32 + lane);
+            twiddle[m][0] = {t.x, t.y}, twiddle[m][1] = {t.z, t.w};
+        }
     }
 };
-constexpr int kInnerConstantVectors = 192;
+constexpr int kInnerConstantVectors = 320;
 
 // A row of 256 points in the registers of a warp: value[s][t] with the index maps above.
 struct RowFragment {
@@ -50,20 +54,26 @@ struct RowFragment {
 
     DEVICE void load(const uint4* words, int lane) {
         for (int s = 0; s < 2; s++) {
-            const uint4 v = words[32 * s + (lane % 4) * 8 + lane / 4];
+            const uint4 v = words[32 * s + lane];
             value[s][0] = {v.x, v.y}, value[s][1] = {v.z, v.w};
         }
     }
 
     DEVICE void store(uint4* words, int lane) const {
         for (int s = 0; s < 2; s++)
-            words[32 * s + (lane % 4) * 8 + lane / 4] = make_uint4(value[s][0].re, value[s][0].im, value[s][1].re, value[s][1].im);
+            words[32 * s + lane] = make_uint4(value[s][0].re, value[s][0].im, value[s][1].re, value[s][1].im);
     }
 
-    // From a table in lane order.
-    DEVICE void load_lanes(const uint4* words, int lane) {
+    DEVICE void load_twiddles(const uint4* words, int lane) {
         for (int s = 0; s < 2; s++) {
             const uint4 v = load_table(words + 32 * s + lane);
+            value[s][0] = {v.x, v.y}, value[s][1] = {v.z, v.w};
+        }
+    }
+
+    DEVICE void load_spectrum(const uint4* words, int lane) {
+        for (int s = 0; s < 2; s++) {
+            const uint4 v = ::load_spectrum(words + 32 * s + lane);
             value[s][0] = {v.x, v.y}, value[s][1] = {v.z, v.w};
         }
     }
@@ -90,8 +100,8 @@ DEVICE RowFragment inner_transform(const RowFragment& x, const InnerConstants& c
         for (int t = 0; t < 2; t++) {
             float d[4] = {};
             for (int s = 0; s < 2; s++) {
-                const u32 c = constants.a_cos[m][s], n = constants.a_sin[m][s];
-                matrix_multiply_add(d, c, n, negate2(n), c, x.value[s][t].re, x.value[s][t].im);
+                const u32(&a)[4] = constants.a[m][s];
+                matrix_multiply_add(d, a[0], a[1], a[2], a[3], x.value[s][t].re, x.value[s][t].im);
             }
             z[m][t] = PlanarPair{pack(d[0], d[1]), pack(d[2], d[3])} * constants.twiddle[m][t];
         }
@@ -99,9 +109,8 @@ DEVICE RowFragment inner_transform(const RowFragment& x, const InnerConstants& c
     for (int h = 0; h < 2; h++) {
         float re[4] = {}, im[4] = {};
         for (int t = 0; t < 2; t++) {
-            const u32 c = constants.b_cos[h][t], n = constants.b_sin[h][t];
-            matrix_multiply_add(re, z[0][t].re, z[1][t].re, z[0][t].im, z[1][t].im, c, negate2(n));
-            matrix_multiply_add(im, z[0][t].re, z[1][t].re, z[0][t].im, z[1][t].im, n, c);
+            matrix_multiply_add(re, z[0][t].re, z[1][t].re, z[0][t].im, z[1][t].im, constants.b_re[h][t][0], constants.b_re[h][t][1]);
+            matrix_multiply_add(im, z[0][t].re, z[1][t].re, z[0][t].im, z[1][t].im, constants.b_im[h][t][0], constants.b_im[h][t][1]);
         }
         y.value[h][0] = {pack(re[0], re[1]), pack(im[0], im[1])};
         y.value[h][1] = {pack(re[2], re[3]), pack(im[2], im[3])};
@@ -109,12 +118,19 @@ DEVICE RowFragment inner_transform(const RowFragment& x, const InnerConstants& c
     return y;
 }
 
+// The first of the four columns a, a + 1, a + 128, a + 129 that a lane of the outer stage holds.
+DEVICE int outer_column(int warp, int lane) { return 2 * (warp % 8 * 8 + lane / 4); }
+
+// Where a row keeps the four columns of a lane of the outer stage, in 16-byte units: in the order in which RowFragment's
+// lanes read them, so that neither side has bank conflicts.
+DEVICE int row_unit(int warp, int lane) { return warp % 8 / 4 * 32 + lane / 4 * 4 + warp % 4; }
+
 // The outer stage for 32 columns a warp: lane (r, q) holds the columns a, a + 1, a + 128, a + 129 with a = 16 warp + 2 r.
 // x[j][c]: (re, im) of slot 4 j + q at column c. Writes the group's share of the rows.
 template <class T>
 DEVICE void outer_forward(const u32 (&x)[T::kSlots / 4][4], uint4* rows, const uint4* table, int warp, int lane) {
     constexpr int kTilesPerGroup = T::kRows / 4 / T::kGroups, kSteps = T::kSlots / 8;
-    const int first = warp / 8 * kTilesPerGroup, unit = warp % 8 * 8 + lane / 4;
+    const int first = warp / 8 * kTilesPerGroup, unit = row_unit(warp, lane);
 #pragma unroll 4
     for (int n = 0; n < kTilesPerGroup; n += 2) {
         float d[2][2][4] = {};
@@ -145,7 +161,7 @@ struct OuterResult {
     DEVICE static int slot(int n, int warp, int lane) { return 4 * (warp / 8 * kTiles + n) + lane % 4; }
 
     DEVICE void transform(const uint4* rows, const uint4* table, int warp, int lane) {
-        const int first = warp / 8 * kTiles, unit = warp % 8 * 8 + lane / 4;
+        const int first = warp / 8 * kTiles, unit = row_unit(warp, lane);
 #pragma unroll
         for (int n = 0; n < kTiles; n++)
             for (int t = 0; t < 2; t++)

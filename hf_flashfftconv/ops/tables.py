@@ -36,29 +36,30 @@ def _pair(index_of: "list[Tensor]", order: int, scale: float = 1.0) -> tuple[Ten
     return words(low.real, high.real), words(low.imag, high.imag)
 
 
+def _negated(word: Tensor) -> Tensor:
+    return word ^ torch.tensor(-0x7FFF8000, dtype=torch.int32)
+
+
 def _contracted(s: int) -> list[Tensor]:
     return [_Q + 4 * s + 8 * i for i in (0, 1)]
 
 
 def _inner() -> Tensor:
     """A and B operands of the DFT of 16 points (scaled to be unitary) and the twiddles w256^(k2 n3)."""
-    a_cos, a_sin, b_cos, b_sin, twiddles = [], [], [], [], []
+    a_operands, b_operands, twiddles = [], [], []
     for m in (0, 1):
         for s in (0, 1):
             cos, sin = _pair([n * (2 * _R + m) for n in _contracted(s)], 16, 0.25)
-            a_cos.append(cos)
-            a_sin.append(sin)
+            a_operands.append([cos, sin, _negated(sin), cos])
     for h in (0, 1):
         for t in (0, 1):
             output = _R // 2 + 4 * h + 8 * (_R % 2)
             cos, sin = _pair([(4 * _Q + 2 * i + t) * output for i in (0, 1)], 16, 0.25)
-            b_cos.append(cos)
-            b_sin.append(sin)
+            b_operands.append([cos, _negated(sin), sin, cos])
     for m in (0, 1):
-        for t in (0, 1):
-            twiddles += _pair([(2 * _R + m) * (4 * _Q + 2 * i + t) for i in (0, 1)], 256)
-    groups = [a_cos, a_sin, b_cos, b_sin, twiddles[:4], twiddles[4:]]
-    return torch.stack([torch.stack(group, -1) for group in groups])
+        pairs = [_pair([(2 * _R + m) * (4 * _Q + 2 * i + t) for i in (0, 1)], 256) for t in (0, 1)]
+        twiddles.append([word for pair in pairs for word in pair])
+    return torch.stack([torch.stack(operand, -1) for operand in a_operands + b_operands + twiddles])
 
 
 def _outer(radix: int, rows: int, half: bool) -> tuple[Tensor, Tensor]:
