@@ -1,0 +1,159 @@
+"""The `hf-flashfftconv` command: look at a model, make its filters sparse, describe this installation."""
+
+import argparse
+import contextlib
+import logging
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import FlashFFTConvError, PatchError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_DISTRIBUTIONS = ("torch", "transformers", "accelerate", "safetensors", "huggingface-hub", "peft", "numpy")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """
+    Runs the command.
+
+    Args:
+        arguments (`Sequence[str]`, *optional*): The command line without the program's name; by default `sys.argv[1:]`.
+
+    Returns:
+        `int`: The exit status: 0, or 1 after an error, whose message goes to standard error.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        report = options.run(options)
+    except (FlashFFTConvError, OSError, ValueError) as error:
+        sys.stderr.write(f"hf-flashfftconv: {error}\n")
+        return 1
+    sys.stdout.write(f"{report}\n")
+    return 0
+
+
+def inspect(options: argparse.Namespace) -> str:
+    """Reports which long convolutions of a model are replaced by `patch_model`, and how sparse its filters are."""
+    from .patch import patch_model, patch_report
+    from .sparsity import sparsity_report
+
+    model = _load_model(options.model, options.trust_remote_code)
+    with contextlib.suppress(PatchError):  # the report gives the reasons
+        patch_model(model)
+    title = f"{type(model).__name__}, {model.num_parameters():,} parameters"
+    return f"{title}\n\n{patch_report(model)}\n\n{sparsity_report(model)}"
+
+
+def sparsify(options: argparse.Namespace) -> str:
+    """Makes the filters of a model sparse, saves it, and publishes it on request."""
+    from .hub import push_to_hub, save_pretrained
+    from .sparsity import sparsify_model, sparsity_report
+
+    model = _load_model(options.model, options.trust_remote_code)
+    tokenizer = _load_tokenizer(options.model, options.trust_remote_code)
+    sparsify_model(model, options.keep, by=options.by, layers=options.layers)
+    lines = [f"{sparsity_report(model)}", f"saved to {save_pretrained(model, options.output, tokenizer=tokenizer)}"]
+    if options.push:
+        lines.append(f"pushed to {push_to_hub(model, options.push, tokenizer=tokenizer).commit_url}")
+    return "\n".join(lines)
+
+
+def env(options: argparse.Namespace) -> str:
+    """Describes this installation, for bug reports."""
+    import torch
+
+    from . import __version__
+
+    library = Path(__file__).parent / "lib" / "libhf_flashfftconv.so"
+    facts = {
+        "hf-flashfftconv": __version__,
+        "CUDA library": f"{library.stat().st_size:,} bytes" if library.exists() else "not built (Python-only install)",
+        "Python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: _version(name) for name in _DISTRIBUTIONS},
+        "torch's CUDA": torch.version.cuda or "none (CPU build)",
+    }
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        facts[f"GPU {index}"] = f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
+    width = max(map(len, facts))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _load_model(source: str, trust_remote_code: bool) -> "PreTrainedModel":
+    """Loads a model with the head that it was saved with."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    architecture = (config.architectures or ["Model"])[0]
+    auto_classes = {"Model": transformers.AutoModel} | {
+        task: getattr(transformers, f"AutoModel{task}")
+        for task in ("ForCausalLM", "ForMaskedLM", "ForSequenceClassification")
+    }
+    for ending, auto_class in auto_classes.items():
+        if architecture.endswith(ending):
+            return auto_class.from_pretrained(source, trust_remote_code=trust_remote_code)
+    raise ValueError(f"{source} is a {architecture}; supported are class names that end in {', '.join(auto_classes)}")
+
+
+def _load_tokenizer(source: str, trust_remote_code: bool) -> "PreTrainedTokenizerBase | None":
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        logger.warning("no tokenizer is saved with the model: %s", error)
+        return None
+
+
+def _keep(text: str) -> int | float:
+    """A fraction has a decimal point (or is written like 1e-2), a number of blocks has none."""
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a fraction nor a number of blocks") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hf-flashfftconv", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("model", metavar="REPO_OR_DIR", help="repository on the Hugging Face Hub, or folder")
+    model.add_argument("--trust-remote-code", action="store_true", help="run the model code of the repository")
+
+    command = commands.add_parser("inspect", parents=[model], help="what is patched, what is sparse")
+    command.set_defaults(run=inspect)
+
+    command = commands.add_parser("sparsify", parents=[model], help="make the filters of a model sparse and save it")
+    command.add_argument("--keep", type=_keep, required=True, help="fraction to keep, or a number of blocks per filter")
+    command.add_argument("--by", choices=("bins", "energy"), default="bins", help="what the fraction counts")
+    command.add_argument(
+        "--layers", nargs="+", metavar="NAME", help="filters to choose, wildcards allowed; default: all"
+    )
+    command.add_argument("--output", required=True, metavar="DIR", help="where to save")
+    command.add_argument("--push", metavar="REPO", help="publish it there, too")
+    command.set_defaults(run=sparsify)
+
+    command = commands.add_parser("env", help="versions and devices, for bug reports")
+    command.set_defaults(run=env)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
