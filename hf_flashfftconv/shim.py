@@ -87,13 +87,11 @@ def _registered_models(config_class: type) -> dict[str, type]:
 
 def _source(classes: dict[str, type], folder: Path) -> str:
     """The text of the loader file."""
-    config_name = classes["AutoConfig"].__name__
     imports, definitions = [], []
-    for auto_class, cls in sorted(classes.items()):
+    for cls in classes.values():
         imports.append(f"from {_module(cls, folder)} import {cls.__name__} as _{cls.__name__}\n")
         # transformers marks the classes that it finds here as code of this folder; subclasses keep the originals clean
-        body = f"config_class = {config_name}" if auto_class.startswith("AutoModel") else "pass"
-        definitions.append(f"\n\nclass {cls.__name__}(_{cls.__name__}):\n    {body}\n")
+        definitions.append(f"\n\nclass {cls.__name__}(_{cls.__name__}):\n    pass\n")
     return "".join([_HEADER, *dict.fromkeys(imports), *dict.fromkeys(definitions)])
 
 

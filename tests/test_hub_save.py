@@ -102,6 +102,7 @@ def test_code_of_another_repository_moves_into_the_folder(
 ) -> None:
     names = dict(remote.config.auto_map)
     remote.config.auto_map = {key: f"someone/hyena--{value}" for key, value in names.items()}
+    del remote.config.auto_map["AutoModelForCausalLM"]
     remote.config.auto_map["AutoModelForTokenClassification"] = "someone/hyena--heads.Tagger"
     remote.config.auto_map["AutoTokenizer"] = ["someone/hyena--tokens.Tokenizer", None]
     # classes that were imported without an Auto class are not copied by transformers itself

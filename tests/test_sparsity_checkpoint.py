@@ -145,6 +145,15 @@ def test_half_precision_keeps_the_masks(sparse: tuple[PreTrainedModel, Path]) ->
     assert (logits(loaded) - logits(sparse[0])).norm() < 0.05 * logits(sparse[0]).norm()
 
 
+def test_a_loaded_model_becomes_dense_without_a_trace(sparse: tuple[PreTrainedModel, Path], tmp_path: Path) -> None:
+    loaded = densify_model(AutoModelForCausalLM.from_pretrained(sparse[1]))
+    tiny_hyenadna().save_pretrained(tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert vars(loaded).keys() == vars(dense).keys()
+    assert vars(loaded.config).keys() == vars(dense.config).keys()
+    assert torch.equal(logits(loaded), logits(dense))
+
+
 def test_transformers_can_dequantize(sparse: tuple[PreTrainedModel, Path]) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(sparse[1])
     loaded.dequantize()
