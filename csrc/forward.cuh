@@ -5,8 +5,7 @@
 
 template <class T>
 struct ForwardPlan {
-    static constexpr int kBarrierBytes = 32;
-    static constexpr int bytes(int tensors) { return T::kRowBytes + T::kEnergyBytes + kBarrierBytes + tensors * T::kStageBytes; }
+    static constexpr int bytes(int tensors) { return T::kRowBytes + T::kEnergyBytes + tensors * T::kStageBytes; }
     static constexpr int blocks(int tensors) { return T::kThreads <= 256 && 2 * (bytes(tensors) + 1024) <= kSharedLimit + 1024 ? 2 : 1; }
     static constexpr int kBlocks = blocks(2);                                                           // resident on a multiprocessor
     static constexpr bool kStagePost = bytes(3) <= kSharedLimit && blocks(3) == kBlocks;
@@ -22,11 +21,10 @@ struct Output {
     bool valid;
 
     DEVICE Output(const LaunchParams& params, const TileSequences& sequences, float scale, int owner) {
-        const int row = shuffle(sequences.row, owner), channel = shuffle(sequences.channel, owner);
         valid = shuffle(int(sequences.valid), owner);
         factor = shuffle(scale, owner) * (owner % 2 == 0 ? 1.f : -1.f);
-        data = sequence_data<typename T::Element>(params.output, row, channel);
-        gate = sequence_data<const typename T::Element>(params.post_gate, row, channel);
+        data = sequences.address<typename T::Element>(params.output, owner);
+        gate = sequences.address<const typename T::Element>(params.post_gate, owner);
     }
 };
 
@@ -72,11 +70,9 @@ DEVICE void forward_tiles(const LaunchParams& params) {
     const int warp = thread_index() / 32, lane = thread_index() % 32, column = outer_column(warp, lane);
     uint4* rows = reinterpret_cast<uint4*>(shared_memory());
     SequenceScales<T> scales{reinterpret_cast<float*>(shared_memory() + T::kRowBytes), 1.f};
-    uint64_t* const barriers = reinterpret_cast<uint64_t*>(shared_memory() + T::kRowBytes + T::kEnergyBytes);
-    char* const stages = shared_memory() + T::kRowBytes + T::kEnergyBytes + Plan::kBarrierBytes;
-    const bool gated = params.pre_gate.data, stage_post = Plan::kStagePost && params.post_gate.data, bulk = Transfer<T>::bulk(params);
-    const Transfer<T> inputs{{stages}, {gated ? stages + T::kStageBytes : nullptr}, {barriers}};
-    const Transfer<T> post{{stages + 2 * T::kStageBytes}, {nullptr}, {barriers + 1}};
+    char* const stages = shared_memory() + T::kRowBytes + T::kEnergyBytes;
+    const bool stage_post = Plan::kStagePost && params.post_gate.data;
+    const Stage<T> u{stages}, pre{params.pre_gate.data ? stages + T::kStageBytes : nullptr}, post{stages + 2 * T::kStageBytes};
 
     const int radix = 1 << params.log_radix, pairs_per_tile = T::kRows >> params.log_radix;
     const SlotMap<T> slots{params.log_radix - (T::kSlots < T::kRows)};
@@ -84,31 +80,29 @@ DEVICE void forward_tiles(const LaunchParams& params) {
 
     const Tables<T> tables(params.tables);
 
-    inputs.initialise();
-    if (stage_post) post.initialise();
-    block_barrier();
-    TileSequences sequences(params, range.first * pairs_per_tile, lane);
-    if (range.first < range.last) inputs.start(params.u, params.pre_gate, params, slots, sequences);
-    copy_async_commit();
-
-    int parity = 0;
-    for (int tile = range.first; tile < range.last; tile += range.step, parity ^= 1) {
-        if (bulk) {
-            inputs.arrived.wait(parity);
-        } else {
-            copy_async_wait<0>();
-            block_barrier();
+    const Stager<T> stager(params, slots);
+    auto start_inputs = [&](int tile, const TileSequences& sequences) {
+        if (tile < range.last) {
+            stager.start(u, params.u, sequences);
+            if (pre.memory) stager.start(pre, params.pre_gate, sequences);
         }
+        copy_async_commit();
+    };
+
+    TileSequences sequences(params, range.first * pairs_per_tile, lane);
+    start_inputs(range.first, sequences);
+    for (int tile = range.first; tile < range.last; tile += range.step) {
+        copy_async_wait<0>();
+        block_barrier();
         u32 x[T::kSlots / 4][4];
-        scales.pack_scaled(x, inputs.first, inputs.second, slots, sequences.valid, column, warp, lane);
+        scales.pack_scaled(x, u, pre, slots, sequences.valid, column, warp, lane);
 
         // Every thread has read its inputs (a barrier has passed): the next tile's may come.
         const TileSequences current = sequences;
-        if (stage_post) post.start(params.post_gate, {}, params, slots, current);
+        if (stage_post) stager.start(post, params.post_gate, current);
         copy_async_commit();
         sequences = TileSequences(params, (tile + range.step) * pairs_per_tile, lane);
-        if (tile + range.step < range.last) inputs.start(params.u, params.pre_gate, params, slots, sequences);
-        copy_async_commit();
+        start_inputs(tile + range.step, sequences);
 
         outer_forward<T>(x, rows, tables.outer, warp, lane);
         InnerConstants constants;
@@ -131,21 +125,18 @@ DEVICE void forward_tiles(const LaunchParams& params) {
             value = inner_transform(value, constants) * twiddle;
             value.store(words, lane);
         }
-        if (!bulk)
-            copy_async_wait<1>();
-        else if (stage_post)
-            post.arrived.wait(parity);
+        copy_async_wait<1>();
         block_barrier();
 
         OuterResult<T> result;
         result.transform(rows, tables.outer_inverse, warp, lane);
         const float scale = current.valid ? params.spectrum_scale[current.channel] * scales.up : 0.f;
-        const bool regular = params.pair_aligned && params.length == kColumns << slots.log_slots_per_pair;
+        const bool regular = stager.regular && params.pair_aligned;
         if (regular && stage_post)
-            store_output<T, true, true>(result, params, current, slots, post.first, scale, warp, lane);
+            store_output<T, true, true>(result, params, current, slots, post, scale, warp, lane);
         else if (regular && !params.post_gate.data)
-            store_output<T, true, false>(result, params, current, slots, post.first, scale, warp, lane);
+            store_output<T, true, false>(result, params, current, slots, post, scale, warp, lane);
         else
-            store_output<T, false, false>(result, params, current, slots, stage_post ? post.first : Stage<T>{nullptr}, scale, warp, lane);
+            store_output<T, false, false>(result, params, current, slots, stage_post ? post : Stage<T>{nullptr}, scale, warp, lane);
     }
 }

@@ -47,7 +47,6 @@ template <class X>
 DEVICE X* shuffle_pointer(X* p, int lane) {
     return reinterpret_cast<X*>(__shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(p), lane));
 }
-DEVICE int warp_sum(int x) { return __reduce_add_sync(0xffffffffu, x); }
 DEVICE u32 high_product(u32 a, u32 b) { return __umulhi(a, b); }
 DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
 
@@ -60,32 +59,10 @@ DEVICE void copy_async(void* to, const void* from, int valid) {
     else
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" :: "r"(address), "l"(from), "n"(kBytes), "r"(valid) : "memory");
 }
-// Whole segments by Hopper's copy engine: a barrier in shared memory counts the bytes that are still to come.
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-constexpr bool kBulkCopies = true;
-#else
-constexpr bool kBulkCopies = false;
-#endif
-
-struct TransferBarrier {
-    uint64_t* state;
-
-    DEVICE u32 address() const { return static_cast<u32>(__cvta_generic_to_shared(state)); }
-    DEVICE void initialise(int arrivals) const { asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(address()), "r"(arrivals) : "memory"); }
-    DEVICE void expect(int bytes) const {
-        asm volatile("{.reg .b64 t; mbarrier.arrive.expect_tx.shared.b64 t, [%0], %1;}" :: "r"(address()), "r"(bytes) : "memory");
-    }
-    DEVICE void copy(void* to, const void* from, int bytes) const {
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-            :: "r"(static_cast<u32>(__cvta_generic_to_shared(to))), "l"(from), "r"(bytes), "r"(address()) : "memory");
-    }
-    DEVICE void wait(int parity) const {
-        asm volatile("{.reg .pred p; again: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @!p bra again;}" :: "r"(address()), "r"(parity) : "memory");
-    }
-};
-// Orders this thread's stores to shared memory before later bulk copies.
-DEVICE void fence_before_bulk() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
+template <int kBytes>
+DEVICE void copy_async(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], %2;" :: "r"(static_cast<u32>(__cvta_generic_to_shared(to))), "l"(from), "n"(kBytes) : "memory");
+}
 DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 DEVICE void copy_async_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(kPending) : "memory"); }

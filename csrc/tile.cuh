@@ -75,4 +75,17 @@ struct TileSequences {
         valid = channel < params.channels && row < params.batch;
         if (!valid) row = channel = 0;
     }
+
+    // Whether all sequences of the tile exist.
+    template <class T>
+    DEVICE bool complete(int log_slots_per_pair) const {
+        return !warp_any(int(thread_index() % 32) < T::kSlots >> log_slots_per_pair << 1 && !valid);
+    }
+
+    // Where a tensor keeps the sequence that lane `owner` knows.
+    template <class Element>
+    DEVICE Element* address(const fft_conv_tensor& tensor, int owner, int scale = 1) const {
+        const int64_t offset = shuffle(row, owner) * tensor.batch_stride + shuffle(channel, owner) * tensor.channel_stride;
+        return static_cast<Element*>(tensor.data) + offset * scale;
+    }
 };

@@ -12,8 +12,7 @@ struct SlotMap {
     DEVICE int position(int slot) const { return (T::kMaxPairs == 1 ? slot : slot & ((1 << log_slots_per_pair) - 1)) * kColumns; }
 };
 
-// One tensor's segments of a tile in shared memory. Where rows are aligned to 16 bytes one warp has the copy engine bring them, else every
-// thread copies. What lies beyond the sequence or the batch is zero.
+// One tensor's segments of a tile in shared memory. What lies beyond the sequence or the batch is zero.
 template <class T>
 struct Stage {
     using Element = typename T::Element;
@@ -26,101 +25,68 @@ struct Stage {
         using Word = typename PairWord<Element>::type;
         return widen(static_cast<const Element*>(nullptr), *reinterpret_cast<const Word*>(segment(sequence, slot) + column * int(sizeof(Element))));
     }
+};
 
-    DEVICE void clear() const {
-        for (int i = thread_index(); i < T::kStageBytes / 16; i += T::kThreads) reinterpret_cast<uint4*>(memory)[i] = make_uint4(0, 0, 0, 0);
+// Brings tensors of a tile to shared memory; every thread copies, asynchronously where the alignment allows. A warp copies whole segments.
+template <class T>
+struct Stager {
+    using Element = typename T::Element;
+    static constexpr int kSegmentBytes = kColumns * int(sizeof(Element));
+    const LaunchParams& params;
+    SlotMap<T> slots;
+    bool regular;   // rows are aligned to 16 bytes and every slot is full
+
+    DEVICE Stager(const LaunchParams& params, SlotMap<T> slots) : params(params), slots(slots) {
+        regular = params.alignment >= 16 && params.length == kColumns << slots.log_slots_per_pair;
     }
 
-    // Bytes of a segment that exist; a multiple of 16 where rows are aligned to 16 bytes and the length is, too.
-    DEVICE static int segment_bytes(const LaunchParams& params, int position) {
-        const int left = params.length - position;
-        return (left < 0 ? 0 : left < kColumns ? left : kColumns) * int(sizeof(Element));
+    DEVICE void start(Stage<T> stage, const fft_conv_tensor& tensor, const TileSequences& sequences) const {
+        if (regular && sequences.complete<T>(slots.log_slots_per_pair))
+            copy_whole(stage, tensor, sequences);
+        else if (params.alignment >= 16)
+            copy_parts<16>(stage, tensor, sequences);
+        else if (params.alignment >= 4)
+            copy_parts<4>(stage, tensor, sequences);
+        else if constexpr (sizeof(Element) == 2)
+            copy_parts<2>(stage, tensor, sequences);
     }
 
-    // One segment by the copy engine, or zeros if its sequence is absent. All lanes call this; index is out of range for idle ones.
-    // Returns the bytes that will arrive.
-    DEVICE int copy_segment(int index, const fft_conv_tensor& tensor, const LaunchParams& params, SlotMap<T> slots,
-                            const TileSequences& sequences, TransferBarrier arrived) const {
-        const int slot = index % T::kSlots, owner = 2 * slots.pair(slot) + index / T::kSlots % 2, position = slots.position(slot);
-        const int row = shuffle(sequences.row, owner), channel = shuffle(sequences.channel, owner);
-        const bool valid = shuffle(int(sequences.valid), owner);
-        if (index >= 2 * T::kSlots) return 0;
-        uint4* to = reinterpret_cast<uint4*>(memory + index * T::kSegment);
-        if (!valid) {
-            for (int i = 0; i < kColumns * int(sizeof(Element)) / 16; i++) to[i] = make_uint4(0, 0, 0, 0);
-            fence_before_bulk();
-            return 0;
-        }
-        const int bytes = segment_bytes(params, position);
-        if (bytes > 0)
-            arrived.copy(to, static_cast<const Element*>(tensor.data) + row * tensor.batch_stride + channel * tensor.channel_stride + position, bytes);
-        return bytes;
-    }
-
-    // All threads: chunks of kBytes, asynchronously where the hardware can.
-    template <int kBytes>
-    DEVICE void copy_chunks(const fft_conv_tensor& tensor, const LaunchParams& params, SlotMap<T> slots, const TileSequences& sequences) const {
-        constexpr int kElements = kBytes / int(sizeof(Element));
-#pragma unroll 1
-        for (int index = thread_index() / 32; index < 2 * T::kSlots; index += T::kWarps) {
-            const int slot = index % T::kSlots, owner = 2 * slots.pair(slot) + index / T::kSlots;
-            const bool valid = shuffle(int(sequences.valid), owner);
-            const Element* from = static_cast<const Element*>(tensor.data) + shuffle(sequences.row, owner) * tensor.batch_stride
-                + shuffle(sequences.channel, owner) * tensor.channel_stride + slots.position(slot);
-            const int bytes = valid ? segment_bytes(params, slots.position(slot)) : 0;
-#pragma unroll 1
-            for (int at = thread_index() % 32 * kBytes; at < kColumns * int(sizeof(Element)); at += 32 * kBytes) {
-                char* to = memory + index * T::kSegment + at;
-                const int count = bytes - at < 0 ? 0 : bytes - at < kBytes ? bytes - at : kBytes;
-                if constexpr (kBytes >= 4)
-                    copy_async<kBytes>(to, count > 0 ? from + at / int(sizeof(Element)) : tensor.data, count);
-                else
-                    *reinterpret_cast<uint16_t*>(to) = count > 0 ? *reinterpret_cast<const uint16_t*>(from + at / kBytes) : uint16_t(0);
+private:
+    DEVICE void copy_whole(Stage<T> stage, const fft_conv_tensor& tensor, const TileSequences& sequences) const {
+        const int warp = thread_index() / 32, at = thread_index() % 32 * 16;
+#pragma unroll
+        for (int sequence = 0; sequence < 2; sequence++) {
+            const char* from = nullptr;
+#pragma unroll
+            for (int i = 0; i < (T::kSlots + T::kWarps - 1) / T::kWarps; i++) {
+                const int slot = warp + i * T::kWarps;
+                if (T::kSlots % T::kWarps != 0 && slot >= T::kSlots) break;
+                if (i == 0 || T::kMaxPairs > 1)
+                    from = sequences.address<const char>(tensor, 2 * slots.pair(slot) + sequence, sizeof(Element)) + slots.position(slot) * int(sizeof(Element)) + at;
+                char* to = stage.segment(sequence, slot) + at;
+#pragma unroll
+                for (int part = 0; part < kSegmentBytes; part += 512)
+                    copy_async<16>(to + part, from + part + (T::kMaxPairs > 1 ? 0 : i * T::kWarps * kSegmentBytes));
             }
         }
     }
 
-    DEVICE void copy(const fft_conv_tensor& tensor, const LaunchParams& params, SlotMap<T> slots, const TileSequences& sequences) const {
-        if (params.alignment >= 16)
-            copy_chunks<16>(tensor, params, slots, sequences);
-        else if (params.alignment >= 4)
-            copy_chunks<4>(tensor, params, slots, sequences);
-        else if constexpr (sizeof(Element) == 2)
-            copy_chunks<2>(tensor, params, slots, sequences);
-    }
-};
-
-// Brings up to two tensors of a tile; the second may be absent.
-template <class T>
-struct Transfer {
-    Stage<T> first, second;
-    TransferBarrier arrived;
-
-    DEVICE static bool bulk(const LaunchParams& params) {
-        return kBulkCopies && params.alignment >= 16 && params.length * int(sizeof(typename T::Element)) % 16 == 0;
-    }
-
-    // Before the first start; a block barrier must follow.
-    DEVICE void initialise() const {
-        if (thread_index() == 0) arrived.initialise(T::kWarps);
-        first.clear();
-        if (second.memory) second.clear();
-        fence_before_bulk();
-    }
-
-    // Segments are dealt to the warps in turn, one a lane.
-    DEVICE void start(const fft_conv_tensor& a, const fft_conv_tensor& b, const LaunchParams& params, SlotMap<T> slots, const TileSequences& sequences) const {
-        static_assert(4 * T::kSlots <= T::kThreads, "a lane copies one segment");
-        if (bulk(params)) {
-            const int lane = thread_index() % 32, index = lane * T::kWarps + thread_index() / 32;
-            const bool is_second = index >= 2 * T::kSlots && second.memory;
-            const Stage<T>& stage = is_second ? second : first;
-            const int bytes = stage.copy_segment(is_second ? index - 2 * T::kSlots : index, is_second ? b : a, params, slots, sequences, arrived);
-            const int total = warp_sum(bytes);
-            if (lane == 0) arrived.expect(total);
-        } else {
-            first.copy(a, params, slots, sequences);
-            if (second.memory) second.copy(b, params, slots, sequences);
+    template <int kBytes>
+    DEVICE void copy_parts(Stage<T> stage, const fft_conv_tensor& tensor, const TileSequences& sequences) const {
+#pragma unroll 1
+        for (int index = thread_index() / 32; index < 2 * T::kSlots; index += T::kWarps) {
+            const int slot = index % T::kSlots, owner = 2 * slots.pair(slot) + index / T::kSlots, left = params.length - slots.position(slot);
+            const char* from = sequences.address<const char>(tensor, owner, sizeof(Element)) + int64_t(slots.position(slot)) * int(sizeof(Element));
+            const int bytes = shuffle(int(sequences.valid), owner) && left > 0 ? (left < kColumns ? left : kColumns) * int(sizeof(Element)) : 0;
+#pragma unroll 1
+            for (int at = thread_index() % 32 * kBytes; at < kSegmentBytes; at += 32 * kBytes) {
+                char* to = stage.memory + index * T::kSegment + at;
+                const int count = bytes - at < 0 ? 0 : bytes - at < kBytes ? bytes - at : kBytes;
+                if constexpr (kBytes >= 4)
+                    copy_async<kBytes>(to, count > 0 ? from + at : tensor.data, count);
+                else
+                    *reinterpret_cast<uint16_t*>(to) = count > 0 ? *reinterpret_cast<const uint16_t*>(from + at) : uint16_t(0);
+            }
         }
     }
 };
@@ -141,11 +107,6 @@ DEVICE void store_global(Element* sequence, int position, int length, bool align
         if (position < length) narrow_one(sequence + position, x);
         if (position + 1 < length) narrow_one(sequence + position + 1, y);
     }
-}
-
-template <class Element>
-DEVICE Element* sequence_data(const fft_conv_tensor& tensor, int row, int channel) {
-    return static_cast<Element*>(tensor.data) + row * tensor.batch_stride + channel * tensor.channel_stride;
 }
 
 // Packs u (times gate, where there is one) as (re, im) = (first, second sequence of the pair). Column c of x[j]: a, a + 1, a + 128, a + 129.

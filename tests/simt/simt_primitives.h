@@ -8,7 +8,6 @@
 #include <cstring>
 #include <deque>
 #include <functional>
-#include <map>
 #include <memory>
 #include <stdexcept>
 #include <vector>
@@ -37,12 +36,6 @@ struct Fiber {
     std::deque<std::vector<Copy>> groups{1};
 };
 
-struct Transfer {
-    std::vector<Copy> copies;
-    int arrived = 0, needed = 0, phase = 0;
-    long missing = 0;   // bytes expected and not yet on their way
-};
-
 struct Rendezvous {
     int arrived = 0;
     long generation = 0;
@@ -58,7 +51,6 @@ struct Block {
     std::vector<Warp> warps;
     Rendezvous barrier;
     std::vector<unsigned char> shared;
-    std::map<void*, Transfer> transfers;
     int index = 0, count = 1;
     ucontext_t scheduler;
     Fiber* current = nullptr;
@@ -177,12 +169,6 @@ X shuffle(X x, int lane) { X all[32]; simt::exchange(x, all); return all[lane & 
 template <class X>
 X* shuffle_pointer(X* p, int lane) { return shuffle(p, lane); }
 inline float shuffle_xor(float x, int mask) { return shuffle(x, (thread_index() % 32) ^ mask); }
-inline int warp_sum(int x) {
-    int all[32], sum = 0;
-    simt::exchange(x, all);
-    for (int v : all) sum += v;
-    return sum;
-}
 inline u32 high_product(u32 a, u32 b) { return u32(uint64_t(a) * b >> 32); }
 inline bool warp_any(bool x) {
     bool all[32];
@@ -197,6 +183,8 @@ void copy_async(void* to, const void* from, int valid) {
     if (reinterpret_cast<uintptr_t>(to) % kBytes || (valid > 0 && reinterpret_cast<uintptr_t>(from) % kBytes)) throw std::runtime_error("misaligned copy");
     simt::block->current->groups.back().push_back({to, from, kBytes, valid});
 }
+template <int kBytes>
+void copy_async(void* to, const void* from) { copy_async<kBytes>(to, from, kBytes); }
 inline void copy_async_commit() { simt::block->current->groups.emplace_back(); }
 template <int kPending>
 void copy_async_wait() {
@@ -209,30 +197,6 @@ void copy_async_wait() {
         groups.pop_front();
     }
 }
-
-constexpr bool kBulkCopies = true;
-struct TransferBarrier {
-    uint64_t* state;
-    simt::Transfer& transfer() const { return simt::block->transfers[state]; }
-    void initialise(int arrivals) const { transfer() = {}, transfer().needed = arrivals; }
-    void expect(int bytes) const { transfer().arrived++, transfer().missing += bytes; }
-    void copy(void* to, const void* from, int bytes) const {
-        if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) throw std::runtime_error("misaligned bulk copy");
-        transfer().copies.push_back({to, from, bytes, bytes});
-        transfer().missing -= bytes;
-    }
-    void wait(int parity) const {
-        while (transfer().phase % 2 == parity) {
-            if (transfer().arrived == transfer().needed && transfer().missing == 0) {
-                for (const simt::Copy& c : transfer().copies) std::memcpy(c.to, c.from, c.bytes);
-                transfer().copies.clear(), transfer().arrived = 0, transfer().phase++;
-            } else {
-                simt::yield();
-            }
-        }
-    }
-};
-inline void fence_before_bulk() {}
 
 inline uint4 load_table(const uint4* p) { return *p; }
 inline uint4 load_spectrum(const uint4* p) { return *p; }
