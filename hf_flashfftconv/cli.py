@@ -101,9 +101,12 @@ def _load_model(source: str, trust_remote_code: bool) -> "PreTrainedModel":
 
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     architecture = (config.architectures or ["Model"])[0]
-    auto_classes = {"Model": transformers.AutoModel} | {
-        task: getattr(transformers, f"AutoModel{task}")
-        for task in ("ForCausalLM", "ForMaskedLM", "ForSequenceClassification")
+    auto_classes = {
+        "Model": transformers.AutoModel,
+        "ForCausalLM": transformers.AutoModelForCausalLM,
+        "ForMaskedLM": transformers.AutoModelForMaskedLM,
+        "ForSequenceClassification": transformers.AutoModelForSequenceClassification,
+        "ForTextEncoding": transformers.AutoModelForSequenceClassification,  # M2-BERT's sentence embeddings
     }
     for ending, auto_class in auto_classes.items():
         if architecture.endswith(ending):
