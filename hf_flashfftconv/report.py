@@ -26,7 +26,7 @@ class ModuleReport:
         length (`int`, *optional*): Sequence length of the last call, or the longest one before any call.
         fft_size (`int`, *optional*): Length of the transform at this sequence length with backend `"torch"`.
         dtype (`str`, *optional*): Of the input of the convolution.
-        reason (`str`): Why it is left alone.
+        reason (`str`): Why it is left alone, or why its calls run the original code.
     """
 
     name: str
@@ -117,6 +117,7 @@ def _row(finding: Finding) -> ModuleReport:
         length=usage.length,
         fft_size=_fft_size(usage.length, getattr(module, "bidirectional", False)),
         dtype=str(usage.dtype).removeprefix("torch."),
+        reason="" if module.covered() else "calls run the original code: there are hooks on the filter",
     )
 
 

@@ -72,9 +72,13 @@ class PatchedMixer(nn.Module):
         """The unpatched code, for calls that the patched one does not cover."""
         return self._flashfftconv_original.forward(self, *args, **kwargs)
 
-    def covers(self, *filters: nn.Module) -> bool:
-        """Whether leaving out the calls of these filter modules goes unnoticed: no hook was put on them since."""
-        return not any(has_hooks(filter_fn) for filter_fn in filters)
+    def filter_modules(self) -> list[nn.Module]:
+        """The modules whose methods generate the filters, and which are no longer called themselves."""
+        return [self.filter_fn]
+
+    def covered(self) -> bool:
+        """Whether the patched code may run: no hook was put on the filters since, which it would leave out."""
+        return not any(has_hooks(filter_fn) for filter_fn in self.filter_modules())
 
     def checked_length(self, u: Tensor) -> int:
         """The length of `u` `(batch, length, channels)`; raises `ValueError` if there are no filters for it."""
@@ -133,8 +137,8 @@ class PatchedMixer(nn.Module):
 
     def train(self, mode: bool = True) -> "PatchedMixer":
         # See FilterCache: weights written through `.data` between two evaluations leave no other trace.
-        for module in self.children():
-            self._flashfftconv.cache.drop(module)
+        for filter_fn in self.filter_modules():
+            self._flashfftconv.cache.drop(filter_fn)
         return super().train(mode)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -157,7 +161,7 @@ def _skip(filter_fn: nn.Module) -> Tensor:
 
 
 @functools.cache
-def _patched_class(mixer: type, original: type) -> type:
+def _patched_class(mixer: Any, original: Any) -> Any:
     attributes = {"__module__": original.__module__, "_flashfftconv_original": original}
     name = f"FlashFFT{original.__name__}"
     return types.new_class(name, (mixer, original), exec_body=lambda body: body.update(attributes))
@@ -175,8 +179,9 @@ def is_patched(module: nn.Module) -> bool:
 
 def patch_module(module: nn.Module, adapter: Adapter, backend: str, cache: FilterCache) -> None:
     """Changes the class of a module that `adapter` has recognised."""
-    original: type = type(module)
-    patched = _patched_class(adapter.mixer, original)
+    mixer: Any = adapter.mixer
+    original: Any = type(module)
+    patched = _patched_class(mixer, original)
     module.__class__ = patched
     module._flashfftconv = PatchState(adapter.family, backend, cache)
     _rebind(module, original, patched)

@@ -128,4 +128,6 @@ def may_cache(module: nn.Module) -> bool:
         and not torch.is_grad_enabled()
         and not module.training
         and not getattr(module, "_is_replica", False)
+        # Sharded weights are gathered into the same memory at the same version, whatever they are.
+        and not getattr(module, "_is_fsdp_managed_module", False)
     )

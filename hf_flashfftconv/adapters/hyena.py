@@ -30,7 +30,7 @@ class PatchedHyena(PatchedMixer):
     """The forward of HyenaDNA's operator."""
 
     def forward(self, u: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or not self.covers(self.filter_fn):
+        if args or kwargs or not self.covered():
             return self.original_forward(u, *args, **kwargs)
         return self.out_proj(self.mix(u))
 
@@ -47,7 +47,7 @@ class PatchedSafariHyena(PatchedHyena):
     """The forward of safari's operator, for one head and one block."""
 
     def forward(self, u: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not self.covers(self.filter_fn):
+        if not self.covered():
             return self.original_forward(u, *args, **kwargs)
         y = self.out_proj(self.activation(self.mix(u)))
         return (y, None) if self.return_state else y

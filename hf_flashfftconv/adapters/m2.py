@@ -33,9 +33,11 @@ FILTERS = frozenset({"HyenaFilter"})
 class PatchedMonarchMixer(PatchedMixer):
     """The forward of M2-BERT's sequence mixing."""
 
+    def filter_modules(self) -> list[nn.Module]:
+        return [self.filter_fn, self.filter_fn2] if self.residual_long_conv else [self.filter_fn]
+
     def forward(self, u: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
-        filters = (self.filter_fn, self.filter_fn2) if self.residual_long_conv else (self.filter_fn,)
-        if not self.covers(*filters):
+        if not self.covered():
             return self.original_forward(u, **kwargs)
         additions = getattr(self, "hyena_training_additions", False)
         length = self.checked_length(u)

@@ -72,7 +72,7 @@ def _owner(module: nn.Module, name: str) -> nn.Module:
 
 def _write_copies(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     for name in vars(module)[_SAVED]["copies"]:
-        tensor = state_dict.get(prefix + name)
+        tensor: Any = state_dict.get(prefix + name)
         # With keep_vars the caller wants the parameters themselves.
         if type(tensor) is Tensor and not tensor.is_meta:
             state_dict[prefix + name] = tensor.clone()
