@@ -5,7 +5,7 @@
 
 template <class T>
 struct ForwardPlan {
-    static constexpr int bytes(int tensors) { return T::kRowBytes + T::kEnergyBytes + tensors * T::kStageBytes; }
+    static constexpr int bytes(int tensors) { return Tables<T>::kSharedBytes + T::kRowBytes + T::kEnergyBytes + tensors * T::kStageBytes; }
     static constexpr int blocks(int tensors) { return T::kThreads <= 256 && 2 * (bytes(tensors) + 1024) <= kSharedLimit + 1024 ? 2 : 1; }
     static constexpr int kBlocks = blocks(2);                                                           // resident on a multiprocessor
     static constexpr bool kStagePost = bytes(3) <= kSharedLimit && blocks(3) == kBlocks;
@@ -68,9 +68,11 @@ DEVICE void forward_tiles(const LaunchParams& params) {
     using Plan = ForwardPlan<T>;
     using Element = typename T::Element;
     const int warp = thread_index() / 32, lane = thread_index() % 32, column = outer_column(warp, lane);
-    uint4* rows = reinterpret_cast<uint4*>(shared_memory());
-    SequenceScales<T> scales{reinterpret_cast<float*>(shared_memory() + T::kRowBytes), 1.f};
-    char* const stages = shared_memory() + T::kRowBytes + T::kEnergyBytes;
+    const Tables<T> tables(params.tables, shared_memory());
+    char* const memory = shared_memory() + Tables<T>::kSharedBytes;
+    uint4* rows = reinterpret_cast<uint4*>(memory);
+    SequenceScales<T> scales{reinterpret_cast<float*>(memory + T::kRowBytes), 1.f};
+    char* const stages = memory + T::kRowBytes + T::kEnergyBytes;
     const bool stage_post = Plan::kStagePost && params.post_gate.data;
     const Stage<T> u{stages}, pre{params.pre_gate.data ? stages + T::kStageBytes : nullptr}, post{stages + 2 * T::kStageBytes};
 
@@ -78,7 +80,6 @@ DEVICE void forward_tiles(const LaunchParams& params) {
     const SlotMap<T> slots{params.log_radix - (T::kSlots < T::kRows)};
     const WorkRange range = work_range(tile_count<T>(params), Plan::kBlocks);
 
-    const Tables<T> tables(params.tables);
 
     const Stager<T> stager(params, slots);
     auto start_inputs = [&](int tile, const TileSequences& sequences) {

@@ -36,12 +36,12 @@ struct InnerConstants {
     DEVICE void load(const uint4* table, int lane) {
         for (int m = 0; m < 2; m++)
             for (int s = 0; s < 2; s++) {
-                const uint4 v = load_table(table + (2 * m + s) * 32 + lane), w = load_table(table + (4 + 2 * m + s) * 32 + lane);
+                const uint4 v = table[(2 * m + s) * 32 + lane], w = table[(4 + 2 * m + s) * 32 + lane];
                 a[m][s][0] = v.x, a[m][s][1] = v.y, a[m][s][2] = v.z, a[m][s][3] = v.w;
                 b_re[m][s][0] = w.x, b_re[m][s][1] = w.y, b_im[m][s][0] = w.z, b_im[m][s][1] = w.w;
             }
         for (int m = 0; m < 2; m++) {
-            const uint4 t = load_table(table + (8 + m) * 32 + lane);
+            const uint4 t = table[(8 + m) * 32 + lane];
             twiddle[m][0] = {t.x, t.y}, twiddle[m][1] = {t.z, t.w};
         }
     }
@@ -136,7 +136,7 @@ DEVICE void outer_forward(const u32 (&x)[T::kSlots / 4][4], uint4* rows, const u
         float d[2][2][4] = {};
 #pragma unroll
         for (int s = 0; s < kSteps; s++) {
-            const uint4 b = load_table(table + ((first + n) / 2 * kSteps + s) * 32 + lane);
+            const uint4 b = table[((first + n) / 2 * kSteps + s) * 32 + lane];
 #pragma unroll
             for (int t = 0; t < 2; t++) {
                 matrix_multiply_add(d[0][t], x[2 * s][t], x[2 * s][2 + t], x[2 * s + 1][t], x[2 * s + 1][2 + t], b.x, b.y);
@@ -173,7 +173,7 @@ struct OuterResult {
                                  {join_low(v.z, v.w), join_high(v.z, v.w), join_low(w.z, w.w), join_high(w.z, w.w)}};
 #pragma unroll
             for (int n = 0; n < kTiles; n += 2) {
-                const uint4 b = load_table(table + (s * (T::kSlots / 8) + (first + n) / 2) * 32 + lane);
+                const uint4 b = table[(s * (T::kSlots / 8) + (first + n) / 2) * 32 + lane];
 #pragma unroll
                 for (int t = 0; t < 2; t++) {
                     matrix_multiply_add(value[n][t], a[t][0], a[t][1], a[t][2], a[t][3], b.x, b.y);
@@ -184,14 +184,23 @@ struct OuterResult {
     }
 };
 
-// Where the constants of a transform lie in its table.
+// Where the constants of a transform lie. Those that every tile reads from the start are copied to shared memory; the row twiddles, as large as
+// the transform, stay in global memory and the L1 cache.
 template <class T>
 struct Tables {
+    static constexpr int kOuterVectors = T::kRows / 8 * (T::kSlots / 8) * 32;
+    static constexpr int kSharedVectors = kInnerConstantVectors + 2 * kOuterVectors;
+    static constexpr int kSharedBytes = kSharedVectors * 16;
     const uint4 *inner, *outer, *outer_inverse, *twiddle;
-    DEVICE explicit Tables(const u32* words) {
-        inner = reinterpret_cast<const uint4*>(words);
+
+    // A block barrier must follow.
+    DEVICE Tables(const u32* words, char* memory) {
+        const uint4* global = reinterpret_cast<const uint4*>(words);
+        uint4* shared = reinterpret_cast<uint4*>(memory);
+        for (int i = thread_index(); i < kSharedVectors; i += T::kThreads) shared[i] = load_table(global + i);
+        inner = shared;
         outer = inner + kInnerConstantVectors;
-        outer_inverse = outer + T::kRows / 8 * (T::kSlots / 8) * 32;
-        twiddle = outer_inverse + T::kRows / 8 * (T::kSlots / 8) * 32;
+        outer_inverse = outer + kOuterVectors;
+        twiddle = global + kSharedVectors;
     }
 };
