@@ -30,6 +30,13 @@ static LaunchParams derive(const fft_conv_params& p) {
     derived.pair_aligned = derived.pair_aligned >= 2 * bytes;
     derived.log_radix = log2_of(p.fft_size / kColumns);
     derived.pairs = divider((p.batch + 1) / 2);
+    const int pairs = (p.batch + 1) / 2, pairs_per_tile = std::max(1, 16 >> derived.log_radix);
+    derived.log_sharing = std::min(log2_of(pairs), log2_of(pairs_per_tile));
+    const int tiles = (pairs + (1 << derived.log_sharing) - 1) >> derived.log_sharing, channels_per_tile = pairs_per_tile >> derived.log_sharing;
+    const int channel_tiles = (p.channels + channels_per_tile - 1) / channels_per_tile;
+    const int wanted = std::min(tiles, (kMaximumBackwardBlocks + channel_tiles - 1) / channel_tiles);
+    derived.tiles_per_split = (tiles + wanted - 1) / wanted;
+    derived.unit_splits = (tiles + derived.tiles_per_split - 1) / derived.tiles_per_split;
     return derived;
 }
 
@@ -37,6 +44,21 @@ extern "C" int fft_conv_forward(const fft_conv_params* params, void* stream) {
     if (!valid(*params)) return kUnsupported;
     const LaunchParams derived = derive(*params);
     return with_tile(*params, [&](auto tile) { return Launcher<decltype(tile)>::forward(derived, stream); });
+}
+
+extern "C" int fft_conv_backward(const fft_conv_params* params, void* stream) {
+    if (!valid(*params)) return kUnsupported;
+    const LaunchParams derived = derive(*params);
+    return with_tile(*params, [&](auto tile) { return Launcher<decltype(tile)>::backward(derived, stream); });
+}
+
+extern "C" int fft_conv_backward_splits(const fft_conv_params* params) {
+    const LaunchParams derived = derive(*params);
+    return derived.unit_splits << derived.log_sharing;
+}
+
+extern "C" int64_t fft_conv_backward_scratch(const fft_conv_params* params) {
+    return int64_t(kMaximumBackwardBlocks) * with_tile(*params, [](auto tile) { return Launcher<decltype(tile)>::kSumBytes; });
 }
 
 extern "C" int fft_conv_version() { return 1; }

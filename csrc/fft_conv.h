@@ -23,12 +23,15 @@ struct fft_conv_params {
     const uint32_t* tables;         // hf_flashfftconv/ops/tables.py
     const uint32_t* spectrum;       // (channels, fft_size) complex half precision in kernel order, conjugated where stated
     const float* spectrum_scale;    // (channels,) powers of two that the spectrum was divided by
-    float* grad_filter;             // (splits, channels, fft_size) gradient of the filter's taps
-    int32_t batch, channels, length, fft_size, element, half, splits;
+    float* grad_filter;             // (fft_conv_backward_splits, channels, fft_size) partial sums of the gradient of the taps
+    void* scratch;                  // fft_conv_backward_scratch bytes
+    int32_t batch, channels, length, fft_size, element, half;
 };
 
 int fft_conv_forward(const struct fft_conv_params* params, void* stream);
 int fft_conv_backward(const struct fft_conv_params* params, void* stream);
+int fft_conv_backward_splits(const struct fft_conv_params* params);
+int64_t fft_conv_backward_scratch(const struct fft_conv_params* params);
 const char* fft_conv_error_string(int code);
 int fft_conv_version(void);
 

@@ -5,7 +5,7 @@
 
 template <class T>
 struct ForwardPlan {
-    static constexpr int bytes(int tensors) { return Tables<T>::kSharedBytes + T::kRowBytes + T::kEnergyBytes + tensors * T::kStageBytes; }
+    static constexpr int bytes(int tensors) { return Tables<T>::kSharedBytes + T::kRowBytes + T::kGroups * T::kEnergyBytes + tensors * T::kStageBytes; }
     static constexpr int blocks(int tensors) { return T::kThreads <= 256 && 2 * (bytes(tensors) + 1024) <= kSharedLimit + 1024 ? 2 : 1; }
     static constexpr int kBlocks = blocks(2);                                                           // resident on a multiprocessor
     static constexpr bool kStagePost = bytes(3) <= kSharedLimit && blocks(3) == kBlocks;
@@ -67,17 +67,18 @@ template <class T>
 DEVICE void forward_tiles(const LaunchParams& params) {
     using Plan = ForwardPlan<T>;
     using Element = typename T::Element;
-    const int warp = thread_index() / 32, lane = thread_index() % 32, column = outer_column(warp, lane);
+    const int warp = thread_index() / 32, lane = thread_index() % 32;
     const Tables<T> tables(params.tables, shared_memory());
     char* const memory = shared_memory() + Tables<T>::kSharedBytes;
     uint4* rows = reinterpret_cast<uint4*>(memory);
-    SequenceScales<T> scales{reinterpret_cast<float*>(memory + T::kRowBytes), 1.f};
-    char* const stages = memory + T::kRowBytes + T::kEnergyBytes;
+    char* const stages = memory + T::kRowBytes + T::kGroups * T::kEnergyBytes;
     const bool stage_post = Plan::kStagePost && params.post_gate.data;
     const Stage<T> u{stages}, pre{params.pre_gate.data ? stages + T::kStageBytes : nullptr}, post{stages + 2 * T::kStageBytes};
 
     const int radix = 1 << params.log_radix, pairs_per_tile = T::kRows >> params.log_radix;
     const SlotMap<T> slots{params.log_radix - (T::kSlots < T::kRows)};
+    const int group = warp / 8;
+    SequenceScales<T> scales{reinterpret_cast<float*>(memory + T::kRowBytes + group * T::kEnergyBytes), slots, group, warp % 8, lane};
     const WorkRange range = work_range(tile_count<T>(params), Plan::kBlocks);
 
 
@@ -90,19 +91,20 @@ DEVICE void forward_tiles(const LaunchParams& params) {
         copy_async_commit();
     };
 
-    TileSequences sequences(params, range.first * pairs_per_tile, lane);
+    TileSequences sequences = TileSequences::consecutive(params, range.first * pairs_per_tile, lane);
     start_inputs(range.first, sequences);
     for (int tile = range.first; tile < range.last; tile += range.step) {
         copy_async_wait<0>();
         block_barrier();
         u32 x[T::kSlots / 4][4];
-        scales.pack_scaled(x, u, pre, slots, sequences.valid, column, warp, lane);
+        scales.template pack_scaled<false>(x, u, pre, sequences.valid);
+        if (T::kGroups > 1) block_barrier();
 
         // Every thread has read its inputs (a barrier has passed): the next tile's may come.
         const TileSequences current = sequences;
         if (stage_post) stager.start(post, params.post_gate, current);
         copy_async_commit();
-        sequences = TileSequences(params, (tile + range.step) * pairs_per_tile, lane);
+        sequences = TileSequences::consecutive(params, (tile + range.step) * pairs_per_tile, lane);
         start_inputs(tile + range.step, sequences);
 
         outer_forward<T>(x, rows, tables.outer, warp, lane);

@@ -9,6 +9,11 @@ __global__ void __launch_bounds__(T::kThreads, ForwardPlan<T>::kBlocks) forward_
     forward_tiles<T>(params);
 }
 
+template <class T>
+__global__ void __launch_bounds__(BackwardPlan<T>::kThreads, 1) backward_kernel(const __grid_constant__ LaunchParams params) {
+    Backward<T>(params).run();
+}
+
 // Blocks for a persistent grid: every multiprocessor full, or one block a tile where there are fewer.
 inline int grid_size(int64_t tiles, int blocks_per_processor, int* error) {
     int device = 0, processors = 0;
@@ -31,6 +36,13 @@ template <class T>
 int Launcher<T>::forward(const LaunchParams& params, void* stream) {
     using Plan = ForwardPlan<T>;
     return launch(forward_kernel<T>, tile_count<T>(params), Plan::kBlocks, T::kThreads, Plan::kSharedBytes, params, stream);
+}
+
+template <class T>
+int Launcher<T>::backward(const LaunchParams& params, void* stream) {
+    using B = BackwardTile<T>;
+    using Plan = BackwardPlan<B>;
+    return launch(backward_kernel<B>, std::min(BackwardUnits<B>(params).count, kMaximumBackwardBlocks), 1, Plan::kThreads, Plan::kSharedBytes, params, stream);
 }
 
 #define INSTANTIATE_TILES(ROWS)                      \

@@ -2,14 +2,23 @@
 #pragma once
 #include <algorithm>
 
+#include "backward.cuh"
 #include "forward.cuh"
+
+// The tile of a backward pass: one group of warps covers its outer stage.
+template <class T>
+using BackwardTile = Tile<typename T::Element, T::kRows, (T::kSlots < T::kRows), 1>;
 
 template <class T>
 struct Launcher {
     static int forward(const LaunchParams& params, void* stream);
+    static int backward(const LaunchParams& params, void* stream);
+    static constexpr int kSumBytes = BackwardPlan<BackwardTile<T>>::kSharedSums ? 0 : BackwardPlan<BackwardTile<T>>::kSumBytes;
 };
 
 constexpr int kUnsupported = -1;
+// Also what the batch is split for where there are few channels; a constant, so that results do not depend on the device.
+constexpr int kMaximumBackwardBlocks = 264;
 
 inline int common_alignment(const fft_conv_tensor& t, int element_bytes) {
     if (!t.data) return 16;

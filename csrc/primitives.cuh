@@ -17,7 +17,10 @@ using float16 = __half;
 DEVICE int thread_index() { return threadIdx.x; }
 DEVICE int block_index() { return blockIdx.x; }
 DEVICE int block_count() { return gridDim.x; }
+DEVICE int block_size() { return blockDim.x; }
 DEVICE void block_barrier() { __syncthreads(); }
+// For the 256 threads of one group of eight warps.
+DEVICE void group_barrier(int group) { asm volatile("bar.sync %0, 256;" :: "r"(group + 1) : "memory"); }
 DEVICE char* shared_memory() {
     extern __shared__ __align__(128) char memory[];
     return memory;
@@ -40,7 +43,8 @@ DEVICE void matrix_multiply_add(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+template <class X>
+DEVICE X shuffle_xor(X x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 template <class X>
 DEVICE X shuffle(X x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 template <class X>
@@ -67,6 +71,7 @@ DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "mem
 template <int kPending>
 DEVICE void copy_async_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(kPending) : "memory"); }
 
+DEVICE u32 warp_maximum(u32 x) { return __reduce_max_sync(0xffffffffu, x); }
 DEVICE void atomic_maximum(u32* shared, u32 x) { atomicMax(shared, x); }
 
 // Constants, which should stay in the L1 cache; volatile keeps the compiler from holding them in registers across a tile instead.
@@ -85,6 +90,7 @@ DEVICE uint4 load_spectrum(const uint4* p) {
 DEVICE float float_from_bits(u32 x) { return __uint_as_float(x); }
 DEVICE u32 bits_from_float(float x) { return __float_as_uint(x); }
 
+DEVICE float square_root(float x) { return sqrtf(x); }
 DEVICE float power_of_two(int exponent) { return __uint_as_float(u32(exponent + 127) << 23); }
 
 struct Pair { float x, y; };

@@ -10,12 +10,12 @@ constexpr int kColumns = 256;       // points of the inner transform, done by on
 constexpr int kRowPitch = 260;      // words between rows in shared memory: a 16-byte unit beyond the row, against bank conflicts
 constexpr int kSharedLimit = 232448;
 
-template <typename Element_, int kRows_, bool kHalf_>
+template <typename Element_, int kRows_, bool kHalf_, int kGroups_ = (kRows_ > 32 ? 2 : 1)>
 struct Tile {
     using Element = Element_;
     static constexpr int kRows = kRows_;
     static constexpr int kSlots = kHalf_ ? kRows / 2 : kRows;    // rows of 256 positions that are read and written
-    static constexpr int kGroups = kRows > 32 ? 2 : 1;           // groups of eight warps; each group covers all 256 columns of the outer stage
+    static constexpr int kGroups = kGroups_;                     // groups of eight warps that share the outer stage; each covers all 256 columns
     static constexpr int kWarps = 8 * kGroups;
     static constexpr int kThreads = 32 * kWarps;
     static constexpr int kMaxPairs = kRows == 16 ? 16 : 1;
@@ -40,7 +40,12 @@ struct LaunchParams : fft_conv_params {
     int pair_aligned;   // whether two neighbouring elements of every tensor may be moved as one word
     int log_radix;
     Divider pairs;      // pairs of sequences in a channel
+    // Backward: 2^log_sharing pairs of a channel share a tile, and a channel's tiles are dealt to unit_splits blocks.
+    int log_sharing, unit_splits, tiles_per_split;
 };
+
+// The first of the four columns a, a + 1, a + 128, a + 129 that a lane of the outer stage holds.
+DEVICE int outer_column(int warp, int lane) { return 2 * (warp % 8 * 8 + lane / 4); }
 
 // Which part of the work a block does: tiles first, first + step, ... below last. Blocks that probably share a multiprocessor
 // take turns in one range, so that they read the same filter spectra.
@@ -68,12 +73,14 @@ struct TileSequences {
     int row, channel;
     bool valid;
 
-    DEVICE TileSequences(const LaunchParams& params, int first_pair, int lane) {
-        const int pair = first_pair + lane / 2;
-        channel = params.pairs.divide(pair);
-        row = 2 * (pair - channel * params.pairs.divisor) + lane % 2;
+    // Consecutive pairs: over the batch first, then over the channels.
+    DEVICE static TileSequences consecutive(const LaunchParams& params, int first_pair, int lane) {
+        const int pair = first_pair + lane / 2, channel = params.pairs.divide(pair);
+        return TileSequences(params, channel, 2 * (pair - channel * params.pairs.divisor) + lane % 2);
+    }
+    DEVICE TileSequences(const LaunchParams& params, int channel, int row) : row(row), channel(channel) {
         valid = channel < params.channels && row < params.batch;
-        if (!valid) row = channel = 0;
+        if (!valid) this->row = this->channel = 0;
     }
 
     // Whether all sequences of the tile exist.

@@ -15,9 +15,11 @@ struct SlotMap {
 // One tensor's segments of a tile in shared memory. What lies beyond the sequence or the batch is zero.
 template <class T>
 struct Stage {
+    using Tile = T;
     using Element = typename T::Element;
     char* memory;
 
+    DEVICE explicit operator bool() const { return memory; }
     DEVICE char* segment(int sequence, int slot) const { return memory + (sequence * T::kSlots + slot) * T::kSegment; }
 
     // Two neighbouring elements.
@@ -53,7 +55,7 @@ struct Stager {
 
 private:
     DEVICE void copy_whole(Stage<T> stage, const fft_conv_tensor& tensor, const TileSequences& sequences) const {
-        const int warp = thread_index() / 32, at = thread_index() % 32 * 16;
+        const int warp = thread_index() / 32 % T::kWarps, at = thread_index() % 32 * 16;
 #pragma unroll
         for (int sequence = 0; sequence < 2; sequence++) {
             const char* from = nullptr;
@@ -74,7 +76,7 @@ private:
     template <int kBytes>
     DEVICE void copy_parts(Stage<T> stage, const fft_conv_tensor& tensor, const TileSequences& sequences) const {
 #pragma unroll 1
-        for (int index = thread_index() / 32; index < 2 * T::kSlots; index += T::kWarps) {
+        for (int index = thread_index() / 32 % T::kWarps; index < 2 * T::kSlots; index += T::kWarps) {
             const int slot = index % T::kSlots, owner = 2 * slots.pair(slot) + index / T::kSlots, left = params.length - slots.position(slot);
             const char* from = sequences.address<const char>(tensor, owner, sizeof(Element)) + int64_t(slots.position(slot)) * int(sizeof(Element));
             const int bytes = shuffle(int(sequences.valid), owner) && left > 0 ? (left < kColumns ? left : kColumns) * int(sizeof(Element)) : 0;
@@ -109,10 +111,34 @@ DEVICE void store_global(Element* sequence, int position, int length, bool align
     }
 }
 
+// A tensor's sequences in global memory, for tiles of one pair whose tensors do not fit beside them in shared memory.
+template <class T>
+struct DirectSource {
+    using Element = typename T::Element;
+    const Element* sequences[2];
+    int length;
+    bool aligned;
+
+    DEVICE DirectSource(const fft_conv_tensor& tensor, const LaunchParams& params, const TileSequences& tile) : length(params.length), aligned(params.pair_aligned) {
+        static_assert(T::kMaxPairs == 1, "one pair a tile");
+        for (int c = 0; c < 2; c++) {
+            const Element* address = tile.address<const Element>(tensor, c);
+            sequences[c] = tensor.data && shuffle(int(tile.valid), c) ? address : nullptr;
+        }
+        if (!tensor.data) length = -1;
+    }
+
+    DEVICE explicit operator bool() const { return length >= 0; }
+    DEVICE Pair load(int sequence, int slot, int column) const {
+        const Element* p = sequences[sequence];
+        return p ? load_global(p, slot * kColumns + column, length, aligned) : Pair{0.f, 0.f};
+    }
+};
+
 // Packs u (times gate, where there is one) as (re, im) = (first, second sequence of the pair). Column c of x[j]: a, a + 1, a + 128, a + 129.
 // With kScaled every sequence is multiplied by the factor that its lane holds; a factor of zero drops a sequence that is not finite.
-template <class T, bool kScaled>
-DEVICE void pack_product(u32 (&x)[T::kSlots / 4][4], const Stage<T>& u, const Stage<T>& gate, SlotMap<T> slots, float factor, int column, int lane) {
+template <class T, bool kScaled, class Source>
+DEVICE void pack_product(u32 (&x)[T::kSlots / 4][4], const Source& u, const Source& gate, SlotMap<T> slots, float factor, int column, int lane) {
 #pragma unroll
     for (int j = 0; j < T::kSlots / 4; j++) {
         const int slot = 4 * j + lane % 4;
@@ -122,7 +148,7 @@ DEVICE void pack_product(u32 (&x)[T::kSlots / 4][4], const Stage<T>& u, const St
         for (int half = 0; half < 2; half++) {
             const int at = column + 128 * half;
             Pair v = u.load(0, slot, at), w = u.load(1, slot, at);
-            if (gate.memory) {
+            if (gate) {
                 const Pair g = gate.load(0, slot, at), h = gate.load(1, slot, at);
                 v = {v.x * g.x, v.y * g.y}, w = {w.x * h.x, w.y * h.y};
             }
@@ -137,14 +163,15 @@ DEVICE void pack_product(u32 (&x)[T::kSlots / 4][4], const Stage<T>& u, const St
 
 // Scales every sequence of a tile by a power of two to a root mean square near one, so that half precision holds it whatever its size and
 // neither sequence of a pair drowns in the other's rounding. Values are packed as they are first; only if a sequence's energy is then outside
-// half precision's comfortable range are they packed again, from the largest magnitude.
+// half precision's comfortable range are they packed again, from the largest magnitude. Called by the eight warps of a group.
 template <class T>
 struct SequenceScales {
     float* energies;    // shared memory, [2 kMaxPairs][8]
-    float up;           // what undoes the scale of this lane's sequence
+    SlotMap<T> slots;
+    int group, warp, lane;
+    float up = 1.f;     // what undoes the scale of this lane's sequence
 
-    DEVICE void publish(const u32 (&x)[T::kSlots / 4][4], SlotMap<T> slots, int warp, int lane) {
-        if (warp >= 8) return;
+    DEVICE void publish(const u32 (&x)[T::kSlots / 4][4]) {
         const int per_pair = 1 << slots.log_slots_per_pair;
         float re = 0.f, im = 0.f;
 #pragma unroll
@@ -160,9 +187,10 @@ struct SequenceScales {
             if (lane < 4) energies[(2 * pair) * 8 + warp] = re, energies[(2 * pair + 1) * 8 + warp] = im;
             re = im = 0.f;
         }
+        group_barrier(group);
     }
 
-    DEVICE float mean_square(SlotMap<T> slots, int lane) const {
+    DEVICE float mean_square() const {
         if (lane >= T::kSlots >> slots.log_slots_per_pair << 1) return 1.f;
         float sum = 0.f;
         for (int w = 0; w < 8; w++) sum += energies[lane * 8 + w];
@@ -170,42 +198,52 @@ struct SequenceScales {
     }
 
     // The factor that brings this lane's sequence to a largest magnitude near one; zero if the sequence is not finite.
-    DEVICE float from_largest(const Stage<T>& u, const Stage<T>& gate, SlotMap<T> slots, int column, int lane) {
+    template <class Source>
+    DEVICE float from_largest(const Source& u, const Source& gate, int column) {
         u32* largest = reinterpret_cast<u32*>(energies);
-        block_barrier();
-        if (thread_index() < 2 * T::kMaxPairs) largest[thread_index()] = 0;
-        block_barrier();
+        group_barrier(group);
+        if (warp == 0 && lane < 2 * T::kMaxPairs) largest[lane] = 0;
+        group_barrier(group);
         for (int j = 0; j < T::kSlots / 4; j++)
             for (int c = 0; c < 4; c++) {
                 const int slot = 4 * j + lane % 4, sequence = c % 2, at = column + 128 * (c / 2);
                 Pair v = u.load(sequence, slot, at);
-                if (gate.memory) {
+                if (gate) {
                     const Pair g = gate.load(sequence, slot, at);
                     v = {v.x * g.x, v.y * g.y};
                 }
                 const u32 a = bits_from_float(v.x) & 0x7fffffffu, b = bits_from_float(v.y) & 0x7fffffffu;
                 atomic_maximum(largest + 2 * slots.pair(slot) + sequence, a > b ? a : b);
             }
-        block_barrier();
+        group_barrier(group);
         const int exponent = lane < 2 * T::kMaxPairs ? int(largest[lane] >> 23) : 127;
-        block_barrier();
+        group_barrier(group);
         return exponent == 255 ? 0.f : power_of_two(exponent < 1 ? 126 : 127 - exponent);
     }
 
-    // Packs the tile's inputs into x.
-    DEVICE void pack_scaled(u32 (&x)[T::kSlots / 4][4], const Stage<T>& u, const Stage<T>& gate, SlotMap<T> slots, bool valid, int column, int warp, int lane) {
+    // Packs a tile's inputs into x. With kCommon both sequences of a pair get one scale, so that products of their spectra may be added up.
+    template <bool kCommon, class Source>
+    DEVICE void pack_scaled(u32 (&x)[T::kSlots / 4][4], const Source& u, const Source& gate, bool valid) {
+        const int column = outer_column(warp, lane);
         pack_product<T, false>(x, u, gate, slots, 1.f, column, lane);
-        publish(x, slots, warp, lane);
-        block_barrier();
-        float square = mean_square(slots, lane), factor = 1.f;
+        publish(x);
+        float square = mean_square(), factor = 1.f;
         if (warp_any(valid && !(square >= 0x1p-14f && square <= 0x1p10f))) {
-            factor = from_largest(u, gate, slots, column, lane);
+            factor = from_largest(u, gate, column);
+            if (kCommon) {
+                const float other = shuffle_xor(factor, 1);
+                if (factor != 0.f && other != 0.f && other < factor) factor = other;
+            }
             pack_product<T, true>(x, u, gate, slots, factor, column, lane);
-            publish(x, slots, warp, lane);
-            block_barrier();
-            square = mean_square(slots, lane);
+            publish(x);
+            square = mean_square();
         }
-        const int exponent = int(bits_from_float(square) >> 23) - 127, root = exponent < -24 ? -12 : exponent >> 1;
+        const int exponent = int(bits_from_float(square) >> 23) - 127;
+        int root = exponent < -24 ? -12 : exponent >> 1;
+        if (kCommon) {
+            const int other = shuffle_xor(root, 1);
+            root = other > root ? other : root;
+        }
         up = factor == 0.f ? float_from_bits(0x7fc00000u) : power_of_two(root) * power_of_two(127 - int(bits_from_float(factor) >> 23));
 #pragma unroll
         for (int j = 0; j < T::kSlots / 4; j++) {

@@ -27,6 +27,11 @@ DEVICE PlanarPair conjugate_product(PlanarPair x, PlanarPair w) {
     return {multiply_add2(x.re, w.re, negate2(multiply2(x.im, w.im))), multiply_add2(negate2(x.re), w.im, negate2(multiply2(x.im, w.re)))};
 }
 
+// conj(x) * w
+DEVICE PlanarPair product_of_conjugate(PlanarPair x, PlanarPair w) {
+    return {multiply_add2(x.re, w.re, multiply2(x.im, w.im)), multiply_add2(x.re, w.im, negate2(multiply2(x.im, w.re)))};
+}
+
 // The constant operands of the inner stages: DFT-16 matrices as A and as B operand, and the twiddles w256^(k2 n3). Operands of a matrix
 // product are whole register groups, so that no move is needed in front of it.
 struct InnerConstants {
@@ -93,6 +98,13 @@ DEVICE RowFragment conjugate_product(const RowFragment& x, const RowFragment& w)
     return z;
 }
 
+DEVICE RowFragment product_of_conjugate(const RowFragment& x, const RowFragment& w) {
+    RowFragment z;
+    for (int s = 0; s < 2; s++)
+        for (int t = 0; t < 2; t++) z.value[s][t] = product_of_conjugate(x.value[s][t], w.value[s][t]);
+    return z;
+}
+
 // DFT-256 of a row: contracts value[s][t] over s and lane % 4 (data as B), multiplies by the twiddles, contracts over t and lane % 4 (data as A).
 DEVICE RowFragment inner_transform(const RowFragment& x, const InnerConstants& constants) {
     PlanarPair z[2][2];
@@ -117,9 +129,6 @@ DEVICE RowFragment inner_transform(const RowFragment& x, const InnerConstants& c
     }
     return y;
 }
-
-// The first of the four columns a, a + 1, a + 128, a + 129 that a lane of the outer stage holds.
-DEVICE int outer_column(int warp, int lane) { return 2 * (warp % 8 * 8 + lane / 4); }
 
 // Where a row keeps the four columns of a lane of the outer stage, in 16-byte units: in the order in which RowFragment's
 // lanes read them, so that neither side has bank conflicts.
@@ -197,7 +206,7 @@ struct Tables {
     DEVICE Tables(const u32* words, char* memory) {
         const uint4* global = reinterpret_cast<const uint4*>(words);
         uint4* shared = reinterpret_cast<uint4*>(memory);
-        for (int i = thread_index(); i < kSharedVectors; i += T::kThreads) shared[i] = load_table(global + i);
+        for (int i = thread_index(); i < kSharedVectors; i += block_size()) shared[i] = load_table(global + i);
         inner = shared;
         outer = inner + kInnerConstantVectors;
         outer_inverse = outer + kOuterVectors;

@@ -6,3 +6,10 @@ int Launcher<T>::forward(const LaunchParams& params, void*) {
     simt::launch(2 * ForwardPlan<T>::kBlocks, T::kThreads, ForwardPlan<T>::kSharedBytes, [&] { forward_tiles<T>(params); });
     return 0;
 }
+
+template <class T>
+int Launcher<T>::backward(const LaunchParams& params, void*) {
+    using B = BackwardTile<T>;
+    simt::launch(2, BackwardPlan<B>::kThreads, BackwardPlan<B>::kSharedBytes, [&] { Backward<B>(params).run(); });
+    return 0;
+}

@@ -17,9 +17,12 @@ using u32 = uint32_t;
 #define HOST_DEVICE inline
 #define __restrict__
 
-struct uint2 { u32 x, y; };
-struct uint4 { u32 x, y, z, w; };
+struct alignas(8) uint2 { u32 x, y; };
+struct alignas(16) uint4 { u32 x, y, z, w; };
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+
+struct alignas(16) float4 { float x, y, z, w; };
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 struct float16 { uint16_t bits; };
 struct bfloat16 { uint16_t bits; };
@@ -49,7 +52,7 @@ struct Warp {
 struct Block {
     std::vector<std::unique_ptr<Fiber>> fibers;
     std::vector<Warp> warps;
-    Rendezvous barrier;
+    Rendezvous barrier, group_barriers[2];
     std::vector<unsigned char> shared;
     int index = 0, count = 1;
     ucontext_t scheduler;
@@ -126,6 +129,8 @@ inline int thread_index() { return simt::block->current->index; }
 inline int block_index() { return simt::block->index; }
 inline int block_count() { return simt::block->count; }
 inline void block_barrier() { simt::meet(simt::block->barrier, int(simt::block->fibers.size())); }
+inline int block_size() { return int(simt::block->fibers.size()); }
+inline void group_barrier(int group) { simt::meet(simt::block->group_barriers[group], 256); }
 inline char* shared_memory() {
     const auto address = reinterpret_cast<uintptr_t>(simt::block->shared.data());
     return reinterpret_cast<char*>((address + 127) / 128 * 128);
@@ -133,6 +138,7 @@ inline char* shared_memory() {
 
 inline float float_from_bits(u32 x) { float f; std::memcpy(&f, &x, 4); return f; }
 inline u32 bits_from_float(float x) { u32 u; std::memcpy(&u, &x, 4); return u; }
+inline float square_root(float x) { return std::sqrt(x); }
 inline float power_of_two(int exponent) { return float_from_bits(u32(exponent + 127) << 23); }
 
 inline uint16_t half_bits(float x) { const _Float16 h = static_cast<_Float16>(x); uint16_t b; std::memcpy(&b, &h, 2); return b; }
@@ -168,13 +174,20 @@ template <class X>
 X shuffle(X x, int lane) { X all[32]; simt::exchange(x, all); return all[lane & 31]; }
 template <class X>
 X* shuffle_pointer(X* p, int lane) { return shuffle(p, lane); }
-inline float shuffle_xor(float x, int mask) { return shuffle(x, (thread_index() % 32) ^ mask); }
+template <class X>
+X shuffle_xor(X x, int mask) { return shuffle(x, (thread_index() % 32) ^ mask); }
 inline u32 high_product(u32 a, u32 b) { return u32(uint64_t(a) * b >> 32); }
 inline bool warp_any(bool x) {
     bool all[32];
     simt::exchange(x, all);
     for (bool b : all) if (b) return true;
     return false;
+}
+inline u32 warp_maximum(u32 x) {
+    u32 all[32], largest = 0;
+    simt::exchange(x, all);
+    for (u32 v : all) largest = v > largest ? v : largest;
+    return largest;
 }
 inline void atomic_maximum(u32* shared, u32 x) { if (x > *shared) *shared = x; }
 

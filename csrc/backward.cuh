@@ -1,0 +1,278 @@
+// Gradients of y = post_gate * conv(pre_gate * u, k) in one pass over the inputs. With g = pre_gate * u, e = post_gate * grad_output, G and E
+// their transforms and K the filter's spectrum:
+//   grad_post_gate = grad_output * IFFT(G K),   grad_u = pre_gate * IFFT(E conj K),   grad_pre_gate = u * IFFT(E conj K),
+//   gradient of the taps = real part of IFFT(sum over pairs of conj(G) E), exact for two packed real sequences.
+// A block owns the sums of a channel (of several where pairs share a tile) over its share of the batch: no atomics, the same bits every time.
+// Of its sixteen warps the first group of eight brings g in and grad_post_gate out, the second e and the other gradients.
+#pragma once
+#include "tile_io.cuh"
+#include "transform.cuh"
+
+template <class T>
+struct BackwardPlan {
+    static constexpr int kThreads = 512, kWarps = 16;
+    static constexpr int kWeightBytes = 2 * 32 * 4;
+    static constexpr int kSumBytes = T::kRows * 2048;                   // (re, im) of every frequency in single precision
+    static constexpr bool kSharedSums = T::kRows <= 32;                 // else in global scratch memory, where they stay in the L2 cache
+    static constexpr int kFixedBytes = Tables<T>::kSharedBytes + 2 * T::kRowBytes + 2 * T::kEnergyBytes + kWeightBytes + (kSharedSums ? kSumBytes : 0);
+    static constexpr bool kStaged = kFixedBytes + 4 * T::kStageBytes <= kSharedLimit;
+    static constexpr int kSharedBytes = kFixedBytes + (kStaged ? 4 * T::kStageBytes : 0);
+    static_assert(T::kGroups == 1, "a group of eight warps covers the outer stage");
+    static_assert(kStaged || T::kMaxPairs == 1, "only tiles of one pair read global memory directly");
+};
+
+// A unit is what one block sums over: the channels of a tile and one of the splits of the batch.
+template <class T>
+struct BackwardUnits {
+    int channels_per_tile, count;
+
+    HOST_DEVICE explicit BackwardUnits(const LaunchParams& params) {
+        channels_per_tile = T::kRows >> params.log_radix >> params.log_sharing;
+        count = (params.channels + channels_per_tile - 1) / channels_per_tile * params.unit_splits;
+    }
+
+    DEVICE int channel(const LaunchParams& params, int unit, int pair) const {
+        return unit / params.unit_splits * channels_per_tile + (pair >> params.log_sharing);
+    }
+
+    // Tiles of a unit; the last split may have fewer.
+    DEVICE int tiles(const LaunchParams& params, int unit) const {
+        const int sharing = 1 << params.log_sharing, all = (params.pairs.divisor + sharing - 1) / sharing;
+        const int left = all - unit % params.unit_splits * params.tiles_per_split;
+        return left < params.tiles_per_split ? left : params.tiles_per_split;
+    }
+
+    DEVICE TileSequences sequences(const LaunchParams& params, int unit, int tile, int lane) const {
+        const int pair = lane / 2, first = (unit % params.unit_splits * params.tiles_per_split + tile) << params.log_sharing;
+        const int row = 2 * (first + (pair & ((1 << params.log_sharing) - 1))) + lane % 2;
+        return TileSequences(params, unit < count && pair < T::kRows >> params.log_radix ? channel(params, unit, pair) : params.channels, row);
+    }
+};
+
+// sums += weight * conj(g) e
+DEVICE void accumulate(float4* sums, const RowFragment& g, const RowFragment& e, float weight, int lane) {
+    for (int s = 0; s < 2; s++)
+        for (int t = 0; t < 2; t++) {
+            const PlanarPair x = g.value[s][t], y = e.value[s][t];
+            float4& sum = sums[(2 * s + t) * 32 + lane];
+            float4 v = sum;
+            const float y_re0 = low_half(y.re) * weight, y_im0 = low_half(y.im) * weight, y_re1 = high_half(y.re) * weight, y_im1 = high_half(y.im) * weight;
+            v.x += low_half(x.re) * y_re0 + low_half(x.im) * y_im0;
+            v.y += low_half(x.re) * y_im0 - low_half(x.im) * y_re0;
+            v.z += high_half(x.re) * y_re1 + high_half(x.im) * y_im1;
+            v.w += high_half(x.re) * y_im1 - high_half(x.im) * y_re1;
+            sum = v;
+        }
+}
+
+template <class T>
+struct Backward {
+    using Plan = BackwardPlan<T>;
+    using Element = typename T::Element;
+    const LaunchParams& params;
+    const int lane, block_warp, group, warp;
+    const int radix;
+    const BackwardUnits<T> units;
+    const SlotMap<T> slots;
+    const Tables<T> tables;
+    uint4 *rows_g, *rows_e;
+    float* energies;
+    u32* exchange;      // 64 words: scales of the sequences, later the largest magnitudes of the sums
+    float4* sums;
+    char* stages;
+
+    DEVICE explicit Backward(const LaunchParams& params)
+        : params(params), lane(thread_index() % 32), block_warp(thread_index() / 32), group(block_warp / 8), warp(block_warp % 8), radix(1 << params.log_radix),
+          units(params), slots{params.log_radix - (T::kSlots < T::kRows)}, tables(params.tables, shared_memory()) {
+        char* memory = shared_memory() + Tables<T>::kSharedBytes;
+        rows_g = reinterpret_cast<uint4*>(memory);
+        rows_e = reinterpret_cast<uint4*>(memory + T::kRowBytes);
+        memory += 2 * T::kRowBytes;
+        energies = reinterpret_cast<float*>(memory + group * T::kEnergyBytes);
+        memory += 2 * T::kEnergyBytes;
+        exchange = reinterpret_cast<u32*>(memory);
+        memory += Plan::kWeightBytes;
+        sums = reinterpret_cast<float4*>(Plan::kSharedSums ? memory : reinterpret_cast<char*>(params.scratch) + int64_t(block_index()) * Plan::kSumBytes);
+        stages = memory + (Plan::kSharedSums ? Plan::kSumBytes : 0);
+    }
+
+    DEVICE uint4* row_words(uint4* rows, int row) const { return rows + row * (kRowPitch / 4); }
+
+    DEVICE const uint4* twiddles(int row) const { return tables.twiddle + (row & (radix - 1)) * 64; }
+
+    DEVICE const fft_conv_tensor& operand() const { return group == 0 ? params.u : params.grad_output; }
+    DEVICE const fft_conv_tensor& gate() const { return group == 0 ? params.pre_gate : params.post_gate; }
+    DEVICE Stage<T> operand_stage() const { return {stages + 2 * group * T::kStageBytes}; }
+    DEVICE Stage<T> gate_stage() const { return {gate().data ? stages + (2 * group + 1) * T::kStageBytes : nullptr}; }
+
+    DEVICE void start_inputs(const TileSequences& sequences, bool any) const {
+        if constexpr (Plan::kStaged) {
+            const Stager<T> stager(params, slots);
+            if (any) {
+                stager.start(operand_stage(), operand(), sequences);
+                if (gate().data) stager.start(gate_stage(), gate(), sequences);
+            }
+            copy_async_commit();
+        }
+    }
+
+    DEVICE void clear_sums() const {
+        for (int row = block_warp; row < T::kRows; row += Plan::kWarps)
+            for (int i = 0; i < 4; i++) sums[(row * 4 + i) * 32 + lane] = make_float4(0.f, 0.f, 0.f, 0.f);
+    }
+
+    // Rows of both transforms: to the frequency domain, the sums, and back.
+    DEVICE void transform_rows(const TileSequences& sequences) const {
+        InnerConstants constants;
+        constants.load(tables.inner, lane);
+#pragma unroll 1
+        for (int row = block_warp; row < T::kRows; row += Plan::kWarps) {
+            const int owner = 2 * (T::kMaxPairs == 1 ? 0 : row >> params.log_radix);
+            const int64_t channel = shuffle(sequences.channel, owner);
+            RowFragment twiddle, spectrum, g, e;
+            twiddle.load_twiddles(twiddles(row), lane);
+            spectrum.load_spectrum(reinterpret_cast<const uint4*>(params.spectrum) + (channel * radix + (row & (radix - 1))) * 64, lane);
+            g.load(row_words(rows_g, row), lane);
+            g = inner_transform(g * twiddle, constants);
+            e.load(row_words(rows_e, row), lane);
+            e = inner_transform(e * twiddle, constants);
+            const float* up = reinterpret_cast<const float*>(exchange);
+            // The second sequence's scale is the same unless it is not finite.
+            const float weight = up[owner] * up[32 + owner] + 0.f * (up[owner + 1] * up[32 + owner + 1]);
+            accumulate(sums + row * 128, g, e, weight, lane);
+            if (params.grad_post_gate.data) (inner_transform(conjugate_product(g, spectrum), constants) * twiddle).store(row_words(rows_g, row), lane);
+            (inner_transform(product_of_conjugate(e, spectrum), constants) * twiddle).store(row_words(rows_e, row), lane);
+        }
+    }
+
+    // grad_post_gate from the first group, grad_u and grad_pre_gate from the second.
+    DEVICE void store_gradients(const OuterResult<T>& result, const TileSequences& sequences, float scale) const {
+        const int column = outer_column(warp, lane);
+        const bool first_group = group == 0;
+#pragma unroll
+        for (int n = 0; n < OuterResult<T>::kTiles; n++) {
+            const int slot = OuterResult<T>::slot(n, warp, lane);
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                const int owner = 2 * slots.pair(slot) + c;
+                const float factor = shuffle(scale, owner) * (c == 0 ? 1.f : -1.f);
+                const Element* partner = sequences.address<const Element>(first_group ? params.grad_output : params.pre_gate, owner);
+                const Element* input = sequences.address<const Element>(params.u, owner);
+                Element* output = sequences.address<Element>(first_group ? params.grad_post_gate : params.grad_u, owner);
+                Element* output_pre = sequences.address<Element>(params.grad_pre_gate, owner);
+                if (!shuffle(int(sequences.valid), owner)) continue;
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int position = slots.position(slot) + column + 128 * half;
+                    if (position >= params.length) continue;
+                    const float y0 = result.value[n][0][2 * half + c] * factor, y1 = result.value[n][1][2 * half + c] * factor;
+                    Pair p{1.f, 1.f};
+                    if (first_group || params.pre_gate.data) p = load_global(partner, position, params.length, params.pair_aligned);
+                    store_global(output, position, params.length, params.pair_aligned, y0 * p.x, y1 * p.y);
+                    if (!first_group && params.pre_gate.data) {
+                        const Pair v = load_global(input, position, params.length, params.pair_aligned);
+                        store_global(output_pre, position, params.length, params.pair_aligned, y0 * v.x, y1 * v.y);
+                    }
+                }
+            }
+        }
+    }
+
+    // From the sums of a unit to the gradient of its taps. Half transforms give the taps of the second half by the shift theorem: the signs of
+    // odd frequencies change, which are those of odd rows.
+    DEVICE void store_filter_gradient(int unit) const {
+        block_barrier();
+        if (block_warp == 0) exchange[lane] = 0;
+        block_barrier();
+        for (int row = block_warp; row < T::kRows; row += Plan::kWarps) {
+            u32 largest = 0;
+            for (int i = 0; i < 4; i++) {
+                const float4 v = sums[(row * 4 + i) * 32 + lane];
+                for (float x : {v.x, v.y, v.z, v.w}) {
+                    const u32 bits = bits_from_float(x) & 0x7fffffffu;
+                    largest = bits > largest ? bits : largest;
+                }
+            }
+            largest = warp_maximum(largest);
+            if (lane == 0) atomic_maximum(exchange + (row >> params.log_radix), largest);
+        }
+        block_barrier();
+        InnerConstants constants;
+        constants.load(tables.inner, lane);
+        for (int row = block_warp; row < T::kRows; row += Plan::kWarps) {
+            const float scale = 1.f / scale_of_sums(row >> params.log_radix);
+            RowFragment twiddle, sum;
+            twiddle.load_twiddles(twiddles(row), lane);
+            for (int i = 0; i < 4; i++) {
+                const float4 v = sums[(row * 4 + i) * 32 + lane];
+                sum.value[i / 2][i % 2] = {pack(v.x * scale, v.z * scale), pack(-v.y * scale, -v.w * scale)};
+            }
+            sum = inner_transform(sum, constants) * twiddle;
+            sum.store(row_words(rows_g, row), lane);
+            if (T::kSlots < T::kRows) {
+                if (row % 2 == 1)
+                    for (int i = 0; i < 4; i++) sum.value[i / 2][i % 2] = {negate2(sum.value[i / 2][i % 2].re), negate2(sum.value[i / 2][i % 2].im)};
+                sum.store(row_words(rows_e, row), lane);
+            }
+        }
+        block_barrier();
+        if (T::kSlots == T::kRows && group == 1) return;
+        OuterResult<T> result;
+        result.transform(group == 0 ? rows_g : rows_e, tables.outer_inverse, warp, lane);
+        const int column = outer_column(warp, lane), offset = group * (params.fft_size / 2), split = unit % params.unit_splits;
+        for (int n = 0; n < OuterResult<T>::kTiles; n++) {
+            const int slot = OuterResult<T>::slot(n, warp, lane), pair = slots.pair(slot), channel = units.channel(params, unit, pair);
+            if (channel >= params.channels) continue;
+            const int partial = (split << params.log_sharing) + (pair & ((1 << params.log_sharing) - 1));
+            float* taps = params.grad_filter + (int64_t(partial) * params.channels + channel) * params.fft_size + slots.position(slot) + offset;
+            const float factor = scale_of_sums(pair) * square_root(float(params.fft_size));
+            for (int half = 0; half < 2; half++)
+                narrow_two(taps + column + 128 * half, result.value[n][0][2 * half] * factor, result.value[n][1][2 * half] * factor);
+        }
+    }
+
+    // A power of two near the largest magnitude among a pair's sums; NaN if they are not finite.
+    DEVICE float scale_of_sums(int pair) const {
+        const int exponent = int(exchange[pair] >> 23);
+        return exponent == 255 ? float_from_bits(0x7fc00000u) : power_of_two(exponent < 2 ? -125 : exponent - 127);
+    }
+
+    DEVICE void run() const {
+        int unit = block_index(), tile = 0;
+        TileSequences sequences = units.sequences(params, unit, 0, lane);
+        block_barrier();
+        start_inputs(sequences, unit < units.count);
+        for (; unit < units.count; unit += block_count()) {
+            clear_sums();
+            const int tiles = units.tiles(params, unit);
+            for (tile = 0; tile < tiles; tile++) {
+                const TileSequences current = sequences;
+                copy_async_wait<0>();
+                block_barrier();
+                SequenceScales<T> scales{energies, slots, group, warp, lane};
+                u32 x[T::kSlots / 4][4];
+                if constexpr (Plan::kStaged)
+                    scales.template pack_scaled<true>(x, operand_stage(), gate_stage(), current.valid);
+                else
+                    scales.template pack_scaled<true>(x, DirectSource<T>(operand(), params, current), DirectSource<T>(gate(), params, current), current.valid);
+                if (warp == 0) exchange[32 * group + lane] = bits_from_float(scales.up);
+
+                // Every thread of the group has read the group's inputs: the next tile's may come.
+                const bool last = tile + 1 == tiles;
+                const int next_unit = last ? unit + block_count() : unit;
+                sequences = units.sequences(params, next_unit, last ? 0 : tile + 1, lane);
+                start_inputs(sequences, next_unit < units.count);
+
+                outer_forward<T>(x, group == 0 ? rows_g : rows_e, tables.outer, warp, lane);
+                block_barrier();
+                transform_rows(current);
+                block_barrier();
+                if (group == 0 && !params.grad_post_gate.data) continue;
+                OuterResult<T> result;
+                result.transform(group == 0 ? rows_g : rows_e, tables.outer_inverse, warp, lane);
+                store_gradients(result, current, current.valid ? params.spectrum_scale[current.channel] * scales.up : 0.f);
+            }
+            store_filter_gradient(unit);
+        }
+    }
+};
