@@ -288,7 +288,7 @@ def build(model_class: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
         model = model_class(*args, **kwargs)
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
+                parameter.add_(0.3 * torch.randn_like(parameter))
     return model.eval()
 
 

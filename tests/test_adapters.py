@@ -198,6 +198,52 @@ def test_refused_with_a_reason(case: str) -> None:
     assert (type(refused), dict(vars(refused))) == before
 
 
+def fork(change: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> type[nn.Module]:
+    """A class that has the name and the structure of the published operator, and a formula of its own."""
+
+    def forward(self: nn.Module, u: torch.Tensor) -> torch.Tensor:
+        return change(self, u)
+
+    return type("HyenaOperator", (HyenaOperator,), {"forward": forward})
+
+
+def noncausal(self: nn.Module, u: torch.Tensor) -> torch.Tensor:
+    return HyenaOperator.forward(self, u.flip(1)).flip(1)
+
+
+FORKS = {
+    "residual": (lambda self, u: HyenaOperator.forward(self, u) + u, "computes something else.*off by"),
+    "noncausal": (noncausal, "computes something else"),
+    "scale": (lambda self, u: 1.01 * HyenaOperator.forward(self, u), "off by 0.0099"),
+    "shape": (lambda self, u: HyenaOperator.forward(self, u)[:, 1:], r"shape \(1, 6, 8\)"),
+}
+
+
+@pytest.mark.parametrize("case", FORKS)
+@pytest.mark.parametrize("training", [False, True])
+def test_fork_with_another_formula_is_refused(case: str, training: bool) -> None:
+    change, reason = FORKS[case]
+    mixer = build(fork(change), WIDTH, L_MAX, dropout=0.3).train(training)
+    state, generator = dict(vars(mixer)), torch.get_rng_state()
+    with pytest.raises(PatchError, match=reason):
+        patch_model(mixer)
+    assert vars(mixer) == state and torch.equal(torch.get_rng_state(), generator)
+    check_mixer(build(fork(HyenaOperator.forward), WIDTH, L_MAX))
+
+
+def test_modules_that_cannot_be_tried_are_judged_by_structure() -> None:
+    def missing_kernel(self: nn.Module, u: torch.Tensor) -> torch.Tensor:
+        raise ImportError("no such kernel")
+
+    assert patch_report(patch_model(build(fork(missing_kernel), WIDTH, L_MAX))).replaced == 1
+    calls: list[int] = []
+    hooked = build(HyenaOperator, WIDTH, L_MAX)
+    hooked.in_proj.register_forward_hook(lambda *_: calls.append(1))
+    patch_model(hooked)
+    assert calls == []
+    assert patch_report(patch_model(build(HyenaOperator, WIDTH, L_MAX).to("meta"))).replaced == 1
+
+
 def test_recognised_by_the_names_of_base_classes() -> None:
     mixer = build(Derived, WIDTH, L_MAX)
     check_mixer(mixer)

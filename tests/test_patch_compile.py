@@ -10,7 +10,7 @@ from patching import assert_equal_models, relative
 from remote_style import BertConfig, BertForMaskedLM, HyenaConfig, HyenaDNAForCausalLM, build
 from torch import nn
 
-from hf_flashfftconv.adapters.base import is_patched
+from hf_flashfftconv.adapters.swap import is_patched
 from hf_flashfftconv.patch import patch_model, patch_report, unpatch_model
 
 MODELS = {

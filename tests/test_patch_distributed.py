@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_flashfftconv.adapters.base import is_patched
+from hf_flashfftconv.adapters.swap import is_patched
 from hf_flashfftconv.errors import PatchError
 from hf_flashfftconv.patch import patch_model, patch_report, unpatch_model
 

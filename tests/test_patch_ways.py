@@ -14,7 +14,8 @@ from peft import LoraConfig, get_peft_model
 from remote_style import BertConfig, BertForMaskedLM, HyenaConfig, HyenaDNAForCausalLM, build
 from torch import nn
 
-from hf_flashfftconv.adapters.base import is_patched
+from hf_flashfftconv.adapters.swap import is_patched
+from hf_flashfftconv.errors import PatchError
 from hf_flashfftconv.patch import patch_model, patch_report, unpatch_model
 
 MODELS = {
@@ -57,6 +58,69 @@ def test_16_bit_weights_are_no_less_accurate_than_unpatched(make: Maker, dtype: 
     patched = logits(patch_model(model))
     assert patched.dtype == unpatched.dtype
     assert relative(patched, exact) <= 1.1 * relative(unpatched, exact)
+
+
+def taps(model: nn.Module) -> torch.Tensor:
+    name = patch_report(model).rows[0].name
+    return model.get_submodule(name).filter_fn.filter(60)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [MODELS["remote-hyenadna"], MODELS["remote-m2"]])
+def test_float32_filters_stay_when_the_model_is_converted(make: Maker, dtype: torch.dtype) -> None:
+    model = patch_model(make(), float32_filters=True)
+    exact = taps(model)
+    logits(model).sum().backward()
+    assert model.to(dtype) is model
+    assert torch.equal(taps(model), exact)
+    assert all(parameter.grad.dtype == parameter.dtype for parameter in model.parameters())
+    assert {p.dtype for name, p in model.named_parameters() if "filter_fn" not in name} == {dtype}
+    assert logits(unpatch_model(model.float())).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [MODELS["remote-hyenadna"], MODELS["remote-m2"]])
+def test_float32_filters_in_a_16_bit_model(make: Maker, dtype: torch.dtype) -> None:
+    exact = logits(make())
+    narrow = make().to(dtype)
+    before = snapshot(narrow)
+    rounded = patch_model(make().to(dtype))
+    model = patch_model(narrow, float32_filters=True)
+    dtypes = {parameter.dtype for name, parameter in model.named_parameters() if "filter_fn" in name}
+    assert dtypes == {torch.float32}
+    assert {p.dtype for name, p in model.named_parameters() if "filter_fn" not in name} == {dtype}
+    assert relative(taps(model), taps(make())) < 0.9 * relative(taps(rounded), taps(make()))
+    assert relative(logits(model), exact) <= 1.1 * relative(logits(rounded), exact)
+    logits(model).float().square().mean().backward()
+    assert all(parameter.grad.dtype == parameter.dtype for parameter in model.parameters())
+    model.zero_grad()
+    patch_model(model)
+    assert torch.equal(logits(model), logits(rounded))
+    unpatch_model(patch_model(model, float32_filters=True))
+    assert snapshot(model) == before
+
+
+def test_float32_filters_under_autocast() -> None:
+    model = MODELS["remote-hyenadna"]()
+    exact = logits(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = relative(logits(patch_model(model)), exact)
+        assert relative(logits(patch_model(model, float32_filters=True)), exact) < 0.5 * rounded
+
+
+def test_float32_filters_need_weights_and_leave_trained_tables_alone() -> None:
+    model = MODELS["remote-hyenadna"]().to("meta")
+    with pytest.raises(PatchError, match=r"layers.0.mixer are on the meta device"):
+        patch_model(model, float32_filters=True)
+    assert not mixers(model)
+    model = MODELS["remote-m2"]().bfloat16()
+    table = model.attention[0].filter_fn.pos_emb.z
+    with torch.no_grad():
+        table[0, 5, 1] += 0.05
+    patch_model(model, float32_filters=True)
+    assert torch.equal(table, table.bfloat16().float())
+    positions = model.attention[0].filter_fn.pos_emb.t
+    assert len(positions.unique()) == 66 and not torch.equal(positions, positions.bfloat16().float())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -4,10 +4,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .base import Adapter, is_patched
+from .base import Adapter
 from .hyena import HYENADNA, SAFARI
 from .m2 import M2
+from .probe import disagreement
 from .structure import Unsupported
+from .swap import is_patched
 
 _ADAPTERS: list[Adapter] = [HYENADNA, SAFARI, M2]
 
@@ -74,4 +76,4 @@ def _refusal(module: nn.Module, adapter: Adapter) -> str | None:
         adapter.check(module)
     except Unsupported as reason:
         return str(reason)
-    return None
+    return disagreement(module, adapter)

@@ -1,9 +1,7 @@
-"""What all families share: the description of a family, and the class that a patched module gets.
+"""What all families share: the description of a family, and the base of the classes that patched modules get.
 
 A family is one file with a check that recognises its mixer modules by structure, and a subclass of [`PatchedMixer`]
-whose `forward` restates the original one with a single `fft_conv` for gates, long convolution and skip term. A module
-is patched by changing its class to a subclass of its own class, so that hooks, `isinstance`, copies and replicas of it
-keep working, and unpatched by changing it back.
+whose `forward` restates the original one with a single `fft_conv` for gates, long convolution and skip term.
 """
 
 import functools
@@ -15,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import PatchError
 from ..functional import fft_conv
 from .cache import FilterCache, may_cache
+from .precision import WidenedFilter, keeping_float32
 from .structure import has_hooks
 
 
@@ -27,7 +25,8 @@ class Adapter:
 
     Args:
         family (`str`): The name in reports.
-        class_names (`frozenset[str]`): Names that the class of a module, or one of its bases, must have.
+        class_names (`frozenset[str]`): Names that the class of a module, or one of its bases, must have. Such modules
+            take `(batch, length, d_model)` with `length` up to `l_max`, and have attributes of these names.
         check (`Callable`): Raises `Unsupported` with the reason if the module is not safe to patch.
         mixer (`type[PatchedMixer]`): Supplies the new `forward`.
         claims (`Callable`, *optional*): Tells families apart that share a class name; by default all are claimed.
@@ -56,6 +55,7 @@ class PatchState:
     family: str
     backend: str = "auto"
     cache: FilterCache = field(default_factory=FilterCache)
+    widened: list[WidenedFilter] | None = None
     last: Usage | None = None
 
 
@@ -122,18 +122,22 @@ class PatchedMixer(nn.Module):
         """The filters `(channels, length)`, generated anew or kept from an earlier call in evaluation."""
         length = u.shape[-1]
 
+        device = u.device.type
+        state = self._flashfftconv
+
         def generate() -> Tensor:
-            return getattr(filter_fn, method)(length)[0].transpose(0, 1)
+            if state.widened is None:
+                return getattr(filter_fn, method)(length)[0].transpose(0, 1)
+            with torch.autocast(device, enabled=False):
+                return getattr(filter_fn, method)(length)[0].transpose(0, 1)
 
         if torch.compiler.is_compiling():
             return generate()
-        cache = self._flashfftconv.cache
         if not may_cache(self):
-            cache.drop(filter_fn)
+            state.cache.drop(filter_fn)
             return generate()
-        device = u.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return cache.get(filter_fn, (length, method, autocast), generate)
+        return state.cache.get(filter_fn, (length, method, autocast), generate)
 
     def train(self, mode: bool = True) -> "PatchedMixer":
         # See FilterCache: weights written through `.data` between two evaluations leave no other trace.
@@ -141,12 +145,17 @@ class PatchedMixer(nn.Module):
             self._flashfftconv.cache.drop(filter_fn)
         return super().train(mode)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "PatchedMixer":
+        if self._flashfftconv.widened is not None:
+            fn = keeping_float32(fn, self.filter_modules())
+        return super()._apply(fn, recurse)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is generated: copies and pickles name what it is generated from.
-        mixer, original = type(self).__bases__
-        if original is not self._flashfftconv_original:
+        bases = type(self).__bases__
+        if self._flashfftconv_original not in bases:
             return super().__reduce_ex__(protocol)
-        return _rebuild, (mixer, original), *super().__reduce_ex__(protocol)[2:]
+        return new_patched, bases, *super().__reduce_ex__(protocol)[2:]
 
 
 def _skip(filter_fn: nn.Module) -> Tensor:
@@ -161,60 +170,14 @@ def _skip(filter_fn: nn.Module) -> Tensor:
 
 
 @functools.cache
-def _patched_class(mixer: Any, original: Any) -> Any:
+def patched_class(mixer: Any, original: Any) -> Any:
+    """The subclass of a module's own class that makes it a patched module; one for each pair of classes."""
     attributes = {"__module__": original.__module__, "_flashfftconv_original": original}
     name = f"FlashFFT{original.__name__}"
     return types.new_class(name, (mixer, original), exec_body=lambda body: body.update(attributes))
 
 
-def _rebuild(mixer: type, original: type) -> nn.Module:
-    patched = _patched_class(mixer, original)
-    return patched.__new__(patched)
-
-
-def is_patched(module: nn.Module) -> bool:
-    """Whether a module has a patched class, or a class that another library has put on top of one."""
-    return isinstance(module, PatchedMixer)
-
-
-def patch_module(module: nn.Module, adapter: Adapter, backend: str, cache: FilterCache) -> None:
-    """Changes the class of a module that `adapter` has recognised."""
-    mixer: Any = adapter.mixer
-    original: Any = type(module)
-    patched = _patched_class(mixer, original)
-    module.__class__ = patched
-    module._flashfftconv = PatchState(adapter.family, backend, cache)
-    _rebind(module, original, patched)
-
-
-def check_restorable(module: nn.Module, name: str) -> None:
-    """Raises `PatchError` where the patched class cannot be taken away."""
-    if type(module)._flashfftconv_original not in type(module).__bases__:
-        raise PatchError(
-            f"{name} has the class {type(module).__name__}, which was built on top of the patched class; "
-            "undo that first, then unpatch"
-        )
-
-
-def restore_module(module: nn.Module) -> None:
-    """Undoes [`patch_module`]."""
-    patched = type(module)
-    original = patched._flashfftconv_original
-    module.__class__ = original
-    del module._flashfftconv
-    _rebind(module, patched, original)
-
-
-def _rebind(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
-    """Lets methods that other libraries have bound to the instance follow the change of its class.
-
-    `kernelize` and the removal of an accelerate hook leave a bound copy of the class's own `forward`, which would hide
-    the new one; an accelerate hook itself calls the one that it found, through `_old_forward`.
-    """
-    attributes = vars(module)
-    for name in ("forward", "_old_forward"):
-        bound = attributes.get(name)
-        if isinstance(bound, types.MethodType) and bound.__func__ is old.forward:
-            del attributes[name]
-            if name == "_old_forward":
-                attributes[name] = types.MethodType(new.forward, module)
+def new_patched(mixer: Any, original: Any) -> Any:
+    """An empty module of the patched class, for copies to fill."""
+    cls = patched_class(mixer, original)
+    return cls.__new__(cls)

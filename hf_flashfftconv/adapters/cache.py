@@ -13,9 +13,17 @@ DEFAULT_CACHE_BYTES = 1 << 30
 
 
 @dataclass
+class _Stamp:
+    """What a filter was computed from; the objects are held, so that no other object can take over their identity."""
+
+    objects: list[Any]
+    numbers: list[int]
+
+
+@dataclass
 class _Entry:
     filters: Tensor
-    stamp: list[Any]
+    stamp: _Stamp
 
     @property
     def bytes(self) -> int:
@@ -56,7 +64,7 @@ class FilterCache:
             return generate()
         with self._lock:
             entry = self._entries.get(module, {}).get(key)
-        if entry is not None and _same(entry.stamp, stamp):
+        if entry is not None and entry.stamp.numbers == stamp.numbers:
             return entry.filters
         self.drop(module, key)
         filters = generate()
@@ -90,35 +98,29 @@ class FilterCache:
         return excess <= 0
 
 
-def _stamp(module: nn.Module) -> list[Any] | None:
+def _stamp(module: nn.Module) -> _Stamp | None:
     """Everything that the output of `module` depends on, or `None` where this cannot be known."""
-    stamp: list[Any] = []
+    objects: list[Any] = []
+    numbers: list[int] = []
     for part in module.modules():
         # Hooks and overridden forwards may do anything. A layer inside a layer is an adapter or a parametrization,
         # which may be switched on and off without a trace.
         if "forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks or _is_wrapped(part, module):
             return None
-        stamp.append(type(part))
-        stamp.extend(vars(part).values())
+        objects.append(type(part))
+        objects.extend(vars(part).values())
         for tensor in (*part._parameters.values(), *part._buffers.values()):
             if tensor is None:
                 continue
             if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.is_inference():
                 return None
-            stamp.extend((tensor, tensor._version, tensor.data_ptr()))
-    return stamp
+            objects.append(tensor)
+            numbers += (tensor._version, tensor.data_ptr())
+    return _Stamp(objects, [*map(id, objects), *numbers])
 
 
 def _is_wrapped(part: nn.Module, root: nn.Module) -> bool:
     return part is not root and bool(part._modules) and not isinstance(part, nn.Sequential)
-
-
-def _same(old: list[Any], new: list[Any]) -> bool:
-    # Tensors compare elementwise and must be the same object; numbers (versions, addresses) are equal by value.
-    def same(a: Any, b: Any) -> bool:
-        return a is b or (type(a) is type(b) is int and a == b)
-
-    return len(old) == len(new) and all(map(same, old, new))
 
 
 def may_cache(module: nn.Module) -> bool:
