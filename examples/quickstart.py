@@ -67,7 +67,7 @@ def main() -> None:
         print(f"  {f'patched to unpatched, {name}':<38} {relative_difference(a, b):10.1e}")
     logits = [logits_and_gradients(m, held_out[:4])[0] for m in (reloaded, model)]
     print(f"  {'reloaded to saved, logits':<38} {relative_difference(*logits):10.1e}")
-    plot(history, curve, dense=table[1][1], file=args.output / "quickstart.png")
+    plot(history, curve, table[1][1], model.config.quantization_config.masks, args.output / "quickstart.png")
 
 
 def new_model() -> tuple[HyenaDNAForCausalLM, HyenaDNATokenizer]:
@@ -149,28 +149,41 @@ def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-def plot(history: list[dict], curve: list[float], dense: float, file: Path) -> None:
-    """Training on the left, what dropping frequencies does on the right."""
+def plot(history: list[dict], curve: list[float], dense: float, masks: dict[str, dict], file: Path) -> None:
+    """How the model learned, how many frequencies its filters need, and which ones they keep."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         print("no plot: matplotlib is not installed")
         return
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    figure, (training, dropping, kept) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+
     for key, label, style in (("loss", "training", "C0-"), ("eval_loss", "held out", "C1o-")):
         steps, losses = zip(*((entry["step"], entry[key]) for entry in history if key in entry), strict=True)
-        left.plot(steps, [math.exp(loss) for loss in losses], style, markersize=4, label=label)
-    left.axhline(4, color="gray", linestyle=":", label="guessing one of four")
-    left.set(title="Training on the genome of phage lambda", xlabel="step", ylabel="perplexity per base")
-    left.set_ylim(min(dense, *curve) - 0.1, 4.2)
-    right.plot([100 * kept for kept in KEPT], curve, "C1o-", markersize=4, label="held out, sparse")
-    right.axhline(dense, color="C1", linestyle="--", label="held out, dense")
-    right.set(title="Dropping frequencies of the trained filters", xlabel="frequencies kept (%)", xscale="log")
-    right.set_xticks([100 * kept for kept in KEPT], [f"{100 * kept:g}" for kept in KEPT])
-    right.minorticks_off()
-    right.invert_xaxis()
-    for axes in (left, right):
-        axes.legend(frameon=False)
+        training.plot(steps, [math.exp(loss) for loss in losses], style, markersize=4, label=label)
+    training.axhline(4, color="gray", linestyle=":", label="guessing one of four")
+    training.set(title="Training on the genome of phage lambda", xlabel="step", ylabel="perplexity per base")
+    training.legend(frameon=False)
+
+    dropping.plot([100 * fraction for fraction in KEPT], curve, "C1o-", markersize=4, label="held out, sparse")
+    dropping.axhline(dense, color="C1", linestyle="--", label="held out, dense")
+    dropping.set(title="Dropping frequencies of the filters", xlabel="frequencies kept (%)", xscale="log")
+    dropping.set_xticks([100 * fraction for fraction in KEPT], [f"{100 * fraction:g}" for fraction in KEPT])
+    dropping.minorticks_off()
+    dropping.invert_xaxis()
+    dropping.legend(frameon=False)
+    for axes in (training, dropping):
+        axes.set_ylim(min(dense, *curve) - 0.1, 4.2)
+
+    for layer, mask in enumerate(masks.values(), 1):
+        bands = [(start / mask["fft_size"], (stop - start) / mask["fft_size"]) for start, stop in mask["ranges"]]
+        kept.broken_barh(bands, (layer - 0.4, 0.8), color="C1", linewidth=1)
+    kept.axvline(1 / 3, color="black", linestyle=":", label="every third base: codons")
+    kept.set(title="Frequencies that are kept", xlabel="cycles per base", ylabel="layer", xlim=(0, 0.5))
+    kept.set(yticks=range(1, len(masks) + 1), ylim=(0.4, len(masks) + 1))
+    kept.legend(frameon=False, loc="upper left")
+
+    for axes in (training, dropping, kept):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=150)
     print(f"wrote {file}")

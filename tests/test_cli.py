@@ -112,11 +112,17 @@ def test_sparsify_and_push(checkpoint, tmp_path):
     assert json.loads(files["config.json"]) == json.loads((saved / "config.json").read_text())
 
 
-def test_env(capsys):
-    output = run(capsys, "env")
-    facts = dict(line.split("  ", 1) for line in output.splitlines())
-    assert facts["torch"].strip() == torch.__version__
-    assert "hf-flashfftconv" in facts and any(name.startswith("CUDA library") for name in facts)
+def test_env(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_DISTRIBUTIONS", ("torch", "no-such-distribution"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100")
+    facts = dict(re.split(" {2,}", line) for line in run(capsys, "env").splitlines())
+    assert facts["hf-flashfftconv"] == hf_flashfftconv.__version__
+    assert facts["torch"] == torch.__version__
+    assert facts["no-such-distribution"] == "not installed"
+    assert facts["GPU 0"] == "NVIDIA H100, compute capability 9.0"
+    assert "CUDA library" in facts
 
 
 def test_errors_are_messages(capsys, monkeypatch, checkpoint, tmp_path):
