@@ -1,13 +1,61 @@
-"""Filters as the CUDA kernels want them: spectra in kernel order, in half precision, divided by a power of two per channel."""
+"""Filters as the kernels want them: spectra in kernel order, in half precision, one power of two per channel taken out.
+
+In evaluation a spectrum is kept as long as the filter that it was made from.
+"""
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Hashable
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from .tables import spectrum_order, words
+from .tables import spectrum_order, upload
+
+# Bound on what is alive at a time while spectra are prepared, and on the spectra kept for each device.
+WORKSPACE_BYTES = 256 << 20
+CACHE_BYTES = 256 << 20
+
+# float32 taps, their float32 spectrum, the same scaled, and both copies in half precision.
+_WORKSPACE_PER_POINT = 4 + 4 + 4 + 2 + 4
+
+
+class Spectrum(NamedTuple):
+    """Filter spectra as operands of the kernels.
+
+    Args:
+        words (`torch.Tensor` of shape `(H, fft_size)`, int32):
+            Pairs of half-precision numbers (two real parts, two imaginary parts) in kernel order.
+        scale (`torch.Tensor` of shape `(H,)`, float32):
+            The powers of two that were taken out; infinite, over a spectrum of zeros, where a filter is not finite, so
+            that the outputs are NaN.
+    """
+
+    words: Tensor
+    scale: Tensor
+
+    @property
+    def bytes(self) -> int:
+        return 4 * (self.words.numel() + self.scale.numel())
+
+
+def prepare(k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int, fft_size: int) -> Spectrum:
+    """The spectra of the filters of [`fft_conv`], made for a block of channels at a time to bound the memory."""
+    block = max(1, WORKSPACE_BYTES // (_WORKSPACE_PER_POINT * fft_size))
+    parts = []
+    for start in range(0, k.shape[0], block):
+        channels = slice(start, start + block)
+        part_skip, part_rev = None if skip is None else skip[channels], None if k_rev is None else k_rev[channels]
+        parts.append(filter_spectrum(filter_taps(k[channels], part_skip, part_rev, length, fft_size)))
+    return parts[0] if len(parts) == 1 else Spectrum(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def filter_taps(k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int, fft_size: int) -> Tensor:
-    """All taps of a filter on a circle of ``fft_size`` points: causal taps from the start, anticausal ones from the end.
+    """All taps of a filter on a circle of `fft_size` points: causal ones from the start, anticausal ones from the end.
 
     The skip connection is one more weight of the tap at lag zero.
     """
@@ -22,20 +70,123 @@ def filter_taps(k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: in
     return taps
 
 
-def filter_spectrum(taps: Tensor) -> tuple[Tensor, Tensor]:
-    """Spectrum of (H, fft_size) taps for the kernels.
+def tap_gradients(
+    gradient: Tensor, k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The transpose of `filter_taps`: gradients (dk, dskip, dk_rev), each in its operand's dtype.
 
-    Returns:
-        int32 words ``(H, fft_size)`` of half-precision pairs (two real parts, two imaginary parts) in kernel order, and the float32 powers
-        of two ``(H,)`` that the spectrum was divided by; a filter that is not finite has the scale NaN.
+    Args:
+        gradient (`torch.Tensor` of shape `(H, fft_size)`, float32): Gradient of the taps.
     """
-    channels, fft_size = taps.shape
-    spectrum = torch.view_as_real(torch.fft.fft(taps))
-    largest = spectrum.abs().amax((1, 2))
-    scale = torch.exp2(torch.frexp(largest).exponent.clamp(-100, 126).float())
-    scale = torch.where(largest.isfinite(), scale, torch.nan)
-    spectrum = torch.where(largest.isfinite().view(-1, 1, 1), spectrum / scale.view(-1, 1, 1), 0.0)
-    order = spectrum_order(fft_size).to(taps.device).flatten()
-    # (H, radix, h, lane, t, i, re/im) -> words over i
-    ordered = spectrum[:, order].view(channels, -1, 2, 32, 2, 2, 2)
-    return words(ordered[..., 0, :], ordered[..., 1, :]).reshape(channels, fft_size), scale
+    dk = torch.zeros_like(k, memory_format=torch.contiguous_format)
+    count = min(k.shape[1], length)
+    dk[:, :count] = gradient[:, :count]
+    dskip = None if skip is None else gradient[:, 0].to(skip.dtype, copy=True)
+    if k_rev is None:
+        return dk, dskip, None
+    dk_rev = torch.zeros_like(k_rev, memory_format=torch.contiguous_format)
+    count = min(k_rev.shape[1], length - 1)
+    dk_rev[:, :count] = gradient[:, gradient.shape[1] - count :].flip(-1)
+    return dk, dskip, dk_rev
+
+
+def filter_spectrum(taps: Tensor) -> Spectrum:
+    """Spectrum of taps (H, fft_size), float32."""
+    spectrum = torch.view_as_real(torch.fft.rfft(taps))
+    largest = torch.linalg.vector_norm(spectrum, torch.inf, (1, 2))
+    # The exponent's bits alone are the power of two below, infinite where the filter is not finite.
+    scale = (largest.view(torch.int32) & 0x7F800000).clamp(min=0x00800000).view(torch.float32)
+    values = (spectrum / scale[:, None, None]).nan_to_num(0.0, 0.0, 0.0).half().flatten(1)
+    source, sign = _gather_order(taps.shape[1], taps.device)
+    return Spectrum(values.index_select(1, source).mul_(sign).view(torch.int32), scale)
+
+
+# Never dropped: a captured graph keeps their addresses.
+@cache
+def _gather_order(fft_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where each half-precision number of the kernel's order lies in a one-sided spectrum, and its sign.
+
+    The upper half of a real signal's spectrum is the conjugate of the lower one.
+    """
+    with torch.device("cpu"):
+        frequency = spectrum_order(fft_size).unsqueeze(-2)
+        mirrored = frequency > fft_size // 2
+        part = torch.tensor([[0], [1]])
+        source = 2 * torch.where(mirrored, fft_size - frequency, frequency) + part
+        sign = torch.where(mirrored & (part == 1), -1, 1).to(torch.float16)
+    return upload(source.flatten(), device), upload(sign.flatten(), device)
+
+
+class _Entry(NamedTuple):
+    spectrum: Spectrum
+    stamp: list[int]
+    # Of the tensors and, so that no other storage takes over their identity, of their storages.
+    references: list[Any]
+
+
+class SpectrumCache:
+    """Bounded store of prepared spectra for filters that are not trained.
+
+    An entry serves as long as its filter's tensors are the same objects in the same memory at the same version, and is
+    dropped when one of them dies. Tensors that require a gradient are not served: optimizers, averages of weights and
+    sharding write parameters in ways that leave no trace. Each stream has entries of its own, so that a spectrum is
+    complete before it is read.
+
+    Args:
+        max_bytes (`int`): Bound on the memory of the entries of one device; those unused for longest go first.
+    """
+
+    def __init__(self, max_bytes: int = CACHE_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        # Re-entrant, as the garbage collector may drop a filter, and so an entry, at any point.
+        self._lock = threading.RLock()
+
+    def get(
+        self, k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int, fft_size: int, stream: int
+    ) -> Spectrum:
+        """[`prepare`], or what it returned on this stream as long as the filters have not changed since."""
+        tensors = [x for x in (k, skip, k_rev) if x is not None]
+        if not all(map(_is_constant, tensors)):
+            return prepare(k, skip, k_rev, length, fft_size)
+        reverse_taps = 0 if k_rev is None else min(k_rev.shape[1], length - 1)
+        key = (id(k), id(skip), id(k_rev), min(k.shape[1], length), reverse_taps, fft_size, stream)
+        stamp = [number for x in tensors for number in (x._version, x.data_ptr(), x.untyped_storage()._cdata)]
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is not None and entry.stamp == stamp:
+                self._entries.move_to_end(key)
+                return entry.spectrum
+        spectrum = prepare(k, skip, k_rev, length, fft_size)
+        references = [weakref.ref(x, lambda _: self._drop(key)) for x in tensors]
+        references += [StorageWeakRef(x.untyped_storage()) for x in tensors]
+        with self._lock:
+            self._drop(key)
+            self._make_room(spectrum)
+            if spectrum.bytes <= self.max_bytes:
+                self._entries[key] = _Entry(spectrum, stamp, references)
+        return spectrum
+
+    def clear(self) -> None:
+        """Forgets all spectra."""
+        with self._lock:
+            self._entries.clear()
+
+    def _drop(self, key: Hashable) -> None:
+        with self._lock:
+            self._entries.pop(key, None)
+
+    def _make_room(self, new: Spectrum) -> None:
+        device = new.words.device
+        sizes = {key: x.spectrum.bytes for key, x in self._entries.items() if x.spectrum.words.device == device}
+        excess = sum(sizes.values()) + new.bytes - self.max_bytes
+        for key, size in sizes.items():
+            if excess <= 0:
+                return
+            self._drop(key)
+            excess -= size
+
+
+def _is_constant(x: Tensor) -> bool:
+    # Subclasses may compute their values, inference tensors have no version.
+    return not x.requires_grad and type(x) in (Tensor, nn.Parameter) and not x.is_inference()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendError
-from . import reference
+from . import cuda, reference
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +29,6 @@ def use_kernels(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, backen
         BackendError: `backend` is "cuda" and the kernels cannot serve the call; the message tells why.
     """
     if backend == "torch":
-        return False
-    try:
-        from . import cuda
-    except ImportError:
         return False
     reason = cuda.unsupported(u, k, k_rev, causal)
     if reason is None:
@@ -59,8 +55,6 @@ def _forward(
     if u.numel() == 0:
         return torch.empty_like(u, memory_format=torch.contiguous_format)
     if use_kernels(u, k, k_rev, causal, backend):
-        from . import cuda
-
         return cuda.forward(u, k, skip, pre_gate, post_gate, k_rev, causal)
     return reference.forward(u, k, skip, pre_gate, post_gate, k_rev, causal)
 
@@ -82,8 +76,6 @@ def _backward(
     if u.numel() == 0:
         gradients = [None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs]
     elif use_kernels(u, k, k_rev, causal, backend):
-        from . import cuda
-
         gradients = cuda.backward(dy, *inputs, causal)
     else:
         gradients = reference.backward(dy, *inputs, causal, needs)

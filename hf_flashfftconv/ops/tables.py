@@ -1,7 +1,8 @@
 """Constant operands of the CUDA kernels: DFT matrices and twiddles in the order in which the lanes of a warp read them.
 
-The index maps are those of csrc/transform.cuh: a lane has ``r = lane // 4`` and ``q = lane % 4``; half ``i`` of a fragment pair ``s`` stands
-for the index ``q + 4 s + 8 i`` of the contracted axis, row or column ``j`` of fragment ``t`` for ``2 j + t`` of the other one.
+The index maps are those of csrc/transform.cuh: a lane has `r = lane // 4` and `q = lane % 4`; half `i` of a fragment
+pair `s` stands for the index `q + 4 s + 8 i` of the contracted axis, row or column `j` of fragment `t` for `2 j + t` of
+the other one.
 """
 
 from functools import lru_cache
@@ -9,8 +10,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..errors import BackendError
+
 COLUMNS = 256
-_LANE = torch.arange(32)
+_LANE = torch.arange(32, device="cpu")
 _R, _Q = _LANE // 4, _LANE % 4
 
 
@@ -63,7 +66,7 @@ def _inner() -> Tensor:
 
 
 def _outer(radix: int, rows: int, half: bool) -> tuple[Tensor, Tensor]:
-    """B operands of the outer stage and of its inverse: block diagonal over the pairs of sequences that share a tile."""
+    """B operands of the outer stage and of its inverse, block diagonal over the pairs of sequences in a tile."""
     slots_per_pair = radix // 2 if half else radix
     slots = rows // radix * slots_per_pair
 
@@ -72,8 +75,8 @@ def _outer(radix: int, rows: int, half: bool) -> tuple[Tensor, Tensor]:
         return _root((slot % slots_per_pair) * (row % radix), radix) * same_pair / radix**0.5
 
     def operand(value: Tensor) -> Tensor:
-        real_column = _R % 2 == 0
-        return words(torch.where(real_column, value.real, value.imag), torch.where(real_column, -value.imag, value.real))
+        is_real = _R % 2 == 0
+        return words(torch.where(is_real, value.real, value.imag), torch.where(is_real, -value.imag, value.real))
 
     def fragments(contracted_tiles: int, output_tiles: int, forward: bool) -> list[list[Tensor]]:
         table = []
@@ -88,8 +91,9 @@ def _outer(radix: int, rows: int, half: bool) -> tuple[Tensor, Tensor]:
 
     forward = fragments(slots // 8, rows // 4, True)
     inverse = fragments(rows // 8, slots // 4, False)
-    outer = [torch.cat([forward[s][n], forward[s][n + 1]], -1) for n in range(0, rows // 4, 2) for s in range(slots // 8)]
-    back = [torch.cat([inverse[s][n], inverse[s][n + 1]], -1) for s in range(rows // 8) for n in range(0, slots // 4, 2)]
+    output_pairs, back_pairs = range(0, rows // 4, 2), range(0, slots // 4, 2)
+    outer = [torch.cat(forward[s][n : n + 2], -1) for n in output_pairs for s in range(slots // 8)]
+    back = [torch.cat(inverse[s][n : n + 2], -1) for s in range(rows // 8) for n in back_pairs]
     return torch.stack(outer), torch.stack(back)
 
 
@@ -107,15 +111,14 @@ def _row_twiddles(fft_size: int) -> Tensor:
 
 @lru_cache(maxsize=32)
 def transform_tables(fft_size: int, half: bool) -> Tensor:
-    """All constants of one transform as one int32 tensor on the CPU, in the order of ``Tables`` in csrc/transform.cuh."""
-    radix = fft_size // COLUMNS
-    outer, back = _outer(radix, tile_rows(fft_size), half)
-    return torch.cat([part.flatten() for part in (_inner(), outer, back, _row_twiddles(fft_size))])
+    """All constants of one transform as int32 words on the CPU, in the order of `Tables` in csrc/transform.cuh."""
+    with torch.device("cpu"):
+        outer, back = _outer(fft_size // COLUMNS, tile_rows(fft_size), half)
+        return torch.cat([part.flatten() for part in (_inner(), outer, back, _row_twiddles(fft_size))])
 
 
-@lru_cache(maxsize=32)
 def spectrum_order(fft_size: int) -> Tensor:
-    """Frequencies in kernel order, shape ``(fft_size / 256, 2, 32, 2, 2)``: row, fragment h, lane, fragment t, half of the pair."""
+    """Frequencies in kernel order, (fft_size / 256, 2, 32, 2, 2): row, fragment h, lane, fragment t, half of a pair."""
     radix = fft_size // COLUMNS
     k1 = torch.arange(radix).view(-1, 1, 1, 1, 1)
     h = torch.arange(2).view(-1, 1, 1, 1)
@@ -124,3 +127,14 @@ def spectrum_order(fft_size: int) -> Tensor:
     k2 = 2 * _R.view(-1, 1, 1) + t
     k3 = _Q.view(-1, 1, 1) + 4 * h + 8 * i
     return k1 + radix * (k2 + 16 * k3)
+
+
+def upload(constant: Tensor, device: torch.device) -> Tensor:
+    """Copies a constant to a device, complete on return.
+
+    Raises:
+        BackendError: a CUDA graph is being captured.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise BackendError("the first call of its kind cannot be captured in a CUDA graph: make one before the capture")
+    return constant.to(device)

@@ -1,0 +1,192 @@
+"""The `cuda` backend: which calls the kernels serve, and how a call of [`fft_conv`] becomes one launch."""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import extension, filters, plan, tables
+from .reference import Gradients
+
+MIN_CAPABILITY = (8, 0)
+# The kernels count pairs of sequences in 32 bits, and look some tiles ahead.
+MAX_PAIRS = 2**31 - 2**20
+
+_spectra = filters.SpectrumCache()
+# Of each device that was asked for: why the library cannot run there, or None.
+_verdicts: dict[int, str | None] = {}
+
+
+def unsupported(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool) -> str | None:
+    """Why the kernels cannot serve a call, or None if they can."""
+    if not u.is_cuda:
+        return f"u is on the device {u.device}, not on a CUDA device"
+    if u.dtype not in extension.ELEMENTS:
+        return f"u is {u.dtype}, and the kernels take {', '.join(map(str, extension.ELEMENTS))}"
+    if u.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return "the kernels compute float32 with TF32 precision, which torch.backends.cuda.matmul does not allow"
+    if (u.shape[0] + 1) // 2 * u.shape[1] > MAX_PAIRS:
+        return f"u has the shape {tuple(u.shape)}, and the kernels take up to {MAX_PAIRS} pairs of sequences"
+    chosen = _plan(u, k, k_rev, causal)
+    return chosen if isinstance(chosen, str) else _verdict(u.device)
+
+
+def forward(
+    u: Tensor,
+    k: Tensor,
+    skip: Tensor | None,
+    pre_gate: Tensor | None,
+    post_gate: Tensor | None,
+    k_rev: Tensor | None,
+    causal: bool,
+) -> Tensor:
+    """[`fft_conv`] for a call that is supported."""
+    with _device_guard(u.device):
+        call = _Call(u, k, skip, pre_gate, post_gate, k_rev, causal)
+        y = call.result("output")
+        call.launch("fft_conv_forward")
+    return y
+
+
+def backward(
+    dy: Tensor,
+    u: Tensor,
+    k: Tensor,
+    skip: Tensor | None,
+    pre_gate: Tensor | None,
+    post_gate: Tensor | None,
+    k_rev: Tensor | None,
+    causal: bool,
+) -> Gradients:
+    """Gradients (du, dk, dskip, dpre, dpost, dk_rev) of a supported call, each in its operand's dtype."""
+    with _device_guard(u.device):
+        call = _Call(u, k, skip, pre_gate, post_gate, k_rev, causal)
+        call.operand("grad_output", dy)
+        du = call.result("grad_u")
+        dpre = None if pre_gate is None else call.result("grad_pre_gate")
+        dpost = None if post_gate is None else call.result("grad_post_gate")
+        splits = extension.call("fft_conv_backward_splits", call.parameters)
+        scratch_bytes = extension.call("fft_conv_backward_scratch", call.parameters)
+        # One sum for each part of the batch, added up in a fixed order: the same call gives the same bits.
+        partial = call.buffer("grad_filter", (splits, k.shape[0], call.plan.fft_size), torch.float32)
+        call.buffer("scratch", (scratch_bytes,), torch.uint8)
+        call.launch("fft_conv_backward")
+        dk, dskip, dk_rev = filters.tap_gradients(partial.sum(0), k, skip, k_rev, u.shape[2])
+    return du, dk, dskip, dpre, dpost, dk_rev
+
+
+class _Call:
+    """The parameters of one launch on the current stream, and the tensors that they point to."""
+
+    def __init__(
+        self,
+        u: Tensor,
+        k: Tensor,
+        skip: Tensor | None,
+        pre_gate: Tensor | None,
+        post_gate: Tensor | None,
+        k_rev: Tensor | None,
+        causal: bool,
+    ) -> None:
+        self.u = u
+        self.plan: plan.Plan = _plan(u, k, k_rev, causal)
+        self.stream = _current_stream(u.device)
+        length, fft_size = u.shape[2], self.plan.fft_size
+        if _is_capturing():
+            # The graph outlives the cache's entries, and its replays are to see what has become of the filter.
+            spectrum = filters.prepare(k, skip, k_rev, length, fft_size)
+        else:
+            spectrum = _spectra.get(k, skip, k_rev, length, fft_size, self.stream)
+        constants = _tables(*self.plan, u.device)
+        self.parameters = extension.Parameters(
+            tables=constants.data_ptr(),
+            spectrum=spectrum.words.data_ptr(),
+            spectrum_scale=spectrum.scale.data_ptr(),
+            batch=u.shape[0],
+            channels=u.shape[1],
+            length=length,
+            fft_size=fft_size,
+            element=extension.ELEMENTS[u.dtype],
+            half=self.plan.half,
+        )
+        # Memory that is given back before the launch may be given to another stream.
+        self._alive: list[Any] = [spectrum, constants]
+        self.operand("u", u)
+        self.operand("pre_gate", pre_gate)
+        self.operand("post_gate", post_gate)
+
+    def operand(self, name: str, x: Tensor | None) -> None:
+        """Passes a tensor (B, H, L) of any strides."""
+        if x is None:
+            return
+        if x.stride(2) != 1 and x.shape[2] > 1:
+            x = x.contiguous()
+        self._alive.append(x)
+        setattr(self.parameters, name, extension.tensor(x))
+
+    def result(self, name: str) -> Tensor:
+        """Adds an output of the shape and dtype of u."""
+        x = torch.empty(self.u.shape, dtype=self.u.dtype, device=self.u.device)
+        setattr(self.parameters, name, extension.tensor(x))
+        return x
+
+    def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Adds memory of another kind."""
+        x = torch.empty(shape, dtype=dtype, device=self.u.device)
+        self._alive.append(x)
+        setattr(self.parameters, name, x.data_ptr())
+        return x
+
+    def launch(self, name: str) -> None:
+        extension.launch(name, self.parameters, self.stream)
+
+
+def _plan(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool) -> Any:
+    return plan.choose(u.shape[2], k.shape[1], 0 if k_rev is None else k_rev.shape[1], causal, u.dtype)
+
+
+def _verdict(device: torch.device) -> str | None:
+    """Why the library cannot run on a device, or None. The first time, outside of a graph capture, it is tried out."""
+    index = device.index
+    if index in _verdicts:
+        return _verdicts[index]
+    if isinstance(library := extension.load(), str):
+        verdict: str | None = library
+    elif (capability := torch.cuda.get_device_capability(device)) < MIN_CAPABILITY:
+        needed = "{}.{}".format(*MIN_CAPABILITY)
+        verdict = "the device has compute capability {}.{}, and the kernels need {}".format(*capability, needed)
+    elif _is_capturing():
+        return None
+    else:
+        verdict = _try_out(device)
+    _verdicts[index] = verdict
+    return verdict
+
+
+def _try_out(device: torch.device) -> str | None:
+    u = torch.zeros(1, 1, 1, dtype=torch.float16, device=device)
+    try:
+        forward(u, u[0], None, None, None, None, True)
+    except extension.MisfitError as error:
+        return str(error)
+    return None
+
+
+# Never dropped: a captured graph keeps their addresses.
+@cache
+def _tables(fft_size: int, half: bool, device: torch.device) -> Tensor:
+    return tables.upload(tables.transform_tables(fft_size, half), device)
+
+
+def _device_guard(device: torch.device) -> AbstractContextManager[Any]:
+    return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+
+
+def _current_stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()

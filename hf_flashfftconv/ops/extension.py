@@ -1,0 +1,117 @@
+"""The shared library of the CUDA kernels, loaded at its first use by its C interface, csrc/fft_conv.h."""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendError
+
+PATH = Path(__file__).parent.parent / "lib" / "libhf_flashfftconv.so"
+VERSION = 1
+
+ELEMENTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+
+# CUDA errors that say that this library cannot run on this machine. They leave nothing behind and hold for every call.
+_MISFITS = {
+    35: "the driver is older than the CUDA runtime of the library",
+    36: "the driver is older than the CUDA runtime of the library",
+    98: "the library was not built for this GPU",
+    209: "the library was not built for this GPU",
+    222: "the driver is older than the library's PTX code",
+}
+
+
+class TensorArgument(ctypes.Structure):
+    """`fft_conv_tensor`."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("batch_stride", ctypes.c_int64), ("channel_stride", ctypes.c_int64))
+
+
+class Parameters(ctypes.Structure):
+    """`fft_conv_params`."""
+
+    _fields_ = (
+        ("u", TensorArgument),
+        ("pre_gate", TensorArgument),
+        ("post_gate", TensorArgument),
+        ("grad_output", TensorArgument),
+        ("output", TensorArgument),
+        ("grad_u", TensorArgument),
+        ("grad_pre_gate", TensorArgument),
+        ("grad_post_gate", TensorArgument),
+        ("tables", ctypes.c_void_p),
+        ("spectrum", ctypes.c_void_p),
+        ("spectrum_scale", ctypes.c_void_p),
+        ("grad_filter", ctypes.c_void_p),
+        ("scratch", ctypes.c_void_p),
+        ("batch", ctypes.c_int32),
+        ("channels", ctypes.c_int32),
+        ("length", ctypes.c_int32),
+        ("fft_size", ctypes.c_int32),
+        ("element", ctypes.c_int32),
+        ("half", ctypes.c_int32),
+    )
+
+
+class MisfitError(BackendError):
+    """The library cannot run on this device or with this driver, whatever the call."""
+
+
+@cache
+def load() -> ctypes.CDLL | str:
+    """The library, or the reason why there is none."""
+    if not PATH.exists():
+        return "the CUDA library is not built (Python-only install)"
+    try:
+        library = ctypes.CDLL(str(PATH))
+        version = library.fft_conv_version()
+        library.fft_conv_backward_scratch.restype = ctypes.c_int64
+        library.fft_conv_error_string.restype = ctypes.c_char_p
+    except (OSError, AttributeError) as error:
+        return f"{PATH} cannot be loaded: {error}"
+    if version != VERSION:
+        return f"{PATH} has version {version} of the interface, this package needs {VERSION}: build it again"
+    return library
+
+
+def tensor(x: Tensor) -> TensorArgument:
+    """A tensor (B, H, L) as the kernels take it: its positions are neighbours in memory."""
+    batch_stride, channel_stride, _ = x.stride()
+    return TensorArgument(x.data_ptr(), batch_stride, channel_stride)
+
+
+def call(name: str, parameters: Parameters) -> int:
+    """Calls a function of the library that answers a question about a launch.
+
+    Raises:
+        BackendError: there is no library.
+    """
+    return getattr(_library(), name)(ctypes.byref(parameters))
+
+
+def launch(name: str, parameters: Parameters, stream: int) -> None:
+    """Calls a function of the library that starts kernels, on a stream of the current device.
+
+    Raises:
+        MisfitError: the library does not fit the device or the driver.
+        BackendError: there is no library, or CUDA reports any other error.
+    """
+    library = _library()
+    code = getattr(library, name)(ctypes.byref(parameters), ctypes.c_void_p(stream))
+    if code == 0:
+        return
+    text = library.fft_conv_error_string(code).decode()
+    if code in _MISFITS:
+        raise MisfitError(f"{_MISFITS[code]} ({text})")
+    shape = (parameters.batch, parameters.channels, parameters.length)
+    raise BackendError(f"{name} failed for shape {shape} and an FFT of {parameters.fft_size} points: {text} ({code})")
+
+
+def _library() -> ctypes.CDLL:
+    library = load()
+    if isinstance(library, str):
+        raise BackendError(library)
+    return library

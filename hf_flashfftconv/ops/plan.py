@@ -1,0 +1,47 @@
+"""Which transform serves a convolution: pure arithmetic on lengths, without a device."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from .tables import COLUMNS
+
+MAX_FFT_SIZE = 16384
+# The tile of such a transform does not fit into shared memory.
+_NOT_BUILT = {(torch.float32, 16384, False)}
+
+
+class Plan(NamedTuple):
+    """A transform of the kernels.
+
+    Args:
+        fft_size (`int`): Points of the FFT, 256 times a power of two.
+        half (`bool`): Whether inputs and outputs lie in its first half, so that the work on the other half is left out.
+    """
+
+    fft_size: int
+    half: bool
+
+
+@lru_cache(maxsize=1024)
+def choose(length: int, taps: int, reverse_taps: int, causal: bool, dtype: torch.dtype) -> Plan | str:
+    """The transform for sequences of `length` and filters of `taps` and `reverse_taps`, or why there is none.
+
+    On a circle of N points the output at t also receives what belongs at t + N and t - N. The linear convolution
+    reaches from -R to L + K - 2, and the outputs are those from 0 to L - 1; none of them is reached if
+    N > L + K - 2 and N > L - 1 + R. Taps beyond the sequence (K > L, R > L - 1) meet only zeros and are cut.
+    """
+    if causal:
+        needed = length + max(min(taps, length) - 1, min(reverse_taps, length - 1))
+        size = max(COLUMNS, 1 << (needed - 1).bit_length())
+        half = size > COLUMNS and length <= size // 2
+    else:
+        size, half = length, False
+        if size % COLUMNS or size & (size - 1):
+            return f"the kernels convolve circularly at powers of two from {COLUMNS} on, and the length is {length}"
+    if size > MAX_FFT_SIZE:
+        return f"sequence and filter need an FFT of {size} points, and the kernels have up to {MAX_FFT_SIZE}"
+    if (dtype, size, half) in _NOT_BUILT:
+        return f"in {dtype} there is no kernel for an FFT of {size} points whose second half is in use"
+    return Plan(size, half)
