@@ -9,6 +9,7 @@ from torch import nn
 from .adapters import Finding, survey
 from .adapters.base import Usage
 from .errors import BackendError
+from .ops import plan
 from .ops.library import use_kernels
 from .ops.reference import linear_fft_length
 
@@ -24,7 +25,7 @@ class ModuleReport:
         status (`str`): `"replaced"`, `"not patched"` (`patch_model` would replace it) or `"left alone"`.
         backend (`str`, *optional*): The backend that serves it at this length, dtype and device.
         length (`int`, *optional*): Sequence length of the last call, or the longest one before any call.
-        fft_size (`int`, *optional*): Length of the transform at this sequence length with backend `"torch"`.
+        fft_size (`int`, *optional*): Length of the transform that this backend uses.
         dtype (`str`, *optional*): Of the input of the convolution.
         reason (`str`): Why it is left alone, or why its calls run the original code.
     """
@@ -108,14 +109,15 @@ def _row(finding: Finding) -> ModuleReport:
         return ModuleReport(finding.name, type(module).__name__, family, "not patched")
     state = module._flashfftconv
     usage = state.last or _longest(module)
+    backend, fft_size = _plan(usage, module.d_model, getattr(module, "bidirectional", False), state.backend)
     return ModuleReport(
         finding.name,
         type(module)._flashfftconv_original.__name__,
         family,
         "replaced",
-        backend=_backend(usage, module.d_model, state.backend),
+        backend=backend,
         length=usage.length,
-        fft_size=_fft_size(usage.length, getattr(module, "bidirectional", False)),
+        fft_size=fft_size,
         dtype=str(usage.dtype).removeprefix("torch."),
         reason="" if module.covered() else "calls run the original code: there are hooks on the filter",
     )
@@ -126,15 +128,16 @@ def _longest(module: nn.Module) -> Usage:
     return Usage(module.l_max, weight.dtype, weight.device)
 
 
-def _fft_size(length: int, bidirectional: bool) -> int:
-    return linear_fft_length(length, length, length - 1 if bidirectional else 0)
-
-
-def _backend(usage: Usage, channels: int, backend: str) -> str:
+def _plan(usage: Usage, channels: int, bidirectional: bool, backend: str) -> tuple[str, int | None]:
+    """The backend of such a call, and the length of its transform."""
     # Views of one element: shapes, dtype and device of a call without its memory.
     u = torch.empty((), dtype=usage.dtype, device=usage.device).expand(1, channels, usage.length)
     k = torch.empty((), dtype=torch.float32, device=usage.device).expand(channels, usage.length)
+    reverse_taps = usage.length - 1 if bidirectional else 0
     try:
-        return "cuda" if use_kernels(u, k, None, True, backend) else "torch"
+        if not use_kernels(u, k, k if bidirectional else None, True, backend):
+            return "torch", linear_fft_length(usage.length, usage.length, reverse_taps)
     except BackendError as error:
-        return f"none: {error}"
+        return f"none: {error}", None
+    chosen = plan.choose(usage.length, usage.length, reverse_taps, True, usage.dtype)
+    return "cuda", chosen.fft_size if isinstance(chosen, plan.Plan) else None

@@ -9,6 +9,8 @@ from patching import relative
 from remote_style import HyenaOperator, MonarchMixerSequenceMixing, build
 from torch import nn
 
+from hf_flashfftconv import fft_conv
+from hf_flashfftconv.adapters import base
 from hf_flashfftconv.patch import patch_model
 
 WIDTH = 8
@@ -202,6 +204,24 @@ def test_both_directions_and_filters_are_kept() -> None:
         for _ in range(3):
             mixer(torch.randn(1, 20, WIDTH))
         assert (first.count, second.count) == (2, 2)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_kept_tensors_are_constants_of_fixed_identity(mode: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What the operator in turn computes from them, a spectrum, is kept by the identity of constants.
+    calls = []
+
+    def recording(u: torch.Tensor, k: torch.Tensor, **arguments: torch.Tensor) -> torch.Tensor:
+        calls.append((k, arguments["k_rev"], arguments["skip"]))
+        return fft_conv(u, k, **arguments)
+
+    mixer = patch_model(build(MonarchMixerSequenceMixing, WIDTH, 66, bidirectional=True))
+    monkeypatch.setattr(base, "fft_conv", recording)
+    with mode():
+        mixer(torch.randn(1, 20, WIDTH)), mixer(torch.randn(1, 20, WIDTH))
+    for first, second in zip(*calls, strict=True):
+        assert first is second and first.is_contiguous()
+        assert not first.requires_grad and not first.is_inference()
 
 
 def test_a_dead_model_frees_its_filters() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import fft_conv
-from .cache import FilterCache, may_cache
+from .cache import FilterCache, Filters, may_cache
 from .precision import WidenedFilter, keeping_float32
 from .structure import has_hooks
 
@@ -103,33 +103,25 @@ class PatchedMixer(nn.Module):
         bidirectional: bool = False,
     ) -> Tensor:
         """Gates, long convolution with the filters of `filter_fn`, and skip term on `u` `(batch, channels, length)`."""
-        k = self._taps(filter_fn, "filter", u)
-        k_rev = self._taps(filter_fn, "filter_rev", u) if bidirectional else None
         state = self._flashfftconv
         if not torch.compiler.is_compiling():
             state.last = Usage(u.shape[-1], u.dtype, u.device)
-        return fft_conv(
-            u,
-            k,
-            skip=_skip(filter_fn),
-            pre_gate=pre_gate,
-            post_gate=post_gate,
-            k_rev=k_rev,
-            backend=state.backend,
-        )
+        k, k_rev, skip = self._filters(filter_fn, u, bidirectional)
+        return fft_conv(u, k, skip=skip, pre_gate=pre_gate, post_gate=post_gate, k_rev=k_rev, backend=state.backend)
 
-    def _taps(self, filter_fn: nn.Module, method: str, u: Tensor) -> Tensor:
-        """The filters `(channels, length)`, generated anew or kept from an earlier call in evaluation."""
-        length = u.shape[-1]
-
-        device = u.device.type
+    def _filters(self, filter_fn: nn.Module, u: Tensor, bidirectional: bool) -> Filters:
+        """Causal taps `(channels, length)`, anticausal taps and skip weights, generated or kept from earlier calls."""
+        length, device = u.shape[-1], u.device.type
         state = self._flashfftconv
 
-        def generate() -> Tensor:
+        def taps(method: str) -> Tensor:
             if state.widened is None:
                 return getattr(filter_fn, method)(length)[0].transpose(0, 1)
             with torch.autocast(device, enabled=False):
                 return getattr(filter_fn, method)(length)[0].transpose(0, 1)
+
+        def generate() -> Filters:
+            return taps("filter"), taps("filter_rev") if bidirectional else None, _skip(filter_fn)
 
         if torch.compiler.is_compiling():
             return generate()
@@ -137,7 +129,7 @@ class PatchedMixer(nn.Module):
             state.cache.drop(filter_fn)
             return generate()
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return state.cache.get(filter_fn, (length, method, autocast), generate)
+        return state.cache.get(filter_fn, (length, autocast), generate)
 
     def train(self, mode: bool = True) -> "PatchedMixer":
         # See FilterCache: weights written through `.data` between two evaluations leave no other trace.
@@ -159,7 +151,7 @@ class PatchedMixer(nn.Module):
 
 
 def _skip(filter_fn: nn.Module) -> Tensor:
-    """The weight D of the skip term, read anew in every call since training updates it."""
+    """The weight D of the skip term."""
     bias = filter_fn.bias
     if bias.is_meta and hasattr(filter_fn, "_hf_hook"):
         from accelerate.utils import align_module_device

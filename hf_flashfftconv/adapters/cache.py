@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 DEFAULT_CACHE_BYTES = 1 << 30
 
+# Causal taps and anticausal taps, (channels, length) each, and skip weights.
+Filters = tuple[Tensor, Tensor | None, Tensor]
+
 
 @dataclass
 class _Stamp:
@@ -22,12 +25,12 @@ class _Stamp:
 
 @dataclass
 class _Entry:
-    filters: Tensor
+    filters: Filters
     stamp: _Stamp
 
     @property
     def bytes(self) -> int:
-        return self.filters.numel() * self.filters.element_size()
+        return _bytes(self.filters)
 
 
 class FilterCache:
@@ -50,13 +53,16 @@ class FilterCache:
         # Copies of a model, in memory or in a file, start with an empty cache of the same size.
         return FilterCache, (self.max_bytes,)
 
-    def get(self, module: nn.Module, key: tuple[Hashable, ...], generate: Callable[[], Tensor]) -> Tensor:
-        """Returns `generate()`, or the tensor that it returned for the same key when nothing has changed since.
+    def get(self, module: nn.Module, key: tuple[Hashable, ...], generate: Callable[[], Filters]) -> Filters:
+        """Returns `generate()`, or the tensors that it returned for the same key if nothing has changed since.
+
+        The tensors that are kept are the same objects in every call, need no gradient and are contiguous, so that what
+        is computed from them can be kept too.
 
         Args:
             module (`nn.Module`): The module that the filter is computed by.
             key (`tuple`): What else the filter depends on; its first item is the length.
-            generate (`Callable`): Computes the filter.
+            generate (`Callable`): Computes the filters.
         """
         stamp = _stamp(module) if self.max_bytes > 0 else None
         if stamp is None:
@@ -67,15 +73,18 @@ class FilterCache:
         if entry is not None and entry.stamp.numbers == stamp.numbers:
             return entry.filters
         self.drop(module, key)
-        filters = generate()
+        # Tensors made in inference mode have no version, so nothing could be kept for them elsewhere.
+        with torch.inference_mode(False), torch.no_grad():
+            k, k_rev, skip = generate()
         # Generating may itself replace what lazily built modules hold.
         stamp = _stamp(module)
-        if stamp is None or type(filters) is not Tensor or filters.is_meta:
-            return filters
-        with self._lock:
-            if not self._make_room(filters.numel() * filters.element_size(), length=key[0]):
-                return filters
-            entry = _Entry(filters.contiguous(), stamp)
+        if stamp is None or type(k) is not Tensor:
+            return k, k_rev, skip
+        with torch.inference_mode(False), self._lock:
+            if not self._make_room(_bytes((k, k_rev, skip)), length=key[0]):
+                return k, k_rev, skip
+            k_rev = None if k_rev is None else k_rev.contiguous()
+            entry = _Entry((k.contiguous(), k_rev, skip.detach()), stamp)
             self._entries.setdefault(module, {})[key] = entry
         return entry.filters
 
@@ -96,6 +105,11 @@ class FilterCache:
                 if excess > 0:
                     excess -= entries.pop(key).bytes
         return excess <= 0
+
+
+def _bytes(filters: Filters) -> int:
+    """Memory of the taps; the skip weights are the module's own."""
+    return sum(taps.numel() * taps.element_size() for taps in filters[:2] if taps is not None)
 
 
 def _stamp(module: nn.Module) -> _Stamp | None:
