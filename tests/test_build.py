@@ -215,8 +215,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path, fake_nvcc, cuda)
     assert names == expected | ({"hf_flashfftconv/lib/libhf_flashfftconv.so"} if cuda else set())
 
 
-def test_kernels_compile_without_spills(build, monkeypatch):
-    """Builds csrc/ for sm_90. HF_FLASHFFTCONV_CUDA=1 says that there must be an nvcc, and forbids the skip."""
+@pytest.fixture(scope="module")
+def compiled(build: ModuleType) -> tuple[Path, list[dict[str, str | int]]]:
+    """csrc/ compiled for sm_90: the library and its kernels. HF_FLASHFFTCONV_CUDA=1 forbids to skip without nvcc."""
     sources = sorted(ROOT.glob("csrc/*.cu"))
     if not sources:
         pytest.skip("no CUDA sources in csrc/")
@@ -224,10 +225,22 @@ def test_kernels_compile_without_spills(build, monkeypatch):
     if nvcc is None and os.environ.get("HF_FLASHFFTCONV_CUDA") != "1":
         pytest.skip("no nvcc in CUDA_HOME, PATH or /usr/local/cuda")
     assert nvcc, "HF_FLASHFFTCONV_CUDA=1, but there is no nvcc"
-    monkeypatch.setenv("HF_FLASHFFTCONV_CUDA_ARCHS", "90+PTX")
     library = ROOT / "build" / "sm_90" / build.LIBRARY
-    kernels = build.kernel_resources(build.build_library(nvcc, sources, library, ROOT / "build" / "cuda"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_FLASHFFTCONV_CUDA_ARCHS", "90+PTX")
+        log = build.build_library(nvcc, sources, library, ROOT / "build" / "cuda")
+    return library, build.kernel_resources(log)
+
+
+def test_kernels_do_not_spill(compiled):
+    _, kernels = compiled
     assert kernels, "ptxas reported no kernel"
-    assert [kernel for kernel in kernels if kernel["spill"]] == []
-    symbols = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True).stdout
-    assert "cuda" not in symbols.lower(), "the library must not export the CUDA runtime that is linked into it"
+    assert [f"{kernel['kernel']}: {kernel['spill']} bytes" for kernel in kernels if kernel["spill"]] == []
+
+
+def test_the_library_exports_its_c_interface_only(compiled):
+    library, _ = compiled
+    listing = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True).stdout
+    symbols = [line.split()[-1] for line in listing.splitlines()]
+    assert "fft_conv_version" in symbols
+    assert [name for name in symbols if not name.startswith("fft_conv_")] == []
