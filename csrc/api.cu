@@ -36,7 +36,7 @@ static LaunchParams derive(const fft_conv_params& p) {
     const int channel_tiles = (p.channels + channels_per_tile - 1) / channels_per_tile;
     const int wanted = std::min(tiles, (kMaximumBackwardBlocks + channel_tiles - 1) / channel_tiles);
     derived.tiles_per_split = (tiles + wanted - 1) / wanted;
-    derived.unit_splits = (tiles + derived.tiles_per_split - 1) / derived.tiles_per_split;
+    derived.splits = divider((tiles + derived.tiles_per_split - 1) / derived.tiles_per_split);
     return derived;
 }
 
@@ -54,7 +54,7 @@ extern "C" int fft_conv_backward(const fft_conv_params* params, void* stream) {
 
 extern "C" int fft_conv_backward_splits(const fft_conv_params* params) {
     const LaunchParams derived = derive(*params);
-    return derived.unit_splits << derived.log_sharing;
+    return derived.splits.divisor << derived.log_sharing;
 }
 
 extern "C" int64_t fft_conv_backward_scratch(const fft_conv_params* params) {

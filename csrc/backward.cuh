@@ -28,22 +28,22 @@ struct BackwardUnits {
 
     HOST_DEVICE explicit BackwardUnits(const LaunchParams& params) {
         channels_per_tile = T::kRows >> params.log_radix >> params.log_sharing;
-        count = (params.channels + channels_per_tile - 1) / channels_per_tile * params.unit_splits;
+        count = (params.channels + channels_per_tile - 1) / channels_per_tile * params.splits.divisor;
     }
 
     DEVICE int channel(const LaunchParams& params, int unit, int pair) const {
-        return unit / params.unit_splits * channels_per_tile + (pair >> params.log_sharing);
+        return params.splits.divide(unit) * channels_per_tile + (pair >> params.log_sharing);
     }
 
     // Tiles of a unit; the last split may have fewer.
     DEVICE int tiles(const LaunchParams& params, int unit) const {
         const int sharing = 1 << params.log_sharing, all = (params.pairs.divisor + sharing - 1) / sharing;
-        const int left = all - unit % params.unit_splits * params.tiles_per_split;
+        const int left = all - params.splits.remainder(unit) * params.tiles_per_split;
         return left < params.tiles_per_split ? left : params.tiles_per_split;
     }
 
     DEVICE TileSequences sequences(const LaunchParams& params, int unit, int tile, int lane) const {
-        const int pair = lane / 2, first = (unit % params.unit_splits * params.tiles_per_split + tile) << params.log_sharing;
+        const int pair = lane / 2, first = (params.splits.remainder(unit) * params.tiles_per_split + tile) << params.log_sharing;
         const int row = 2 * (first + (pair & ((1 << params.log_sharing) - 1))) + lane % 2;
         return TileSequences(params, unit < count && pair < T::kRows >> params.log_radix ? channel(params, unit, pair) : params.channels, row);
     }
@@ -116,6 +116,16 @@ struct Backward {
         }
     }
 
+    DEVICE void pack_direct(SequenceScales<T>& scales, u32 (&x)[T::kSlots / 4][4], const TileSequences& sequences) const {
+        if (params.pair_aligned) {
+            const DirectSource<T, true> source(operand(), params, sequences), factor(gate(), params, sequences);
+            scales.template pack_scaled<true>(x, source, factor, sequences.valid);
+        } else {
+            const DirectSource<T, false> source(operand(), params, sequences), factor(gate(), params, sequences);
+            scales.template pack_scaled<true>(x, source, factor, sequences.valid);
+        }
+    }
+
     DEVICE void clear_sums() const {
         for (int row = block_warp; row < T::kRows; row += Plan::kWarps)
             for (int i = 0; i < 4; i++) sums[(row * 4 + i) * 32 + lane] = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -145,33 +155,52 @@ struct Backward {
         }
     }
 
-    // grad_post_gate from the first group, grad_u and grad_pre_gate from the second.
+    // grad_post_gate from the first group, grad_u and grad_pre_gate from the second: each is the group's result times another input, which the
+    // L2 cache still holds. Loads go out in batches before their stores.
+    template <bool kAligned>
     DEVICE void store_gradients(const OuterResult<T>& result, const TileSequences& sequences, float scale) const {
+        constexpr int kBatch = OuterResult<T>::kTiles < 4 ? OuterResult<T>::kTiles : 4;
+        const fft_conv_tensor& factors = group == 0 ? params.grad_output : params.pre_gate;
+        const fft_conv_tensor& outputs = group == 0 ? params.grad_post_gate : params.grad_u;
+        const bool second_output = group == 1 && params.pre_gate.data;
         const int column = outer_column(warp, lane);
-        const bool first_group = group == 0;
 #pragma unroll
-        for (int n = 0; n < OuterResult<T>::kTiles; n++) {
-            const int slot = OuterResult<T>::slot(n, warp, lane);
+        for (int c = 0; c < 2; c++) {
+            GlobalSequence<const Element, kAligned> factor(factors, params, sequences, c), input(params.u, params, sequences, c);
+            GlobalSequence<Element, kAligned> output(outputs, params, sequences, c), output_pre(params.grad_pre_gate, params, sequences, c);
+            float undo = shuffle(scale, c) * (c == 0 ? 1.f : -1.f);
 #pragma unroll
-            for (int c = 0; c < 2; c++) {
-                const int owner = 2 * slots.pair(slot) + c;
-                const float factor = shuffle(scale, owner) * (c == 0 ? 1.f : -1.f);
-                const Element* partner = sequences.address<const Element>(first_group ? params.grad_output : params.pre_gate, owner);
-                const Element* input = sequences.address<const Element>(params.u, owner);
-                Element* output = sequences.address<Element>(first_group ? params.grad_post_gate : params.grad_u, owner);
-                Element* output_pre = sequences.address<Element>(params.grad_pre_gate, owner);
-                if (!shuffle(int(sequences.valid), owner)) continue;
+            for (int first = 0; first < OuterResult<T>::kTiles; first += kBatch) {
+                Pair factor_values[kBatch][2], input_values[kBatch][2];
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    const int position = slots.position(slot) + column + 128 * half;
-                    if (position >= params.length) continue;
-                    const float y0 = result.value[n][0][2 * half + c] * factor, y1 = result.value[n][1][2 * half + c] * factor;
-                    Pair p{1.f, 1.f};
-                    if (first_group || params.pre_gate.data) p = load_global(partner, position, params.length, params.pair_aligned);
-                    store_global(output, position, params.length, params.pair_aligned, y0 * p.x, y1 * p.y);
-                    if (!first_group && params.pre_gate.data) {
-                        const Pair v = load_global(input, position, params.length, params.pair_aligned);
-                        store_global(output_pre, position, params.length, params.pair_aligned, y0 * v.x, y1 * v.y);
+                for (int i = 0; i < kBatch; i++) {
+                    const int slot = OuterResult<T>::slot(first + i, warp, lane);
+                    if (T::kMaxPairs > 1) {
+                        const int owner = 2 * slots.pair(slot) + c;
+                        factor = {factors, params, sequences, owner}, input = {params.u, params, sequences, owner};
+                    }
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        const int position = slots.position(slot) + column + 128 * half;
+                        factor_values[i][half] = factors.data ? factor.load(position) : Pair{1.f, 1.f};
+                        if (second_output) input_values[i][half] = input.load(position);
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < kBatch; i++) {
+                    const int n = first + i, slot = OuterResult<T>::slot(n, warp, lane);
+                    if (T::kMaxPairs > 1) {
+                        const int owner = 2 * slots.pair(slot) + c;
+                        output = {outputs, params, sequences, owner}, output_pre = {params.grad_pre_gate, params, sequences, owner};
+                        undo = shuffle(scale, owner) * (c == 0 ? 1.f : -1.f);
+                    }
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        const int position = slots.position(slot) + column + 128 * half;
+                        const float y0 = result.value[n][0][2 * half + c] * undo, y1 = result.value[n][1][2 * half + c] * undo;
+                        const Pair f = factor_values[i][half], v = input_values[i][half];
+                        output.store(position, y0 * f.x, y1 * f.y);
+                        if (second_output) output_pre.store(position, y0 * v.x, y1 * v.y);
                     }
                 }
             }
@@ -219,7 +248,7 @@ struct Backward {
         if (T::kSlots == T::kRows && group == 1) return;
         OuterResult<T> result;
         result.transform(group == 0 ? rows_g : rows_e, tables.outer_inverse, warp, lane);
-        const int column = outer_column(warp, lane), offset = group * (params.fft_size / 2), split = unit % params.unit_splits;
+        const int column = outer_column(warp, lane), offset = group * (params.fft_size / 2), split = params.splits.remainder(unit);
         for (int n = 0; n < OuterResult<T>::kTiles; n++) {
             const int slot = OuterResult<T>::slot(n, warp, lane), pair = slots.pair(slot), channel = units.channel(params, unit, pair);
             if (channel >= params.channels) continue;
@@ -254,7 +283,7 @@ struct Backward {
                 if constexpr (Plan::kStaged)
                     scales.template pack_scaled<true>(x, operand_stage(), gate_stage(), current.valid);
                 else
-                    scales.template pack_scaled<true>(x, DirectSource<T>(operand(), params, current), DirectSource<T>(gate(), params, current), current.valid);
+                    pack_direct(scales, x, current);
                 if (warp == 0) exchange[32 * group + lane] = bits_from_float(scales.up);
 
                 // Every thread of the group has read the group's inputs: the next tile's may come.
@@ -270,7 +299,8 @@ struct Backward {
                 if (group == 0 && !params.grad_post_gate.data) continue;
                 OuterResult<T> result;
                 result.transform(group == 0 ? rows_g : rows_e, tables.outer_inverse, warp, lane);
-                store_gradients(result, current, current.valid ? params.spectrum_scale[current.channel] * scales.up : 0.f);
+                const float scale = current.valid ? params.spectrum_scale[current.channel] * scales.up : 0.f;
+                params.pair_aligned ? store_gradients<true>(result, current, scale) : store_gradients<false>(result, current, scale);
             }
             store_filter_gradient(unit);
         }

@@ -77,7 +77,7 @@ DEVICE void forward_tiles(const LaunchParams& params) {
 
     const int radix = 1 << params.log_radix, pairs_per_tile = T::kRows >> params.log_radix;
     const SlotMap<T> slots{params.log_radix - (T::kSlots < T::kRows)};
-    const int group = warp / 8;
+    const int group = T::kGroups == 1 ? 0 : warp / 8;
     SequenceScales<T> scales{reinterpret_cast<float*>(memory + T::kRowBytes + group * T::kEnergyBytes), slots, group, warp % 8, lane};
     const WorkRange range = work_range(tile_count<T>(params), Plan::kBlocks);
 

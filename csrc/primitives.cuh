@@ -20,7 +20,12 @@ DEVICE int block_count() { return gridDim.x; }
 DEVICE int block_size() { return blockDim.x; }
 DEVICE void block_barrier() { __syncthreads(); }
 // For the 256 threads of one group of eight warps.
-DEVICE void group_barrier(int group) { asm volatile("bar.sync %0, 256;" :: "r"(group + 1) : "memory"); }
+DEVICE void group_barrier(int group) {
+    if (group == 0)
+        asm volatile("bar.sync 1, 256;" ::: "memory");
+    else
+        asm volatile("bar.sync 2, 256;" ::: "memory");
+}
 DEVICE char* shared_memory() {
     extern __shared__ __align__(128) char memory[];
     return memory;
@@ -94,6 +99,8 @@ DEVICE float square_root(float x) { return sqrtf(x); }
 DEVICE float power_of_two(int exponent) { return __uint_as_float(u32(exponent + 127) << 23); }
 
 struct Pair { float x, y; };
+template <class X> struct RemoveConst { using type = X; };
+template <class X> struct RemoveConst<const X> { using type = X; };
 template <class Element> struct PairWord { using type = u32; };
 template <> struct PairWord<float> { using type = uint2; };
 template <class Word>

@@ -32,6 +32,7 @@ struct Divider {
     u32 multiplier, shift;
 
     DEVICE int divide(int x) const { return divisor == 1 ? x : int(high_product(u32(x), multiplier) >> shift); }
+    DEVICE int remainder(int x) const { return x - divide(x) * divisor; }
 };
 
 // A call's parameters with what the host derives from them.
@@ -40,8 +41,9 @@ struct LaunchParams : fft_conv_params {
     int pair_aligned;   // whether two neighbouring elements of every tensor may be moved as one word
     int log_radix;
     Divider pairs;      // pairs of sequences in a channel
-    // Backward: 2^log_sharing pairs of a channel share a tile, and a channel's tiles are dealt to unit_splits blocks.
-    int log_sharing, unit_splits, tiles_per_split;
+    // Backward: 2^log_sharing pairs of a channel share a tile, and a channel's tiles are dealt to splits blocks.
+    int log_sharing, tiles_per_split;
+    Divider splits;
 };
 
 // The first of the four columns a, a + 1, a + 128, a + 129 that a lane of the outer stage holds.

@@ -111,28 +111,48 @@ DEVICE void store_global(Element* sequence, int position, int length, bool align
     }
 }
 
-// A tensor's sequences in global memory, for tiles of one pair whose tensors do not fit beside them in shared memory.
-template <class T>
-struct DirectSource {
-    using Element = typename T::Element;
-    const Element* sequences[2];
-    int length;
-    bool aligned;
+// One sequence of a tile in global memory. kAligned: pairs may be moved as words, so that a pair lies inside the sequence or beyond it.
+template <class Element, bool kAligned>
+struct GlobalSequence {
+    Element* data;
+    int length;     // zero if the sequence or the tensor is absent
 
-    DEVICE DirectSource(const fft_conv_tensor& tensor, const LaunchParams& params, const TileSequences& tile) : length(params.length), aligned(params.pair_aligned) {
-        static_assert(T::kMaxPairs == 1, "one pair a tile");
-        for (int c = 0; c < 2; c++) {
-            const Element* address = tile.address<const Element>(tensor, c);
-            sequences[c] = tensor.data && shuffle(int(tile.valid), c) ? address : nullptr;
+    DEVICE GlobalSequence(const fft_conv_tensor& tensor, const LaunchParams& params, const TileSequences& sequences, int owner)
+        : data(sequences.address<Element>(tensor, owner)), length(shuffle(int(sequences.valid), owner) && tensor.data ? params.length : 0) {}
+
+    DEVICE Pair load(int position) const {
+        if constexpr (kAligned) {
+            using Word = typename PairWord<typename RemoveConst<Element>::type>::type;
+            Word word{};
+            if (position < length) word = load_streaming(reinterpret_cast<const Word*>(data + position));
+            return widen(static_cast<const typename RemoveConst<Element>::type*>(nullptr), word);
+        } else {
+            return load_global(data, position, length, false);
         }
-        if (!tensor.data) length = -1;
     }
 
-    DEVICE explicit operator bool() const { return length >= 0; }
-    DEVICE Pair load(int sequence, int slot, int column) const {
-        const Element* p = sequences[sequence];
-        return p ? load_global(p, slot * kColumns + column, length, aligned) : Pair{0.f, 0.f};
+    DEVICE void store(int position, float x, float y) const {
+        if constexpr (kAligned) {
+            if (position < length) narrow_two(data + position, x, y);
+        } else {
+            store_global(data, position, length, false, x, y);
+        }
     }
+};
+
+// A tensor's sequences in global memory, for tiles of one pair whose tensors do not fit beside them in shared memory.
+template <class T, bool kAligned>
+struct DirectSource {
+    GlobalSequence<const typename T::Element, kAligned> first, second;
+    bool present;
+
+    DEVICE DirectSource(const fft_conv_tensor& tensor, const LaunchParams& params, const TileSequences& sequences)
+        : first(tensor, params, sequences, 0), second(tensor, params, sequences, 1), present(tensor.data) {
+        static_assert(T::kMaxPairs == 1, "one pair a tile");
+    }
+
+    DEVICE explicit operator bool() const { return present; }
+    DEVICE Pair load(int sequence, int slot, int column) const { return (sequence == 0 ? first : second).load(slot * kColumns + column); }
 };
 
 // Packs u (times gate, where there is one) as (re, im) = (first, second sequence of the pair). Column c of x[j]: a, a + 1, a + 128, a + 129.

@@ -217,6 +217,8 @@ template <class Word>
 Word load_streaming(const Word* p) { return *p; }
 
 struct Pair { float x, y; };
+template <class X> struct RemoveConst { using type = X; };
+template <class X> struct RemoveConst<const X> { using type = X; };
 template <class Element> struct PairWord { using type = u32; };
 template <> struct PairWord<float> { using type = uint2; };
 
