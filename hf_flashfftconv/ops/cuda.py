@@ -114,22 +114,24 @@ class _Call:
         # Memory that is given back before the launch may be given to another stream.
         self._alive: list[Any] = [spectrum, constants]
         self.operand("u", u)
-        self.operand("pre_gate", pre_gate)
-        self.operand("post_gate", post_gate)
+        if pre_gate is not None:
+            self.operand("pre_gate", pre_gate)
+        if post_gate is not None:
+            self.operand("post_gate", post_gate)
 
-    def operand(self, name: str, x: Tensor | None) -> None:
-        """Passes a tensor (B, H, L) of any strides."""
-        if x is None:
-            return
-        if x.stride(2) != 1 and x.shape[2] > 1:
+    def operand(self, name: str, x: Tensor) -> None:
+        """Passes a tensor (B, H, L) of any strides; the kernels want only its positions to be neighbours."""
+        batch_stride, channel_stride, stride = x.stride()
+        if stride != 1 and x.shape[2] > 1:
             x = x.contiguous()
-        self._alive.append(x)
-        setattr(self.parameters, name, extension.tensor(x))
+            batch_stride, channel_stride, _ = x.stride()
+            self._alive.append(x)
+        setattr(self.parameters, name, (x.data_ptr(), batch_stride, channel_stride))
 
     def result(self, name: str) -> Tensor:
         """Adds an output of the shape and dtype of u."""
-        x = torch.empty(self.u.shape, dtype=self.u.dtype, device=self.u.device)
-        setattr(self.parameters, name, extension.tensor(x))
+        x = torch.empty_like(self.u, memory_format=torch.contiguous_format)
+        self.operand(name, x)
         return x
 
     def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

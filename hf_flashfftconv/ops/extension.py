@@ -5,7 +5,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ..errors import BackendError
 
@@ -75,12 +74,6 @@ def load() -> ctypes.CDLL | str:
     if version != VERSION:
         return f"{PATH} has version {version} of the interface, this package needs {VERSION}: build it again"
     return library
-
-
-def tensor(x: Tensor) -> TensorArgument:
-    """A tensor (B, H, L) as the kernels take it: its positions are neighbours in memory."""
-    batch_stride, channel_stride, _ = x.stride()
-    return TensorArgument(x.data_ptr(), batch_stride, channel_stride)
 
 
 def call(name: str, parameters: Parameters) -> int:

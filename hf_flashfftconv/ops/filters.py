@@ -119,7 +119,7 @@ def _gather_order(fft_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 class _Entry(NamedTuple):
     spectrum: Spectrum
-    stamp: list[int]
+    stamp: list[tuple[bool, int, int, int]]
     # Of the tensors and, so that no other storage takes over their identity, of their storages.
     references: list[Any]
 
@@ -147,23 +147,21 @@ class SpectrumCache:
     ) -> Spectrum:
         """[`prepare`], or what it returned on this stream as long as the filters have not changed since."""
         tensors = [x for x in (k, skip, k_rev) if x is not None]
-        if not all(map(_is_constant, tensors)):
-            return prepare(k, skip, k_rev, length, fft_size)
         reverse_taps = 0 if k_rev is None else min(k_rev.shape[1], length - 1)
         key = (id(k), id(skip), id(k_rev), min(k.shape[1], length), reverse_taps, fft_size, stream)
-        stamp = [number for x in tensors for number in (x._version, x.data_ptr(), x.untyped_storage()._cdata)]
         with self._lock:
             entry = self._entries.get(key)
-            if entry is not None and entry.stamp == stamp:
+            if entry is not None and entry.stamp == _stamp(tensors):
                 self._entries.move_to_end(key)
                 return entry.spectrum
+        stamp = _stamp(tensors) if all(map(_is_constant, tensors)) else None
         spectrum = prepare(k, skip, k_rev, length, fft_size)
-        references = [weakref.ref(x, lambda _: self._drop(key)) for x in tensors]
-        references += [StorageWeakRef(x.untyped_storage()) for x in tensors]
-        with self._lock:
-            self._drop(key)
-            self._make_room(spectrum)
-            if spectrum.bytes <= self.max_bytes:
+        self._drop(key)
+        if stamp is not None and spectrum.bytes <= self.max_bytes:
+            references = [weakref.ref(x, lambda _: self._drop(key)) for x in tensors]
+            references += [StorageWeakRef(x.untyped_storage()) for x in tensors]
+            with self._lock:
+                self._make_room(spectrum)
                 self._entries[key] = _Entry(spectrum, stamp, references)
         return spectrum
 
@@ -185,6 +183,10 @@ class SpectrumCache:
                 return
             self._drop(key)
             excess -= size
+
+
+def _stamp(tensors: list[Tensor]) -> list[tuple[bool, int, int, int]]:
+    return [(x.requires_grad, x._version, x.data_ptr(), x.untyped_storage()._cdata) for x in tensors]
 
 
 def _is_constant(x: Tensor) -> bool:
