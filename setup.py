@@ -26,9 +26,8 @@ from setuptools.errors import CompileError, SetupError
 PACKAGE = "hf_flashfftconv"
 LIBRARY = f"lib{PACKAGE}.so"
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
-COMPILE_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xptxas", "-v", "--expt-relaxed-constexpr")
-HOST_FLAGS = ("-Xcompiler", "-fPIC,-fvisibility=hidden")
-LINK_FLAGS = ("-shared", "-cudart", "static", "-Xlinker", "--exclude-libs,ALL")
+COMPILE_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xptxas", "-v", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC")
+LINK_FLAGS = ("-shared", "-cudart", "static")
 
 
 def find_nvcc() -> str | None:
@@ -89,7 +88,7 @@ def build_library(nvcc: str, sources: list[Path], target: Path, cache: Path) -> 
     again while neither the sources, the flags nor the compiler have changed.
     """
     gencode = gencode_flags(os.environ.get("HF_FLASHFFTCONV_CUDA_ARCHS", "") or "native")
-    flags = [*COMPILE_FLAGS, *HOST_FLAGS, *gencode]
+    flags = [*COMPILE_FLAGS, *gencode]
     headers = sorted(path for folder in {source.parent for source in sources} for path in folder.glob("*.*h"))
     common = [nvcc_command(nvcc, "--version"), " ".join(flags), *(path.read_text() for path in headers)]
     cache.mkdir(parents=True, exist_ok=True)
@@ -111,7 +110,8 @@ def build_library(nvcc: str, sources: list[Path], target: Path, cache: Path) -> 
     with ThreadPoolExecutor(max_workers=jobs) as pool:
         objects, logs = zip(*pool.map(compile_one, sources), strict=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    nvcc_command(nvcc, *LINK_FLAGS, *gencode, "-o", str(target), *map(str, objects))
+    exports = f"--version-script={sources[0].with_name('exports.map')}"
+    nvcc_command(nvcc, *LINK_FLAGS, "-Xlinker", exports, *gencode, "-o", str(target), *map(str, objects))
     return "".join(logs)
 
 
