@@ -7,7 +7,6 @@ import platform
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import FlashFFTConvError, PatchError
@@ -71,11 +70,12 @@ def env(options: argparse.Namespace) -> str:
     import torch
 
     from . import __version__
+    from .ops import extension
 
-    library = Path(__file__).parent / "lib" / "libhf_flashfftconv.so"
+    library = extension.load()
     facts = {
         "hf-flashfftconv": __version__,
-        "CUDA library": f"{library.stat().st_size:,} bytes" if library.exists() else "not built (Python-only install)",
+        "CUDA library": library if isinstance(library, str) else f"{extension.PATH}",
         "Python": platform.python_version(),
         "platform": platform.platform(),
         **{name: _version(name) for name in _DISTRIBUTIONS},

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel
 import hf_flashfftconv
 from hf_flashfftconv import cli
 from hf_flashfftconv.models import HyenaDNATokenizer
+from hf_flashfftconv.ops import extension
 from hf_flashfftconv.sparsity import sparsity_report
 
 FILTERS = [f"hyena.backbone.layers.{layer}.mixer.filter_fn" for layer in range(2)]
@@ -114,6 +115,7 @@ def test_sparsify_and_push(checkpoint, tmp_path):
 
 def test_env(capsys, monkeypatch):
     monkeypatch.setattr(cli, "_DISTRIBUTIONS", ("torch", "no-such-distribution"))
+    monkeypatch.setattr(extension, "load", lambda: "the CUDA library is not built (Python-only install)")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100")
@@ -122,7 +124,7 @@ def test_env(capsys, monkeypatch):
     assert facts["torch"] == torch.__version__
     assert facts["no-such-distribution"] == "not installed"
     assert facts["GPU 0"] == "NVIDIA H100, compute capability 9.0"
-    assert "CUDA library" in facts
+    assert facts["CUDA library"] == "the CUDA library is not built (Python-only install)"
 
 
 def test_errors_are_messages(capsys, monkeypatch, checkpoint, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from fakehub import LoopbackHub, Repository
 from model_factory import remote_hyenadna_repo
+from numerics import BFLOAT16, FLOAT16, FLOAT32, FLOAT32_TF32
 
 import hf_flashfftconv
 from hf_flashfftconv import cli
@@ -86,10 +87,8 @@ def test_environment_variables_are_those_of_the_build() -> None:
 
 
 def test_the_numerical_promise_is_the_one_that_is_tested() -> None:
-    from numerics import BFLOAT16, FLOAT16, FLOAT32
-
-    for bounds in (BFLOAT16, FLOAT16, FLOAT32):
-        name = str(bounds.dtype).removeprefix("torch.")
+    promises = {"bfloat16": BFLOAT16, "float16": FLOAT16, "float32": FLOAT32, "float32, TF32 allowed": FLOAT32_TF32}
+    for name, bounds in promises.items():
         [row] = re.findall(rf"^\| {name} \|(.*)\|$", README, re.MULTILINE)
         promised = [float(cell) for cell in row.split("|")]
         assert promised == pytest.approx([bounds.whole, bounds.row, bounds.gradient, bounds.taps], rel=0.05)
