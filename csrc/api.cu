@@ -46,6 +46,13 @@ extern "C" int fft_conv_forward(const fft_conv_params* params, void* stream) {
     return with_tile(*params, [&](auto tile) { return Launcher<decltype(tile)>::forward(derived, stream); });
 }
 
+extern "C" int fft_conv_filter_spectrum(const fft_conv_filter_params* params, void* stream) {
+    FilterParams derived;
+    static_cast<fft_conv_filter_params&>(derived) = *params;
+    derived.log_radix = log2_of(params->fft_size / kColumns);
+    return with_filter_tile(params->fft_size, [&](auto tile) { return Launcher<decltype(tile)>::filter(derived, stream); });
+}
+
 extern "C" int fft_conv_backward(const fft_conv_params* params, void* stream) {
     if (!valid(*params)) return kUnsupported;
     const LaunchParams derived = derive(*params);

@@ -22,12 +22,23 @@ struct fft_conv_params {
     fft_conv_tensor output, grad_u, grad_pre_gate, grad_post_gate;
     const uint32_t* tables;         // hf_flashfftconv/ops/tables.py
     const uint32_t* spectrum;       // (channels, fft_size) complex half precision in kernel order, conjugated where stated
-    const float* spectrum_scale;    // (channels,) powers of two that the spectrum was divided by
+    const float* spectrum_scale;    // (channels,) what the spectrum was divided by
     float* grad_filter;             // (fft_conv_backward_splits, channels, fft_size) partial sums of the gradient of the taps
     void* scratch;                  // fft_conv_backward_scratch bytes
     int32_t batch, channels, length, fft_size, element, half;
 };
 
+// Spectra of real filters on a circle of fft_size points: tap n < taps is k[n], tap fft_size - 1 - n for n < taps_rev is k_rev[n].
+struct fft_conv_filter_params {
+    const float *k, *k_rev, *skip;  // (channels, taps), (channels, taps_rev) or null, (channels,) or null
+    const uint32_t* tables;         // of the full, not the half transform
+    uint32_t* spectrum;
+    float* scale;
+    int64_t k_stride, k_rev_stride;
+    int32_t channels, taps, taps_rev, fft_size;
+};
+
+int fft_conv_filter_spectrum(const struct fft_conv_filter_params* params, void* stream);
 int fft_conv_forward(const struct fft_conv_params* params, void* stream);
 int fft_conv_backward(const struct fft_conv_params* params, void* stream);
 int fft_conv_backward_splits(const struct fft_conv_params* params);

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "backward.cuh"
+#include "filter.cuh"
 #include "forward.cuh"
 
 // The tile of a backward pass: one group of warps covers its outer stage.
@@ -13,6 +14,7 @@ template <class T>
 struct Launcher {
     static int forward(const LaunchParams& params, void* stream);
     static int backward(const LaunchParams& params, void* stream);
+    static int filter(const FilterParams& params, void* stream);
     static constexpr int kSumBytes = BackwardPlan<BackwardTile<T>>::kSharedSums ? 0 : BackwardPlan<BackwardTile<T>>::kSumBytes;
 };
 
@@ -24,6 +26,16 @@ inline int common_alignment(const fft_conv_tensor& t, int element_bytes) {
     if (!t.data) return 16;
     const uint64_t bits = reinterpret_cast<uint64_t>(t.data) | uint64_t(t.batch_stride) * element_bytes | uint64_t(t.channel_stride) * element_bytes;
     return bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : bits % 4 == 0 ? 4 : 2;
+}
+
+// Calls function(Tile<...>{}) with the tile that a filter of this size is transformed in.
+template <class Function>
+int with_filter_tile(int fft_size, Function function) {
+    const int radix = fft_size / kColumns;
+    if (radix <= 16) return function(Tile<float, 16, false>{});
+    if (radix == 32) return function(Tile<float, 32, false>{});
+    if (radix == 64) return function(Tile<float, 64, false>{});
+    return kUnsupported;
 }
 
 // Calls function(Tile<...>{}) with the tile for params.

@@ -13,3 +13,11 @@ int Launcher<T>::backward(const LaunchParams& params, void*) {
     simt::launch(2, BackwardPlan<B>::kThreads, BackwardPlan<B>::kSharedBytes, [&] { Backward<B>(params).run(); });
     return 0;
 }
+
+template <class T>
+int Launcher<T>::filter(const FilterParams& params, void*) {
+    simt::launch(2, T::kThreads, FilterPlan<T>::kSharedBytes, [&] { filter_tiles<T>(params); });
+    return 0;
+}
+
+extern "C" const char* fft_conv_error_string(int code) { return code == kUnsupported ? "no kernel for these parameters" : "emulated"; }
