@@ -231,6 +231,27 @@ def test_fork_with_another_formula_is_refused(case: str, training: bool) -> None
     check_mixer(build(fork(HyenaOperator.forward), WIDTH, L_MAX))
 
 
+def test_module_that_fits_no_published_code_is_refused() -> None:
+    class Pair(HyenaFilter):
+        def filter(self, length: int) -> tuple[torch.Tensor, None]:
+            return super().filter(length), None
+
+    class Unpacking(HyenaOperator):
+        def forward(self, u: torch.Tensor) -> torch.Tensor:
+            k, _ = self.filter_fn.filter(u.shape[1])
+            k = k[0].transpose(0, 1)
+            x0, x1, v = self.short_filter(self.in_proj(u).transpose(1, 2))[..., : u.shape[1]].split(self.d_model, dim=1)
+            v = self.filter_fn(v * x1, u.shape[1], k=k, bias=self.filter_fn.bias)
+            return self.out_proj((v * x0).transpose(1, 2))
+
+    Unpacking.__name__ = "HyenaOperator"
+    mixer = build(Unpacking, WIDTH, L_MAX)
+    mixer.filter_fn = Pair(WIDTH, L_MAX)
+    assert mixer(torch.randn(2, 9, WIDTH)).shape == (2, 9, WIDTH)
+    with pytest.raises(PatchError, match="published code fails"):
+        patch_model(mixer)
+
+
 def test_modules_that_cannot_be_tried_are_judged_by_structure() -> None:
     def missing_kernel(self: nn.Module, u: torch.Tensor) -> torch.Tensor:
         raise ImportError("no such kernel")

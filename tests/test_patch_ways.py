@@ -17,6 +17,7 @@ from torch import nn
 from hf_flashfftconv.adapters.swap import is_patched
 from hf_flashfftconv.errors import PatchError
 from hf_flashfftconv.patch import patch_model, patch_report, unpatch_model
+from hf_flashfftconv.sparsity import densify_model, sparsify_model
 
 MODELS = {
     "hyenadna": tiny_hyenadna,
@@ -273,6 +274,19 @@ def test_data_parallel_replicas(make: Maker) -> None:
         assert relative(logits(replicate(model)), expected) <= 1e-5
     # A replica lives for one call: nothing of it may stay.
     assert not mixers(model)[0]._flashfftconv.cache._entries
+
+
+@every_model
+def test_sparse_filters(make: Maker) -> None:
+    dense, sparse = make(), sparsify_model(make(), 0.25)
+    assert_equal_models(patch_model(sparsify_model(make(), 0.25)), sparse, logits)
+    model = patch_model(make())
+    with torch.no_grad():
+        logits(model)
+        sparsify_model(model, 0.25)
+        assert relative(logits(model), logits(sparse)) <= 1e-5
+        unpatch_model(densify_model(model))
+        assert torch.equal(logits(model), logits(dense))
 
 
 def test_data_parallel_wrapper() -> None:

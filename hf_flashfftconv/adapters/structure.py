@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from types import MethodType
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
@@ -91,8 +90,3 @@ def check_implicit_filter(module: nn.Module, name: str, class_names: Iterable[st
 
 def check_dropout(module: nn.Module, name: str) -> None:
     require(isinstance(getattr(module, name, None), nn.Dropout), f"{name} is not a Dropout layer")
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Where the first parameter of a module lives."""
-    return next(module.parameters()).device
