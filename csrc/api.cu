@@ -30,7 +30,7 @@ static LaunchParams derive(const fft_conv_params& p) {
     derived.pair_aligned = derived.pair_aligned >= 2 * bytes;
     derived.log_radix = log2_of(p.fft_size / kColumns);
     derived.pairs = divider((p.batch + 1) / 2);
-    const int pairs = (p.batch + 1) / 2, pairs_per_tile = std::max(1, 16 >> derived.log_radix);
+    const int pairs = (p.batch + 1) / 2, pairs_per_tile = tile_rows(p.fft_size / kColumns) >> derived.log_radix;
     derived.log_sharing = std::min(log2_of(pairs), log2_of(pairs_per_tile));
     const int tiles = (pairs + (1 << derived.log_sharing) - 1) >> derived.log_sharing, channels_per_tile = pairs_per_tile >> derived.log_sharing;
     const int channel_tiles = (p.channels + channels_per_tile - 1) / channels_per_tile;
@@ -50,7 +50,7 @@ extern "C" int fft_conv_filter_spectrum(const fft_conv_filter_params* params, vo
     FilterParams derived;
     static_cast<fft_conv_filter_params&>(derived) = *params;
     derived.log_radix = log2_of(params->fft_size / kColumns);
-    return with_filter_tile(params->fft_size, [&](auto tile) { return Launcher<decltype(tile)>::filter(derived, stream); });
+    return with_rows<float, false>(params->fft_size / kColumns, [&](auto tile) { return Launcher<decltype(tile)>::filter(derived, stream); });
 }
 
 extern "C" int fft_conv_backward(const fft_conv_params* params, void* stream) {

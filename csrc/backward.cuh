@@ -18,7 +18,6 @@ struct BackwardPlan {
     static constexpr bool kStaged = kFixedBytes + 4 * T::kStageBytes <= kSharedLimit;
     static constexpr int kSharedBytes = kFixedBytes + (kStaged ? 4 * T::kStageBytes : 0);
     static_assert(T::kGroups == 1, "a group of eight warps covers the outer stage");
-    static_assert(kStaged || T::kMaxPairs == 1, "only tiles of one pair read global memory directly");
 };
 
 // A unit is what one block sums over: the channels of a tile and one of the splits of the batch.
@@ -49,21 +48,30 @@ struct BackwardUnits {
     }
 };
 
-// sums += weight * conj(g) e
-DEVICE void accumulate(float4* sums, const RowFragment& g, const RowFragment& e, float weight, int lane) {
-    for (int s = 0; s < 2; s++)
-        for (int t = 0; t < 2; t++) {
-            const PlanarPair x = g.value[s][t], y = e.value[s][t];
-            float4& sum = sums[(2 * s + t) * 32 + lane];
-            float4 v = sum;
+// A lane's share of the sums of a row.
+struct RowSums {
+    float4 value[4];
+
+    DEVICE void load(const float4* sums, int lane) {
+        for (int i = 0; i < 4; i++) value[i] = sums[i * 32 + lane];
+    }
+
+    DEVICE void store(float4* sums, int lane) const {
+        for (int i = 0; i < 4; i++) sums[i * 32 + lane] = value[i];
+    }
+
+    // += weight * conj(g) e
+    DEVICE void accumulate(const RowFragment& g, const RowFragment& e, float weight) {
+        for (int i = 0; i < 4; i++) {
+            const PlanarPair x = g.value[i / 2][i % 2], y = e.value[i / 2][i % 2];
             const float y_re0 = low_half(y.re) * weight, y_im0 = low_half(y.im) * weight, y_re1 = high_half(y.re) * weight, y_im1 = high_half(y.im) * weight;
-            v.x += low_half(x.re) * y_re0 + low_half(x.im) * y_im0;
-            v.y += low_half(x.re) * y_im0 - low_half(x.im) * y_re0;
-            v.z += high_half(x.re) * y_re1 + high_half(x.im) * y_im1;
-            v.w += high_half(x.re) * y_im1 - high_half(x.im) * y_re1;
-            sum = v;
+            value[i].x += low_half(x.re) * y_re0 + low_half(x.im) * y_im0;
+            value[i].y += low_half(x.re) * y_im0 - low_half(x.im) * y_re0;
+            value[i].z += high_half(x.re) * y_re1 + high_half(x.im) * y_im1;
+            value[i].w += high_half(x.re) * y_im1 - high_half(x.im) * y_re1;
         }
-}
+    }
+};
 
 template <class T>
 struct Backward {
@@ -118,10 +126,10 @@ struct Backward {
 
     DEVICE void pack_direct(SequenceScales<T>& scales, u32 (&x)[T::kSlots / 4][4], const TileSequences& sequences) const {
         if (params.pair_aligned) {
-            const DirectSource<T, true> source(operand(), params, sequences), factor(gate(), params, sequences);
+            const DirectSource<T, true> source(operand(), params, sequences, slots), factor(gate(), params, sequences, slots);
             scales.template pack_scaled<true>(x, source, factor, sequences.valid);
         } else {
-            const DirectSource<T, false> source(operand(), params, sequences), factor(gate(), params, sequences);
+            const DirectSource<T, false> source(operand(), params, sequences, slots), factor(gate(), params, sequences, slots);
             scales.template pack_scaled<true>(x, source, factor, sequences.valid);
         }
     }
@@ -142,6 +150,9 @@ struct Backward {
             RowFragment twiddle, spectrum, g, e;
             twiddle.load_twiddles(twiddles(row), lane);
             spectrum.load_spectrum(reinterpret_cast<const uint4*>(params.spectrum) + (channel * radix + (row & (radix - 1))) * 64, lane);
+            RowSums row_sums;
+            // From the L2 cache they take their time.
+            if (!Plan::kSharedSums) row_sums.load(sums + row * 128, lane);
             g.load(row_words(rows_g, row), lane);
             g = inner_transform(g * twiddle, constants);
             e.load(row_words(rows_e, row), lane);
@@ -149,7 +160,9 @@ struct Backward {
             const float* up = reinterpret_cast<const float*>(exchange);
             // The second sequence's scale is the same unless it is not finite.
             const float weight = up[owner] * up[32 + owner] + 0.f * (up[owner + 1] * up[32 + owner + 1]);
-            accumulate(sums + row * 128, g, e, weight, lane);
+            if (Plan::kSharedSums) row_sums.load(sums + row * 128, lane);
+            row_sums.accumulate(g, e, weight);
+            row_sums.store(sums + row * 128, lane);
             if (params.grad_post_gate.data) (inner_transform(conjugate_product(g, spectrum), constants) * twiddle).store(row_words(rows_g, row), lane);
             (inner_transform(product_of_conjugate(e, spectrum), constants) * twiddle).store(row_words(rows_e, row), lane);
         }
@@ -160,7 +173,8 @@ struct Backward {
     template <bool kAligned>
     DEVICE void store_gradients(const OuterResult<T>& result, const TileSequences& sequences, float scale) const {
         constexpr int kBatch = OuterResult<T>::kTiles < 4 ? OuterResult<T>::kTiles : 4;
-        const fft_conv_tensor& factors = group == 0 ? params.grad_output : params.pre_gate;
+        const bool has_factor = group == 0 || params.pre_gate.data;
+        const fft_conv_tensor& factors = group == 0 ? params.grad_output : has_factor ? params.pre_gate : params.u;
         const fft_conv_tensor& outputs = group == 0 ? params.grad_post_gate : params.grad_u;
         const bool second_output = group == 1 && params.pre_gate.data;
         const int column = outer_column(warp, lane);
@@ -180,11 +194,10 @@ struct Backward {
                         factor = {factors, params, sequences, owner}, input = {params.u, params, sequences, owner};
                     }
 #pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        const int position = slots.position(slot) + column + 128 * half;
-                        factor_values[i][half] = factors.data ? factor.load(position) : Pair{1.f, 1.f};
-                        if (second_output) input_values[i][half] = input.load(position);
-                    }
+                    for (int half = 0; half < 2; half++) factor_values[i][half] = factor.load(slots.position(slot) + column + 128 * half);
+                    if (second_output)
+#pragma unroll
+                        for (int half = 0; half < 2; half++) input_values[i][half] = input.load(slots.position(slot) + column + 128 * half);
                 }
 #pragma unroll
                 for (int i = 0; i < kBatch; i++) {
@@ -198,7 +211,7 @@ struct Backward {
                     for (int half = 0; half < 2; half++) {
                         const int position = slots.position(slot) + column + 128 * half;
                         const float y0 = result.value[n][0][2 * half + c] * undo, y1 = result.value[n][1][2 * half + c] * undo;
-                        const Pair f = factor_values[i][half], v = input_values[i][half];
+                        const Pair f = has_factor ? factor_values[i][half] : Pair{1.f, 1.f}, v = input_values[i][half];
                         output.store(position, y0 * f.x, y1 * f.y);
                         if (second_output) output_pre.store(position, y0 * v.x, y1 * v.y);
                     }

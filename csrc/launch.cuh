@@ -61,10 +61,7 @@ int Launcher<T>::filter(const FilterParams& params, void* stream) {
     }
 }
 
-#define INSTANTIATE_TILES(ROWS)                      \
-    template struct Launcher<Tile<bfloat16, ROWS, true>>;  \
-    template struct Launcher<Tile<bfloat16, ROWS, false>>; \
-    template struct Launcher<Tile<float16, ROWS, true>>;   \
-    template struct Launcher<Tile<float16, ROWS, false>>;  \
-    template struct Launcher<Tile<float, ROWS, true>>;     \
-    template struct Launcher<Tile<float, ROWS, false>>;
+#define INSTANTIATE_TILES(...)                        \
+    template struct Launcher<Tile<bfloat16, __VA_ARGS__>>; \
+    template struct Launcher<Tile<float16, __VA_ARGS__>>;  \
+    template struct Launcher<Tile<float, __VA_ARGS__>>;

@@ -8,7 +8,7 @@
 
 // The tile of a backward pass: one group of warps covers its outer stage.
 template <class T>
-using BackwardTile = Tile<typename T::Element, T::kRows, (T::kSlots < T::kRows), 1>;
+using BackwardTile = Tile<typename T::Element, T::kRows, (T::kSlots < T::kRows), T::kMaxPairs, 1>;
 
 template <class T>
 struct Launcher {
@@ -28,37 +28,27 @@ inline int common_alignment(const fft_conv_tensor& t, int element_bytes) {
     return bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : bits % 4 == 0 ? 4 : 2;
 }
 
-// Calls function(Tile<...>{}) with the tile that a filter of this size is transformed in.
-template <class Function>
-int with_filter_tile(int fft_size, Function function) {
-    const int radix = fft_size / kColumns;
-    if (radix <= 16) return function(Tile<float, 16, false>{});
-    if (radix == 32) return function(Tile<float, 32, false>{});
-    if (radix == 64) return function(Tile<float, 64, false>{});
+// Rows of the tile for a transform: those of hf_flashfftconv/ops/tables.py.
+inline int tile_rows(int radix) { return radix == 1 ? 16 : radix < 32 ? 32 : radix; }
+
+// Calls function(Tile<...>{}) with the tile for a transform.
+template <class Element, bool kHalf, class Function>
+int with_rows(int radix, Function function) {
+    if constexpr (!kHalf)
+        if (radix == 1) return function(Tile<Element, 16, kHalf, 16>{});
+    if (radix > 1 && radix < 32) return function(Tile<Element, 32, kHalf, 16>{});
+    if (radix == 32) return function(Tile<Element, 32, kHalf, 1>{});
+    if (radix == 64) return function(Tile<Element, 64, kHalf, 1>{});
     return kUnsupported;
 }
 
-// Calls function(Tile<...>{}) with the tile for params.
 template <class Function>
 int with_tile(const fft_conv_params& p, Function function) {
     const int radix = p.fft_size / kColumns;
-    auto with_element = [&](auto element) {
-        using Element = decltype(element);
-        if (p.half && radix >= 2) {
-            if (radix <= 16) return function(Tile<Element, 16, true>{});
-            if (radix == 32) return function(Tile<Element, 32, true>{});
-            if (radix == 64) return function(Tile<Element, 64, true>{});
-        } else if (!p.half) {
-            if (radix <= 16) return function(Tile<Element, 16, false>{});
-            if (radix == 32) return function(Tile<Element, 32, false>{});
-            if (radix == 64) return function(Tile<Element, 64, false>{});
-        }
-        return kUnsupported;
-    };
     switch (p.element) {
-        case FFT_CONV_BFLOAT16: return with_element(bfloat16{});
-        case FFT_CONV_FLOAT16: return with_element(float16{});
-        case FFT_CONV_FLOAT32: return with_element(float{});
+        case FFT_CONV_BFLOAT16: return p.half ? with_rows<bfloat16, true>(radix, function) : with_rows<bfloat16, false>(radix, function);
+        case FFT_CONV_FLOAT16: return p.half ? with_rows<float16, true>(radix, function) : with_rows<float16, false>(radix, function);
+        case FFT_CONV_FLOAT32: return p.half ? with_rows<float, true>(radix, function) : with_rows<float, false>(radix, function);
         default: return kUnsupported;
     }
 }

@@ -103,8 +103,17 @@ template <class X> struct RemoveConst { using type = X; };
 template <class X> struct RemoveConst<const X> { using type = X; };
 template <class Element> struct PairWord { using type = u32; };
 template <> struct PairWord<float> { using type = uint2; };
-template <class Word>
-DEVICE Word load_streaming(const Word* p) { return __ldcs(p); }
+// Tensor elements that are read once.
+DEVICE u32 load_streaming(const u32* p) {
+    u32 v;
+    asm("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+DEVICE uint2 load_streaming(const uint2* p) {
+    uint2 v;
+    asm("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+    return v;
+}
 
 // Two neighbouring elements of a tensor, as single precision.
 DEVICE Pair widen(const bfloat16*, u32 w) { return {__uint_as_float(w << 16), __uint_as_float(w & 0xffff0000u)}; }

@@ -1,7 +1,7 @@
 // Geometry of a tile: what one thread block transforms at a time, and where its parts lie in shared memory.
 //
 // A transform of N = radix * 256 complex points has the points n = 256 n1 + p; a tile is `kRows` rows of 256 points: the `radix` rows of one
-// pair of sequences, or of several pairs where the radix is below 16. Two batch rows of a channel form a pair: real and imaginary part.
+// pair of sequences, or of several pairs where the radix is below 32. Two batch rows of a channel form a pair: real and imaginary part.
 #pragma once
 #include "fft_conv.h"
 #include "primitives.cuh"
@@ -10,7 +10,7 @@ constexpr int kColumns = 256;       // points of the inner transform, done by on
 constexpr int kRowPitch = 260;      // words between rows in shared memory: a 16-byte unit beyond the row, against bank conflicts
 constexpr int kSharedLimit = 232448;
 
-template <typename Element_, int kRows_, bool kHalf_, int kGroups_ = (kRows_ > 32 ? 2 : 1)>
+template <typename Element_, int kRows_, bool kHalf_, int kMaxPairs_, int kGroups_ = (kRows_ > 32 ? 2 : 1)>
 struct Tile {
     using Element = Element_;
     static constexpr int kRows = kRows_;
@@ -18,12 +18,13 @@ struct Tile {
     static constexpr int kGroups = kGroups_;                     // groups of eight warps that share the outer stage; each covers all 256 columns
     static constexpr int kWarps = 8 * kGroups;
     static constexpr int kThreads = 32 * kWarps;
-    static constexpr int kMaxPairs = kRows == 16 ? 16 : 1;
+    static constexpr int kMaxPairs = kMaxPairs_;                 // one, or sixteen: the lanes of a warp know the sequences of a tile
     static constexpr int kSegment = kColumns * int(sizeof(Element)) + 32;
     static constexpr int kStageBytes = 2 * kSlots * kSegment;    // one tensor of a tile
     static constexpr int kRowBytes = kRows * kRowPitch * 4;
     static constexpr int kEnergyBytes = 2 * kMaxPairs * 8 * 4;   // partial energies of the sequences
     static_assert(kRows == 16 || kRows == 32 || kRows == 64, "rows of a tile");
+    static_assert(kMaxPairs == 1 || kMaxPairs == 16, "pairs of a tile");
 };
 
 // Division by a number that is known at launch, exact for dividends below 2^31.

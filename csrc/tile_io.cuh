@@ -120,12 +120,13 @@ struct GlobalSequence {
     DEVICE GlobalSequence(const fft_conv_tensor& tensor, const LaunchParams& params, const TileSequences& sequences, int owner)
         : data(sequences.address<Element>(tensor, owner)), length(shuffle(int(sequences.valid), owner) && tensor.data ? params.length : 0) {}
 
+    // Without branches where it can be, so that many loads are under way at a time.
     DEVICE Pair load(int position) const {
         if constexpr (kAligned) {
             using Word = typename PairWord<typename RemoveConst<Element>::type>::type;
-            Word word{};
-            if (position < length) word = load_streaming(reinterpret_cast<const Word*>(data + position));
-            return widen(static_cast<const typename RemoveConst<Element>::type*>(nullptr), word);
+            const Word word = load_streaming(reinterpret_cast<const Word*>(data + (position < length ? position : 0)));
+            const Pair pair = widen(static_cast<const typename RemoveConst<Element>::type*>(nullptr), word);
+            return {position < length ? pair.x : 0.f, position < length ? pair.y : 0.f};
         } else {
             return load_global(data, position, length, false);
         }
@@ -140,19 +141,29 @@ struct GlobalSequence {
     }
 };
 
-// A tensor's sequences in global memory, for tiles of one pair whose tensors do not fit beside them in shared memory.
+// A tensor's sequences in global memory, for tiles whose tensors do not fit beside them in shared memory.
 template <class T, bool kAligned>
 struct DirectSource {
-    GlobalSequence<const typename T::Element, kAligned> first, second;
-    bool present;
+    using Sequence = GlobalSequence<const typename T::Element, kAligned>;
+    const fft_conv_tensor& tensor;
+    const LaunchParams& params;
+    const TileSequences& sequences;
+    SlotMap<T> slots;
+    Sequence first, second;     // of a tile's first pair
 
-    DEVICE DirectSource(const fft_conv_tensor& tensor, const LaunchParams& params, const TileSequences& sequences)
-        : first(tensor, params, sequences, 0), second(tensor, params, sequences, 1), present(tensor.data) {
-        static_assert(T::kMaxPairs == 1, "one pair a tile");
+    DEVICE DirectSource(const fft_conv_tensor& tensor, const LaunchParams& params, const TileSequences& sequences, SlotMap<T> slots)
+        : tensor(tensor), params(params), sequences(sequences), slots(slots), first(tensor, params, sequences, 0), second(tensor, params, sequences, 1) {}
+
+    DEVICE explicit operator bool() const { return tensor.data; }
+
+    // All lanes of a warp.
+    DEVICE Pair load(int sequence, int slot, int column) const {
+        const int position = slots.position(slot) + column;
+        if constexpr (T::kMaxPairs == 1)
+            return (sequence == 0 ? first : second).load(position);
+        else
+            return Sequence(tensor, params, sequences, 2 * slots.pair(slot) + sequence).load(position);
     }
-
-    DEVICE explicit operator bool() const { return present; }
-    DEVICE Pair load(int sequence, int slot, int column) const { return (sequence == 0 ? first : second).load(slot * kColumns + column); }
 };
 
 // Packs u (times gate, where there is one) as (re, im) = (first, second sequence of the pair). Column c of x[j]: a, a + 1, a + 128, a + 129.

@@ -1,0 +1,3 @@
+#include "launch.cuh"
+
+INSTANTIATE_TILES(32, true, 16)
