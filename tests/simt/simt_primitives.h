@@ -1,6 +1,7 @@
 // The kernels' primitives for a CPU: every thread of a block is a fiber, warp operations exchange values between 32 of them, asynchronous
 // copies land only when they are waited for, and shared memory starts poisoned. Slow and exact: it checks index maps and synchronisation.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -31,9 +32,13 @@ namespace simt {
 
 struct Copy { void* to; const void* from; int bytes, valid; };
 
+constexpr size_t kStackBytes = 256 * 1024;
+
 struct Fiber {
     ucontext_t context;
-    std::vector<char> stack;
+    jmp_buf position;
+    bool started = false;
+    std::unique_ptr<char[]> stack{new char[kStackBytes]};   // left as it is: only what is touched costs memory
     int index = 0;
     bool done = false;
     std::deque<std::vector<Copy>> groups{1};
@@ -55,14 +60,25 @@ struct Block {
     Rendezvous barrier, group_barriers[2];
     std::vector<unsigned char> shared;
     int index = 0, count = 1;
-    ucontext_t scheduler;
+    jmp_buf scheduler;
     Fiber* current = nullptr;
     std::function<void()> body;
 };
 
 inline Block* block;
 
-inline void yield() { swapcontext(&block->current->context, &block->scheduler); }
+// Contexts start fibers; jumps, which make no system call, switch between them.
+inline void yield() {
+    if (_setjmp(block->current->position) == 0) _longjmp(block->scheduler, 1);
+}
+
+inline void resume(Fiber* fiber) {
+    block->current = fiber;
+    if (_setjmp(block->scheduler) != 0) return;
+    if (fiber->started) _longjmp(fiber->position, 1);
+    fiber->started = true;
+    setcontext(&fiber->context);
+}
 
 inline void meet(Rendezvous& r, int participants) {
     const long generation = r.generation;
@@ -76,7 +92,7 @@ inline void meet(Rendezvous& r, int participants) {
 inline void entry() {
     block->body();
     block->current->done = true;
-    swapcontext(&block->current->context, &block->scheduler);
+    _longjmp(block->scheduler, 1);
 }
 
 // Runs body as a grid of blocks, one after the other.
@@ -90,10 +106,9 @@ inline void launch(int blocks, int threads, int shared_bytes, std::function<void
         for (int t = 0; t < threads; t++) {
             auto fiber = std::make_unique<Fiber>();
             fiber->index = t;
-            fiber->stack.resize(256 * 1024);
             getcontext(&fiber->context);
-            fiber->context.uc_stack.ss_sp = fiber->stack.data();
-            fiber->context.uc_stack.ss_size = fiber->stack.size();
+            fiber->context.uc_stack.ss_sp = fiber->stack.get();
+            fiber->context.uc_stack.ss_size = kStackBytes;
             fiber->context.uc_link = nullptr;
             makecontext(&fiber->context, entry, 0);
             state.fibers.push_back(std::move(fiber));
@@ -104,8 +119,7 @@ inline void launch(int blocks, int threads, int shared_bytes, std::function<void
             for (int i = 0; i < threads; i++) {
                 Fiber* fiber = state.fibers[round % 2 ? threads - 1 - i : i].get();
                 if (fiber->done) continue;
-                state.current = fiber;
-                swapcontext(&state.scheduler, &fiber->context);
+                resume(fiber);
                 running += !fiber->done;
             }
         }
