@@ -15,8 +15,12 @@ struct BackwardPlan {
     static constexpr int kSumBytes = T::kRows * 2048;                   // (re, im) of every frequency in single precision
     static constexpr bool kSharedSums = T::kRows <= 32;                 // else in global scratch memory, where they stay in the L2 cache
     static constexpr int kFixedBytes = Tables<T>::kSharedBytes + 2 * T::kRowBytes + 2 * T::kEnergyBytes + kWeightBytes + (kSharedSums ? kSumBytes : 0);
-    static constexpr bool kStaged = kFixedBytes + 4 * T::kStageBytes <= kSharedLimit;
-    static constexpr int kSharedBytes = kFixedBytes + (kStaged ? 4 * T::kStageBytes : 0);
+    // Where the inputs wait: beside the rows, so that a tile's come while the one before is worked on; over the rows, which are free until the
+    // inputs are in registers; or in global memory.
+    static constexpr int kOverlayBytes = 4 * T::kStageBytes > 2 * T::kRowBytes ? 4 * T::kStageBytes - 2 * T::kRowBytes : 0;
+    static constexpr bool kPrefetched = kFixedBytes + 4 * T::kStageBytes <= kSharedLimit;
+    static constexpr bool kStaged = kPrefetched || kFixedBytes + kOverlayBytes <= kSharedLimit;
+    static constexpr int kSharedBytes = kFixedBytes + (kPrefetched ? 4 * T::kStageBytes : kStaged ? kOverlayBytes : 0);
     static_assert(T::kGroups == 1, "a group of eight warps covers the outer stage");
 };
 
@@ -93,15 +97,15 @@ struct Backward {
         : params(params), lane(thread_index() % 32), block_warp(thread_index() / 32), group(block_warp / 8), warp(block_warp % 8), radix(1 << params.log_radix),
           units(params), slots{params.log_radix - (T::kSlots < T::kRows)}, tables(params.tables, shared_memory()) {
         char* memory = shared_memory() + Tables<T>::kSharedBytes;
-        rows_g = reinterpret_cast<uint4*>(memory);
-        rows_e = reinterpret_cast<uint4*>(memory + T::kRowBytes);
-        memory += 2 * T::kRowBytes;
         energies = reinterpret_cast<float*>(memory + group * T::kEnergyBytes);
         memory += 2 * T::kEnergyBytes;
         exchange = reinterpret_cast<u32*>(memory);
         memory += Plan::kWeightBytes;
         sums = reinterpret_cast<float4*>(Plan::kSharedSums ? memory : reinterpret_cast<char*>(params.scratch) + int64_t(block_index()) * Plan::kSumBytes);
-        stages = memory + (Plan::kSharedSums ? Plan::kSumBytes : 0);
+        memory += Plan::kSharedSums ? Plan::kSumBytes : 0;
+        rows_g = reinterpret_cast<uint4*>(memory);
+        rows_e = reinterpret_cast<uint4*>(memory + T::kRowBytes);
+        stages = memory + (Plan::kPrefetched ? 2 * T::kRowBytes : 0);
     }
 
     DEVICE uint4* row_words(uint4* rows, int row) const { return rows + row * (kRowPitch / 4); }
@@ -242,11 +246,14 @@ struct Backward {
         InnerConstants constants;
         constants.load(tables.inner, lane);
         for (int row = block_warp; row < T::kRows; row += Plan::kWarps) {
-            const float scale = 1.f / scale_of_sums(row >> params.log_radix);
+            // Sums that are not finite go in as zeros, not to reach the other pairs of the tile, and come out as NaN by their scale.
+            const float divisor = scale_of_sums(row >> params.log_radix);
+            const bool finite = divisor == divisor;
+            const float scale = finite ? 1.f / divisor : 0.f;
             RowFragment twiddle, sum;
             twiddle.load_twiddles(twiddles(row), lane);
             for (int i = 0; i < 4; i++) {
-                const float4 v = sums[(row * 4 + i) * 32 + lane];
+                const float4 v = finite ? sums[(row * 4 + i) * 32 + lane] : make_float4(0.f, 0.f, 0.f, 0.f);
                 sum.value[i / 2][i % 2] = {pack(v.x * scale, v.z * scale), pack(-v.y * scale, -v.w * scale)};
             }
             sum = inner_transform(sum, constants) * twiddle;
@@ -283,12 +290,16 @@ struct Backward {
         int unit = block_index(), tile = 0;
         TileSequences sequences = units.sequences(params, unit, 0, lane);
         block_barrier();
-        start_inputs(sequences, unit < units.count);
+        if (Plan::kPrefetched) start_inputs(sequences, unit < units.count);
         for (; unit < units.count; unit += block_count()) {
             clear_sums();
             const int tiles = units.tiles(params, unit);
             for (tile = 0; tile < tiles; tile++) {
                 const TileSequences current = sequences;
+                if (!Plan::kPrefetched) {
+                    block_barrier();
+                    start_inputs(current, true);
+                }
                 copy_async_wait<0>();
                 block_barrier();
                 SequenceScales<T> scales{energies, slots, group, warp, lane};
@@ -303,7 +314,8 @@ struct Backward {
                 const bool last = tile + 1 == tiles;
                 const int next_unit = last ? unit + block_count() : unit;
                 sequences = units.sequences(params, next_unit, last ? 0 : tile + 1, lane);
-                start_inputs(sequences, next_unit < units.count);
+                if (Plan::kPrefetched) start_inputs(sequences, next_unit < units.count);
+                if (!Plan::kPrefetched) block_barrier();
 
                 outer_forward<T>(x, group == 0 ? rows_g : rows_e, tables.outer, warp, lane);
                 block_barrier();
