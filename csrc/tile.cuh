@@ -95,7 +95,7 @@ struct TileSequences {
     // Where a tensor keeps the sequence that lane `owner` knows.
     template <class Element>
     DEVICE Element* address(const fft_conv_tensor& tensor, int owner, int scale = 1) const {
-        const int64_t offset = shuffle(row, owner) * tensor.batch_stride + shuffle(channel, owner) * tensor.channel_stride;
-        return static_cast<Element*>(tensor.data) + offset * scale;
+        const int64_t offset = row * tensor.batch_stride + channel * tensor.channel_stride;
+        return static_cast<Element*>(tensor.data) + shuffle(offset, owner) * scale;
     }
 };
