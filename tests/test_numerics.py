@@ -10,7 +10,7 @@ from numerics import BFLOAT16, BOUNDS, FLOAT16, FLOAT32_TF32, Bounds
 from torch import Tensor
 
 from hf_flashfftconv.ops import emulator
-from hf_flashfftconv.ops.emulator import fft_conv_emulated, kernel_order
+from hf_flashfftconv.ops.emulator import fft_conv_emulated
 from hf_flashfftconv.ops.reference import fft_conv_float64
 
 KERNEL_BOUNDS = {"bfloat16": BFLOAT16, "float16": FLOAT16, "float32 with TF32": FLOAT32_TF32}
@@ -86,12 +86,6 @@ def test_emulator_is_circular() -> None:
 def test_emulator_refuses_sizes_that_wrap(causal: bool, radices: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=f"FFT size {math.prod(radices)} does not fit"):
         fft_conv_emulated(torch.randn(1, 1, 20), torch.randn(1, 20), causal=causal, radices=radices)
-
-
-def test_kernel_order_is_the_order_of_the_stages() -> None:
-    # f = k1 + 2 k2 with k1 the slow index.
-    assert kernel_order((2, 3)).tolist() == [0, 2, 4, 1, 3, 5]
-    assert sorted(kernel_order((4, 2, 8)).tolist()) == list(range(64))
 
 
 @pytest.mark.parametrize("rows", [numerics.impulses, numerics.tones])

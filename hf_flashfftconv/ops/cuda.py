@@ -1,7 +1,6 @@
 """The `cuda` backend: which calls the kernels serve, and how a call of [`fft_conv`] becomes one launch."""
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any
 
 import torch
@@ -96,10 +95,10 @@ class _Call:
         length, fft_size = u.shape[2], self.plan.fft_size
         if _is_capturing():
             # The graph outlives the cache's entries, and its replays are to see what has become of the filter.
-            spectrum = filters.prepare(k, skip, k_rev, length, fft_size)
+            spectrum = filters.prepare(k, skip, k_rev, length, fft_size, self.stream)
         else:
             spectrum = _spectra.get(k, skip, k_rev, length, fft_size, self.stream)
-        constants = _tables(*self.plan, u.device)
+        constants = tables.device_tables(*self.plan, u.device)
         self.parameters = extension.Parameters(
             tables=constants.data_ptr(),
             spectrum=spectrum.words.data_ptr(),
@@ -174,12 +173,6 @@ def _try_out(device: torch.device) -> str | None:
     except extension.MisfitError as error:
         return str(error)
     return None
-
-
-# Never dropped: a captured graph keeps their addresses.
-@cache
-def _tables(fft_size: int, half: bool, device: torch.device) -> Tensor:
-    return tables.upload(tables.transform_tables(fft_size, half), device)
 
 
 def _device_guard(device: torch.device) -> AbstractContextManager[Any]:

@@ -1,7 +1,8 @@
 """The fused kernels' arithmetic in plain PyTorch: the sharp yardstick of the numerical tests.
 
 It rounds where the kernels round and nowhere else: float16 operands, unitary DFT stages with float32 sums, two batch
-rows packed as one complex sequence, power-of-two scales undone in float32 at the output.
+rows packed as one complex sequence, power-of-two scales undone in float32 at the output, and filters that go through
+the same stages, with the skip weight added at lag zero.
 """
 
 import math
@@ -37,8 +38,7 @@ def fft_conv_emulated(
     """
     batch, channels, length = u.shape
     size = math.prod(radices)
-    spectrum, filter_scale = _filter_spectrum(k, k_rev, length, size, causal)
-    order = kernel_order(radices).to(u.device)
+    spectrum, filter_scale = _filter_spectrum(_circle(k, skip, k_rev, length, size, causal), radices)
 
     g = u.float() if pre_gate is None else u.float() * pre_gate.float()
     finite = g.isfinite().all(-1, keepdim=True)
@@ -49,27 +49,17 @@ def fft_conv_emulated(
     pair = torch.complex(_half(rows[0::2] / scale), _half(rows[1::2] / scale))
     pair = torch.nn.functional.pad(pair, (0, size - length))
 
-    product = _half(_transform(pair, radices) * spectrum[:, order])
+    product = _half(_transform(pair, radices) * spectrum)
     pair = _transform_back(product.conj(), radices).conj()[..., :length] * (scale * filter_scale)
     y = torch.stack([pair.real, pair.imag], dim=1).flatten(0, 1)[:batch]
 
-    if skip is not None:
-        y = y + skip.float()[:, None] * g
     if post_gate is not None:
         y = y * post_gate.float()
     return torch.where(finite, y, torch.nan).to(u.dtype)
 
 
-def kernel_order(radices: Sequence[int]) -> Tensor:
-    """The frequency at each position after the forward stages: the order of the filter's spectrum in the kernels."""
-    order = torch.zeros(1, dtype=torch.long)
-    for radix in reversed(radices):
-        order = (torch.arange(radix)[:, None] + radix * order).flatten()
-    return order
-
-
-def _filter_spectrum(k: Tensor, k_rev: Tensor | None, length: int, size: int, causal: bool) -> tuple[Tensor, Tensor]:
-    """The spectrum in float16 values, below 2 by the channel scales (H, 1) that were taken out and are returned too."""
+def _circle(k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int, size: int, causal: bool) -> Tensor:
+    """All taps on a circle of `size` points: causal ones from the start, anticausal ones from the end."""
     k = k[:, :length].float()
     reverse_taps = 0 if k_rev is None else min(k_rev.shape[1], length - 1)
     needed = length + max(k.shape[1] - 1, reverse_taps) if causal else length
@@ -78,13 +68,19 @@ def _filter_spectrum(k: Tensor, k_rev: Tensor | None, length: int, size: int, ca
     taps = torch.nn.functional.pad(k, (0, size - k.shape[1]))
     if k_rev is not None and reverse_taps:
         taps[:, -reverse_taps:] = k_rev[:, :reverse_taps].float().flip(-1)
-    spectrum = torch.fft.fft(taps)
-    scale = _power_of_two(torch.view_as_real(spectrum).abs().amax((1, 2)))[:, None]
-    return _half(spectrum / scale), scale
+    if skip is not None:
+        taps[:, 0] += skip.float()
+    return taps
+
+
+def _filter_spectrum(taps: Tensor, radices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The spectrum in the order of the stages, of root mean square near one, and the scales (H, 1) to undo that."""
+    scale = _power_of_two(taps.square().mean(-1).sqrt())[:, None]
+    return _transform(_half(taps / scale).to(torch.complex64), radices), scale * math.sqrt(taps.shape[1])
 
 
 def _transform(x: Tensor, radices: Sequence[int]) -> Tensor:
-    """Unitary DFT over the last axis; the result is in `kernel_order`."""
+    """Unitary DFT over the last axis, to the order of the stages: f = k1 + r1 k2 + r1 r2 k3 + ..., k1 slowest."""
     radix, inner = radices[0], radices[1:]
     x = _half(_dft_matrix(radix, x.device) @ x.unflatten(-1, (radix, -1)))
     if inner:
@@ -93,7 +89,7 @@ def _transform(x: Tensor, radices: Sequence[int]) -> Tensor:
 
 
 def _transform_back(x: Tensor, radices: Sequence[int], outermost: bool = True) -> Tensor:
-    """The same DFT from `kernel_order` to natural order; the last sums stay in float32, as only the output follows."""
+    """The same DFT from that to natural order; the last sums stay in float32, as only the output follows."""
     radix, inner = radices[0], radices[1:]
     x = x.unflatten(-1, (radix, -1))
     if inner:

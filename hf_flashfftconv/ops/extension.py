@@ -55,6 +55,25 @@ class Parameters(ctypes.Structure):
     )
 
 
+class FilterParameters(ctypes.Structure):
+    """`fft_conv_filter_params`."""
+
+    _fields_ = (
+        ("k", ctypes.c_void_p),
+        ("k_rev", ctypes.c_void_p),
+        ("skip", ctypes.c_void_p),
+        ("tables", ctypes.c_void_p),
+        ("spectrum", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("k_stride", ctypes.c_int64),
+        ("k_rev_stride", ctypes.c_int64),
+        ("channels", ctypes.c_int32),
+        ("taps", ctypes.c_int32),
+        ("taps_rev", ctypes.c_int32),
+        ("fft_size", ctypes.c_int32),
+    )
+
+
 class MisfitError(BackendError):
     """The library cannot run on this device or with this driver, whatever the call."""
 
@@ -85,7 +104,7 @@ def call(name: str, parameters: Parameters) -> int:
     return getattr(_library(), name)(ctypes.byref(parameters))
 
 
-def launch(name: str, parameters: Parameters, stream: int) -> None:
+def launch(name: str, parameters: Parameters | FilterParameters, stream: int) -> None:
     """Calls a function of the library that starts kernels, on a stream of the current device.
 
     Raises:
@@ -99,8 +118,9 @@ def launch(name: str, parameters: Parameters, stream: int) -> None:
     text = library.fft_conv_error_string(code).decode()
     if code in _MISFITS:
         raise MisfitError(f"{_MISFITS[code]} ({text})")
-    shape = (parameters.batch, parameters.channels, parameters.length)
-    raise BackendError(f"{name} failed for shape {shape} and an FFT of {parameters.fft_size} points: {text} ({code})")
+    sizes = [field for field, kind in parameters._fields_ if kind is ctypes.c_int32]
+    values = ", ".join(f"{field} {getattr(parameters, field)}" for field in sizes)
+    raise BackendError(f"{name} failed: {text} (error {code}; {values})")
 
 
 def _library() -> ctypes.CDLL:

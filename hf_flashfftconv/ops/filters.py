@@ -1,38 +1,30 @@
-"""Filters as the kernels want them: spectra in kernel order, in half precision, one power of two per channel taken out.
-
-In evaluation a spectrum is kept as long as the filter that it was made from.
-"""
+"""Filters as the kernels want them: prepared spectra, kept as long as the filter they were made from, and gradients."""
 
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .tables import spectrum_order, upload
+from . import extension
+from .tables import device_tables
 
-# Bound on what is alive at a time while spectra are prepared, and on the spectra kept for each device.
-WORKSPACE_BYTES = 256 << 20
+# Bound on the spectra kept for each device.
 CACHE_BYTES = 256 << 20
-
-# float32 taps, their float32 spectrum, the same scaled, and both copies in half precision.
-_WORKSPACE_PER_POINT = 4 + 4 + 4 + 2 + 4
 
 
 class Spectrum(NamedTuple):
-    """Filter spectra as operands of the kernels.
+    """Filter spectra as operands of the other kernels.
 
     Args:
         words (`torch.Tensor` of shape `(H, fft_size)`, int32):
             Pairs of half-precision numbers (two real parts, two imaginary parts) in kernel order.
         scale (`torch.Tensor` of shape `(H,)`, float32):
-            The powers of two that were taken out; infinite, over a spectrum of zeros, where a filter is not finite, so
-            that the outputs are NaN.
+            What they were divided by; NaN, over zeros, where a filter is not finite.
     """
 
     words: Tensor
@@ -43,40 +35,49 @@ class Spectrum(NamedTuple):
         return 4 * (self.words.numel() + self.scale.numel())
 
 
-def prepare(k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int, fft_size: int) -> Spectrum:
-    """The spectra of the filters of [`fft_conv`], made for a block of channels at a time to bound the memory."""
-    block = max(1, WORKSPACE_BYTES // (_WORKSPACE_PER_POINT * fft_size))
-    parts = []
-    for start in range(0, k.shape[0], block):
-        channels = slice(start, start + block)
-        part_skip, part_rev = None if skip is None else skip[channels], None if k_rev is None else k_rev[channels]
-        parts.append(filter_spectrum(filter_taps(k[channels], part_skip, part_rev, length, fft_size)))
-    return parts[0] if len(parts) == 1 else Spectrum(*map(torch.cat, zip(*parts, strict=True)))
+def prepare(k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int, fft_size: int, stream: int) -> Spectrum:
+    """The spectra of the filters of [`fft_conv`], by one launch on the given, current stream.
 
-
-def filter_taps(k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int, fft_size: int) -> Tensor:
-    """All taps of a filter on a circle of `fft_size` points: causal ones from the start, anticausal ones from the end.
-
-    The skip connection is one more weight of the tap at lag zero.
+    On a circle of `fft_size` points the causal taps lie at the start, the anticausal ones at the end. The skip
+    connection is one more weight of the tap at lag zero.
     """
-    taps = torch.zeros(k.shape[0], fft_size, device=k.device, dtype=torch.float32)
-    count = min(k.shape[1], length)
-    taps[:, :count] = k[:, :count]
-    if k_rev is not None and length > 1:
-        count = min(k_rev.shape[1], length - 1)
-        taps[:, fft_size - count :] = k_rev[:, :count].flip(-1)
+    channels = k.shape[0]
+    spectrum = Spectrum(
+        torch.empty(channels, fft_size, dtype=torch.int32, device=k.device),
+        torch.empty(channels, dtype=torch.float32, device=k.device),
+    )
+    k = _taps(k, length)
+    parameters = extension.FilterParameters(
+        k=k.data_ptr(),
+        k_stride=k.stride(0),
+        tables=device_tables(fft_size, False, k.device).data_ptr(),
+        spectrum=spectrum.words.data_ptr(),
+        scale=spectrum.scale.data_ptr(),
+        channels=channels,
+        taps=k.shape[1],
+        fft_size=fft_size,
+    )
+    if k_rev is not None:
+        k_rev = _taps(k_rev, length - 1)
+        parameters.k_rev, parameters.k_rev_stride, parameters.taps_rev = (
+            k_rev.data_ptr(),
+            k_rev.stride(0),
+            k_rev.shape[1],
+        )
     if skip is not None:
-        taps[:, 0] += skip
-    return taps
+        skip = skip.float().contiguous()
+        parameters.skip = skip.data_ptr()
+    extension.launch("fft_conv_filter_spectrum", parameters, stream)
+    return spectrum
 
 
 def tap_gradients(
     gradient: Tensor, k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The transpose of `filter_taps`: gradients (dk, dskip, dk_rev), each in its operand's dtype.
+    """The gradients (dk, dskip, dk_rev), each in its operand's dtype; taps that do not matter at this length get zero.
 
     Args:
-        gradient (`torch.Tensor` of shape `(H, fft_size)`, float32): Gradient of the taps.
+        gradient (`torch.Tensor` of shape `(H, fft_size)`, float32): Gradient of all taps on the circle.
     """
     dk = torch.zeros_like(k, memory_format=torch.contiguous_format)
     count = min(k.shape[1], length)
@@ -90,31 +91,9 @@ def tap_gradients(
     return dk, dskip, dk_rev
 
 
-def filter_spectrum(taps: Tensor) -> Spectrum:
-    """Spectrum of taps (H, fft_size), float32."""
-    spectrum = torch.view_as_real(torch.fft.rfft(taps))
-    largest = torch.linalg.vector_norm(spectrum, torch.inf, (1, 2))
-    # The exponent's bits alone are the power of two below, infinite where the filter is not finite.
-    scale = (largest.view(torch.int32) & 0x7F800000).clamp(min=0x00800000).view(torch.float32)
-    values = (spectrum / scale[:, None, None]).nan_to_num(0.0, 0.0, 0.0).half().flatten(1)
-    source, sign = _gather_order(taps.shape[1], taps.device)
-    return Spectrum(values.index_select(1, source).mul_(sign).view(torch.int32), scale)
-
-
-# Never dropped: a captured graph keeps their addresses.
-@cache
-def _gather_order(fft_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where each half-precision number of the kernel's order lies in a one-sided spectrum, and its sign.
-
-    The upper half of a real signal's spectrum is the conjugate of the lower one.
-    """
-    with torch.device("cpu"):
-        frequency = spectrum_order(fft_size).unsqueeze(-2)
-        mirrored = frequency > fft_size // 2
-        part = torch.tensor([[0], [1]])
-        source = 2 * torch.where(mirrored, fft_size - frequency, frequency) + part
-        sign = torch.where(mirrored & (part == 1), -1, 1).to(torch.float16)
-    return upload(source.flatten(), device), upload(sign.flatten(), device)
+def _taps(k: Tensor, count: int) -> Tensor:
+    k = k[:, :count].float()
+    return k if k.stride(1) == 1 else k.contiguous()
 
 
 class _Entry(NamedTuple):
@@ -155,7 +134,7 @@ class SpectrumCache:
                 self._entries.move_to_end(key)
                 return entry.spectrum
         stamp = _stamp(tensors) if all(map(_is_constant, tensors)) else None
-        spectrum = prepare(k, skip, k_rev, length, fft_size)
+        spectrum = prepare(k, skip, k_rev, length, fft_size, stream)
         self._drop(key)
         if stamp is not None and spectrum.bytes <= self.max_bytes:
             references = [weakref.ref(x, lambda _: self._drop(key)) for x in tensors]

@@ -1,0 +1,111 @@
+"""Inputs for the kernels and checks of what they return, for the emulation on a CPU and for a GPU alike."""
+
+import torch
+from numerics import (
+    BFLOAT16,
+    EMULATOR_ROW,
+    EMULATOR_WHOLE,
+    FLOAT16,
+    FLOAT32_TF32,
+    error,
+    gradient_violations,
+    reach,
+    row_errors,
+    violations,
+)
+from torch import Tensor
+
+from hf_flashfftconv import fft_conv
+from hf_flashfftconv.ops.emulator import fft_conv_emulated
+from hf_flashfftconv.ops.plan import Plan
+from hf_flashfftconv.ops.reference import fft_conv_float64
+
+BOUNDS = {bounds.dtype: bounds for bounds in (BFLOAT16, FLOAT16, FLOAT32_TF32)}
+DTYPES = list(BOUNDS)
+GATES = ("pre_gate", "post_gate")
+ALL = ("skip", *GATES, "k_rev")
+
+Arguments = dict[str, Tensor]
+
+
+def case(plan: Plan) -> dict[str, int]:
+    """A length and numbers of taps that need this transform, odd wherever it is not the longest of its kind."""
+    size, half = plan
+    if half:
+        return {"length": size // 2 - 3, "taps": size // 2, "reverse_taps": size // 2 - 5}
+    return {"length": size // 2 + size // 4 + 1, "taps": size // 4 - 2, "reverse_taps": size // 8 + 1}
+
+
+def make(
+    length: int,
+    taps: int,
+    options: tuple[str, ...] = (),
+    *,
+    reverse_taps: int = 0,
+    batch: int = 3,
+    channels: int = 2,
+    dtype: torch.dtype = torch.bfloat16,
+    filter_dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Arguments:
+    """Random arguments of fft_conv with outputs of the order of one, and gates that are not centred at zero."""
+    sequence = (batch, channels, length)
+    arguments = {
+        "u": torch.randn(sequence),
+        "k": torch.randn(channels, taps) / taps**0.5,
+        "skip": torch.randn(channels),
+    }
+    arguments |= {name: torch.randn(sequence) + 1 for name in GATES}
+    if reverse_taps:
+        arguments["k_rev"] = torch.randn(channels, reverse_taps) / reverse_taps**0.5
+    dtypes = {"k": filter_dtype, "k_rev": filter_dtype, "skip": filter_dtype}
+    wanted = [name for name in arguments if name in ("u", "k", *options)]
+    return {name: arguments[name].to(device, dtypes.get(name, dtype)) for name in wanted}
+
+
+def oracle(arguments: Arguments, causal: bool = True) -> Tensor:
+    return fft_conv_float64(**arguments, causal=causal)
+
+
+def check_values(y: Tensor, arguments: Arguments, causal: bool = True, reference: Tensor | None = None) -> None:
+    """Output within the bounds of its dtype."""
+    size = reach(*(arguments.get(name) for name in ("u", "k", *GATES)))
+    reference = oracle(arguments, causal) if reference is None else reference
+    found = violations(y, reference, BOUNDS[arguments["u"].dtype], size)
+    assert not found, found
+
+
+def gradients(arguments: Arguments, dy: Tensor, causal: bool = True, backend: str = "cuda") -> tuple[Tensor, Arguments]:
+    """The output and the gradients of all arguments."""
+    leaves = {name: x.detach().requires_grad_() for name, x in arguments.items()}
+    y = fft_conv(**leaves, causal=causal, backend=backend)
+    y.backward(dy)
+    return y.detach(), {name: x.grad for name, x in leaves.items()}
+
+
+def check(arguments: Arguments, causal: bool = True) -> None:
+    """Output and all gradients of the cuda backend within the bounds."""
+    u = arguments["u"]
+    # Not orthogonal to u, so that the gradient of skip, one number per channel, is not what is left of cancellation.
+    dy = (torch.randn_like(u.float()) + u / u.float().abs().mean()).to(u.dtype)
+    y, actual = gradients(arguments, dy, causal)
+    leaves = {name: x.double().requires_grad_() for name, x in arguments.items()}
+    reference = oracle(leaves, causal)
+    reference.backward(dy.double())
+    check_values(y, arguments, causal, reference.detach())
+    found = []
+    for name, x in arguments.items():
+        assert actual[name].dtype == x.dtype, name
+        found += gradient_violations(name, actual[name], leaves[name].grad, BOUNDS[u.dtype])
+    assert not found, found
+
+
+def check_against_emulator(arguments: Arguments, plan: Plan, causal: bool = True) -> None:
+    """The sharp check: hardly more error than the same algorithm in the same precision in plain PyTorch."""
+    reference = oracle(arguments, causal)
+    y = fft_conv(**arguments, causal=causal, backend="cuda")
+    emulated = fft_conv_emulated(**arguments, causal=causal, radices=(plan.fft_size // 256, 16, 16))
+    size = reach(*(arguments.get(name) for name in ("u", "k", *GATES)))
+    whole = error(y, reference), error(emulated, reference)
+    worst = row_errors(y, reference, size).max().item(), row_errors(emulated, reference, size).max().item()
+    assert whole[0] <= EMULATOR_WHOLE * whole[1] and worst[0] <= EMULATOR_ROW * worst[1], (whole, worst)

@@ -1,0 +1,243 @@
+"""The CUDA kernels without a GPU: csrc compiled by g++, every thread a fiber, behind the package's own Python side.
+
+It checks index maps, synchronisation and rounding, not what only hardware shows. See tests/simt.
+"""
+
+import hashlib
+import itertools
+import math
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import ALL, DTYPES, GATES, case, check, check_against_emulator, check_values, gradients, make
+from numerics import all_pass_filter, error, impulses, tones
+
+from hf_flashfftconv import fft_conv
+from hf_flashfftconv.ops import cuda, extension, filters
+from hf_flashfftconv.ops.plan import Plan
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = [256, 512, 1024, 2048, 4096, 8192]
+PLANS = [Plan(size, half) for size in SIZES for half in (True, False) if size > 256 or not half]
+
+
+def build(folder: Path) -> Path:
+    """Compiles the emulation, or finds it compiled from the same sources."""
+    directories = (ROOT / "csrc", ROOT / "tests" / "simt")
+    files = sorted(path for directory in directories for path in directory.iterdir() if path.is_file())
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+    library = folder / f"emulated_{digest}.so"
+    if not library.exists():
+        unfinished = library.with_suffix(".part")
+        # Fibers are switched by jumps that a fortified libc takes for an error.
+        command = ["g++", "-std=c++17", "-O1", "-march=native", "-U_FORTIFY_SOURCE", "-w", "-shared", "-fPIC"]
+        command += [*(f"-I{path}" for path in directories), "-x", "c++", str(ROOT / "tests" / "simt" / "emulate.cpp")]
+        subprocess.run([*command, "-o", str(unfinished)], check=True)
+        unfinished.rename(library)
+    return library
+
+
+@pytest.fixture(scope="module")
+def library(pytestconfig: pytest.Config) -> Path:
+    if not shutil.which("g++"):
+        pytest.skip("the emulation needs g++")
+    return build(pytestconfig.cache.mkdir("kernels"))
+
+
+@pytest.fixture(autouse=True)
+def emulation(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The cuda backend serves CPU tensors."""
+    monkeypatch.setattr(extension, "PATH", library)
+    monkeypatch.setattr(cuda, "unsupported", lambda *_: None)
+    monkeypatch.setattr(cuda, "_device_guard", lambda _: nullcontext())
+    monkeypatch.setattr(cuda, "_current_stream", lambda _: 0)
+    monkeypatch.setattr(cuda, "_is_capturing", lambda: False)
+    extension.load.cache_clear()
+    yield
+    extension.load.cache_clear()
+    cuda._spectra.clear()
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_every_transform(plan: Plan) -> None:
+    lengths = case(plan)
+    arguments = make(**lengths, options=ALL, channels=3 if plan.fft_size < 4096 else 1)
+    assert cuda._plan(arguments["u"], arguments["k"], arguments["k_rev"], True) == plan
+    check(arguments)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_circular(size: int) -> None:
+    check(make(size, size, (*GATES, "skip"), batch=2, channels=1), causal=False)
+
+
+def test_longest() -> None:
+    arguments = make(8192, 8192, GATES, batch=2, channels=1)
+    check_values(fft_conv(**arguments, backend="cuda"), arguments)
+
+
+@pytest.mark.parametrize("plan", [Plan(512, True), Plan(1024, False)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("filter_dtype", [*DTYPES, torch.float64], ids=str)
+def test_dtypes(plan: Plan, dtype: torch.dtype, filter_dtype: torch.dtype) -> None:
+    check(make(**case(plan), options=ALL, dtype=dtype, filter_dtype=filter_dtype, channels=8))
+
+
+@pytest.mark.parametrize("options", [x for n in range(5) for x in itertools.combinations(ALL, n)], ids="+".join)
+def test_options(options: tuple[str, ...]) -> None:
+    check(make(300, 200, options, reverse_taps=150, channels=2))
+
+
+@pytest.mark.parametrize("batch, channels", [(1, 1), (1, 2), (2, 17), (5, 3), (9, 1)])
+@pytest.mark.parametrize("length", [100, 400, 1500])
+def test_batches_and_channels(batch: int, channels: int, length: int) -> None:
+    check(make(length, length, GATES, batch=batch, channels=channels))
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 127, 128, 129, 255, 257])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lengths(length: int, dtype: torch.dtype) -> None:
+    check(make(length, length + 1, (*GATES, "k_rev"), reverse_taps=length + 2, dtype=dtype, channels=1))
+
+
+def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Tensors equal to x that lie differently in memory."""
+    batch, channels, length = x.shape
+    views = {"time first": x.movedim(2, 0).contiguous().movedim(0, 2), "channels first": x.mT.contiguous().mT}
+    views["batch inside"] = x.transpose(0, 1).contiguous().transpose(0, 1)
+    for offset in range(1, 8):
+        for gap in (0, offset % 3 + 1):
+            rows = torch.full((batch * channels * (length + gap) + offset,), math.nan, dtype=x.dtype)
+            shape = (batch, channels, length + gap)
+            views[f"offset {offset}, gap {gap}"] = rows[offset:].view(shape)[..., :length].copy_(x)
+    return views
+
+
+@pytest.mark.parametrize("length", [256, 203])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_any_layout_gives_the_same_bits(length: int, dtype: torch.dtype) -> None:
+    arguments = make(length, length, GATES, dtype=dtype)
+    dy = torch.randn(arguments["u"].shape).to(dtype)
+    y, expected = gradients(arguments, dy)
+    strange = [layouts(x) for x in (*(arguments[name] for name in ("u", *GATES)), dy)]
+    for name in strange[0]:
+        u, pre_gate, post_gate, strange_dy = (views[name] for views in strange)
+        views = arguments | {"u": u, "pre_gate": pre_gate, "post_gate": post_gate}
+        actual, grads = gradients(views, strange_dy)
+        assert torch.equal(actual, y), name
+        assert all(torch.equal(grads[x], expected[x]) for x in arguments), name
+
+
+def test_expanded_inputs_and_gradients() -> None:
+    arguments = make(200, 200, GATES)
+    expanded = {name: x[:1, :1].expand_as(x) if x.dim() == 3 else x for name, x in arguments.items()}
+    dense = {name: x.contiguous() for name, x in expanded.items()}
+    one = torch.ones(())
+    results = [gradients(x, dy) for x, dy in ((expanded, one.expand(3, 2, 200)), (dense, torch.ones(3, 2, 200)))]
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in arguments)
+
+
+@pytest.mark.parametrize("scaled", ["u", "k", *GATES])
+@pytest.mark.parametrize(
+    "dtype, exponent",
+    [(torch.float16, -12), (torch.float16, 11), *((torch.bfloat16, e) for e in (-60, -12, 12, 60))],
+    ids=str,
+)
+def test_scales(scaled: str, dtype: torch.dtype, exponent: int) -> None:
+    arguments = make(250, 250, (*GATES, "skip"), dtype=dtype, channels=2)
+    for name in (scaled, "skip") if scaled == "k" else (scaled,):
+        arguments[name] = arguments[name] * 2.0**exponent
+    check_values(fft_conv(**arguments, backend="cuda"), arguments)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["u", *GATES, "dy"])
+def test_not_finite_rows_keep_to_themselves(name: str, value: float) -> None:
+    arguments = make(120, 120, GATES, batch=5, channels=3)
+    dy = torch.randn(arguments["u"].shape).bfloat16()
+    y, expected = gradients(arguments, dy)
+    (dy if name == "dy" else arguments[name])[3, 1, 17] = value
+    actual, grads = gradients(arguments, dy)
+    reached = {"u": actual, "pre_gate": actual, "post_gate": grads["u"], "dy": grads["u"]}[name]
+    assert not reached[3, 1].isfinite().any()
+    # The row that shares a transform with it is rounded differently now, all others have the same bits.
+    others = torch.ones(5, 3, dtype=torch.bool)
+    others[2:4, 1] = False
+    for changed, clean in ((actual, y), *((grads[x], expected[x]) for x in ("u", *GATES))):
+        assert torch.equal(changed[others], clean[others])
+        assert error(changed[2, 1], clean[2, 1].double()) < 4e-3
+    assert not grads["k"][1].isfinite().any()
+    assert torch.equal(grads["k"][[0, 2]], expected["k"][[0, 2]])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_filters_that_are_not_finite_keep_to_themselves(value: float) -> None:
+    arguments = make(120, 120)
+    y = fft_conv(**arguments, backend="cuda")
+    arguments["k"][1, 5] = value
+    actual = fft_conv(**arguments, backend="cuda")
+    assert actual[:, 1].isnan().all() and torch.equal(actual[:, 0], y[:, 0])
+
+
+def test_zeros() -> None:
+    arguments = make(120, 120, GATES)
+    y = fft_conv(**arguments, backend="cuda")
+    arguments["u"][0, 1] = 0
+    actual = fft_conv(**arguments, backend="cuda")
+    assert (actual[0, 1] == 0).all()
+    others = [0, 1, 2], [0, 0, 0]
+    assert torch.equal(actual[others], y[others]) and torch.equal(actual[2], y[2])
+    arguments["k"][0] = 0
+    assert (fft_conv(**arguments, backend="cuda")[:, 0] == 0).all()
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_against_the_emulator(plan: Plan, dtype: torch.dtype) -> None:
+    check_against_emulator(make(**case(plan), options=ALL, dtype=dtype), plan)
+
+
+def in_natural_order(spectrum: filters.Spectrum) -> torch.Tensor:
+    """The complex spectrum (H, fft_size) from the words that the lanes of a warp read."""
+    radix = spectrum.words.shape[1] // 256
+    # Row, fragment h, lane, fragment t, real or imaginary, half of the pair.
+    parts = spectrum.words.view(torch.float16).view(-1, radix, 2, 32, 2, 2, 2).double()
+    values = torch.complex(parts[..., 0, :], parts[..., 1, :]).flatten(1) * spectrum.scale[:, None].double()
+    k1, h, t, i = (torch.arange(n).view(-1, *[1] * dims) for n, dims in ((radix, 4), (2, 3), (2, 1), (2, 0)))
+    lane = torch.arange(32).view(-1, 1, 1)
+    frequency = k1 + radix * (2 * (lane // 4) + t + 16 * (lane % 4 + 4 * h + 8 * i))
+    return torch.empty_like(values).index_copy_(1, frequency.flatten(), values)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_filter_spectra(size: int) -> None:
+    lengths = case(Plan(size, False))
+    arguments = make(**lengths, options=("k_rev", "skip"), channels=3)
+    k, skip, k_rev = (arguments[name] for name in ("k", "skip", "k_rev"))
+    taps = torch.zeros(3, size, dtype=torch.float64)
+    taps[:, : k.shape[1]] = k
+    taps[:, size - k_rev.shape[1] :] = k_rev.flip(1)
+    taps[:, 0] += skip
+    actual = in_natural_order(filters.prepare(k, skip, k_rev, lengths["length"], size, 0))
+    assert error(torch.view_as_real(actual), torch.view_as_real(torch.fft.fft(taps))) < 8e-4
+
+
+@pytest.mark.parametrize("basis", [impulses, tones])
+def test_basis(basis: object) -> None:
+    rows = basis(256).to(torch.float16)
+    arguments = {"u": rows, "k": all_pass_filter(1, 256)}
+    check_values(fft_conv(**arguments, causal=False, backend="cuda"), arguments, causal=False)
+
+
+def test_same_bits_every_time() -> None:
+    arguments = make(700, 700, ALL, reverse_taps=300, batch=5)
+    dy = torch.randn(arguments["u"].shape).bfloat16()
+    y, expected = gradients(arguments, dy)
+    actual, grads = gradients(arguments, dy)
+    assert torch.equal(actual, y) and all(torch.equal(grads[name], expected[name]) for name in arguments)
