@@ -52,30 +52,14 @@ struct BackwardUnits {
     }
 };
 
-// A lane's share of the sums of a row.
-struct RowSums {
-    float4 value[4];
-
-    DEVICE void load(const float4* sums, int lane) {
-        for (int i = 0; i < 4; i++) value[i] = sums[i * 32 + lane];
-    }
-
-    DEVICE void store(float4* sums, int lane) const {
-        for (int i = 0; i < 4; i++) sums[i * 32 + lane] = value[i];
-    }
-
-    // += weight * conj(g) e
-    DEVICE void accumulate(const RowFragment& g, const RowFragment& e, float weight) {
-        for (int i = 0; i < 4; i++) {
-            const PlanarPair x = g.value[i / 2][i % 2], y = e.value[i / 2][i % 2];
-            const float y_re0 = low_half(y.re) * weight, y_im0 = low_half(y.im) * weight, y_re1 = high_half(y.re) * weight, y_im1 = high_half(y.im) * weight;
-            value[i].x += low_half(x.re) * y_re0 + low_half(x.im) * y_im0;
-            value[i].y += low_half(x.re) * y_im0 - low_half(x.im) * y_re0;
-            value[i].z += high_half(x.re) * y_re1 + high_half(x.im) * y_im1;
-            value[i].w += high_half(x.re) * y_im1 - high_half(x.im) * y_re1;
-        }
-    }
-};
+// value += weight * conj(x) y, for the two points of a pair: (re, im, re, im).
+DEVICE void accumulate(float4& value, PlanarPair x, PlanarPair y, float weight) {
+    const float y_re0 = low_half(y.re) * weight, y_im0 = low_half(y.im) * weight, y_re1 = high_half(y.re) * weight, y_im1 = high_half(y.im) * weight;
+    value.x += low_half(x.re) * y_re0 + low_half(x.im) * y_im0;
+    value.y += low_half(x.re) * y_im0 - low_half(x.im) * y_re0;
+    value.z += high_half(x.re) * y_re1 + high_half(x.im) * y_im1;
+    value.w += high_half(x.re) * y_im1 - high_half(x.im) * y_re1;
+}
 
 template <class T>
 struct Backward {
@@ -154,9 +138,11 @@ struct Backward {
             RowFragment twiddle, spectrum, g, e;
             twiddle.load_twiddles(twiddles(row), lane);
             spectrum.load_spectrum(reinterpret_cast<const uint4*>(params.spectrum) + (channel * radix + (row & (radix - 1))) * 64, lane);
-            RowSums row_sums;
-            // From the L2 cache they take their time.
-            if (!Plan::kSharedSums) row_sums.load(sums + row * 128, lane);
+            // From the L2 cache the sums take their time.
+            float4* const row_sums = sums + row * 128 + lane;
+            float4 early[4];
+            if (!Plan::kSharedSums)
+                for (int i = 0; i < 4; i++) early[i] = row_sums[32 * i];
             g.load(row_words(rows_g, row), lane);
             g = inner_transform(g * twiddle, constants);
             e.load(row_words(rows_e, row), lane);
@@ -164,9 +150,11 @@ struct Backward {
             const float* up = reinterpret_cast<const float*>(exchange);
             // The second sequence's scale is the same unless it is not finite.
             const float weight = up[owner] * up[32 + owner] + 0.f * (up[owner + 1] * up[32 + owner + 1]);
-            if (Plan::kSharedSums) row_sums.load(sums + row * 128, lane);
-            row_sums.accumulate(g, e, weight);
-            row_sums.store(sums + row * 128, lane);
+            for (int i = 0; i < 4; i++) {
+                float4 sum = Plan::kSharedSums ? row_sums[32 * i] : early[i];
+                accumulate(sum, g.value[i / 2][i % 2], e.value[i / 2][i % 2], weight);
+                row_sums[32 * i] = sum;
+            }
             if (params.grad_post_gate.data) (inner_transform(conjugate_product(g, spectrum), constants) * twiddle).store(row_words(rows_g, row), lane);
             (inner_transform(product_of_conjugate(e, spectrum), constants) * twiddle).store(row_words(rows_e, row), lane);
         }
@@ -176,7 +164,7 @@ struct Backward {
     // L2 cache still holds. Loads go out in batches before their stores.
     template <bool kAligned>
     DEVICE void store_gradients(const OuterResult<T>& result, const TileSequences& sequences, float scale) const {
-        constexpr int kBatch = OuterResult<T>::kTiles < 4 ? OuterResult<T>::kTiles : 4;
+        constexpr int kBatch = 2;
         const bool has_factor = group == 0 || params.pre_gate.data;
         const fft_conv_tensor& factors = group == 0 ? params.grad_output : has_factor ? params.pre_gate : params.u;
         const fft_conv_tensor& outputs = group == 0 ? params.grad_post_gate : params.grad_u;

@@ -4,6 +4,10 @@ import pytest
 import torch
 
 
+# The models are tiny: more threads only wait for each other.
+torch.set_num_threads(1)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="run the tests that need a CUDA device (and only those)")
 
