@@ -1,0 +1,105 @@
+"""The choice of the transform: no output is reached by what wraps around, and no smaller transform would do."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_flashfftconv.ops.plan import COLUMNS, MAX_FFT_SIZE, Plan, choose
+
+BF16 = torch.bfloat16
+
+
+def circular_is_right(length: int, taps: int, reverse_taps: int, size: int) -> bool:
+    """Whether a circle of `size` points gives the outputs of the linear convolution, tried with powers of two.
+
+    Each lag and each position leaves a mark of its own, so that nothing can cancel.
+    """
+    taps, reverse_taps = min(taps, length), min(reverse_taps, length - 1)
+    if taps + reverse_taps > size or length > size:
+        return False
+    for lag in (0, taps - 1, -1, -reverse_taps):
+        if not -reverse_taps <= lag < taps:
+            continue
+        for position in (0, length - 1):
+            reached = (position + lag) % size
+            if reached < length and reached != position + lag:
+                return False
+    return True
+
+
+@settings(max_examples=300, deadline=None)
+@given(length=st.integers(1, 3000), taps=st.integers(1, 4000), reverse_taps=st.integers(0, 4000))
+def test_smallest_transform_without_wrap_around(length: int, taps: int, reverse_taps: int) -> None:
+    size, half = choose(length, taps, reverse_taps, True, BF16)
+    assert size % COLUMNS == 0 and size & (size - 1) == 0 and size <= MAX_FFT_SIZE
+    assert circular_is_right(length, taps, reverse_taps, size)
+    assert size == COLUMNS or not circular_is_right(length, taps, reverse_taps, size // 2)
+    assert half == (length <= size // 2 and size > COLUMNS)
+
+
+def test_the_check_of_wrap_around_agrees_with_a_convolution() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for length, taps, reverse_taps, size in [
+        (5, 4, 0, 8),
+        (5, 5, 0, 8),
+        (5, 5, 4, 9),
+        (5, 5, 4, 8),
+        (6, 2, 3, 9),
+        (6, 2, 3, 8),
+    ]:
+        u, k, k_rev = (torch.randint(1, 9, (n,), generator=generator).double() for n in (length, taps, reverse_taps))
+        circle = torch.zeros(size).double()
+        circle[:taps] += k
+        circle[size - reverse_taps :] += k_rev.flip(0)
+        y = torch.fft.ifft(torch.fft.fft(u, n=size) * torch.fft.fft(circle)).real[:length]
+        full = torch.zeros(length).double()
+        for t in range(length):
+            full[t] += sum(k[s] * u[t - s] for s in range(min(taps, t + 1)))
+            full[t] += sum(k_rev[s] * u[t + 1 + s] for s in range(min(reverse_taps, length - 1 - t)))
+        assert torch.allclose(y, full) == circular_is_right(length, taps, reverse_taps, size)
+
+
+@pytest.mark.parametrize(
+    "length, taps, reverse_taps, expected",
+    [
+        (1, 1, 0, Plan(256, False)),
+        (128, 128, 0, Plan(256, False)),
+        (129, 129, 0, Plan(512, True)),
+        (129, 128, 0, Plan(256, False)),
+        (1024, 1024, 0, Plan(2048, True)),
+        (1024, 1024, 1023, Plan(2048, True)),
+        (1024, 1 << 20, 1 << 20, Plan(2048, True)),
+        (1025, 1025, 0, Plan(4096, True)),
+        (1025, 1024, 0, Plan(2048, False)),
+        (1025, 3, 1024, Plan(4096, True)),
+        (1000, 3, 24, Plan(1024, False)),
+        (1000, 3, 25, Plan(2048, True)),
+    ],
+)
+def test_examples(length: int, taps: int, reverse_taps: int, expected: Plan) -> None:
+    assert choose(length, taps, reverse_taps, True, BF16) == expected
+
+
+def test_circular_transforms_have_the_length_of_the_sequence() -> None:
+    assert choose(1024, 7, 0, False, BF16) == Plan(1024, False)
+    for length in (1, 128, 255, 768, 1000):
+        assert choose(length, 1, 0, False, BF16) == (
+            f"the kernels convolve circularly at powers of two from 256 on, and the length is {length}"
+        )
+
+
+def test_what_is_too_long() -> None:
+    longest = MAX_FFT_SIZE // 2
+    assert choose(longest, longest, longest, True, BF16) == Plan(MAX_FFT_SIZE, True)
+    for causal, length in ((True, longest + 1), (False, 2 * MAX_FFT_SIZE)):
+        reason = choose(length, length, 0, causal, BF16)
+        assert reason == (
+            f"sequence and filter need an FFT of {2 * MAX_FFT_SIZE} points, and the kernels have up to {MAX_FFT_SIZE}"
+        )
+
+
+def test_what_is_not_built() -> None:
+    assert choose(12000, 3, 0, True, BF16) == Plan(16384, False)
+    assert "there is no kernel" in choose(12000, 3, 0, True, torch.float32)
+    assert choose(8000, 8000, 0, True, torch.float32) == Plan(16384, True)
