@@ -1,5 +1,7 @@
 """Inputs for the kernels and checks of what they return, for the emulation on a CPU and for a GPU alike."""
 
+import math
+
 import torch
 from numerics import (
     BFLOAT16,
@@ -109,3 +111,47 @@ def check_against_emulator(arguments: Arguments, plan: Plan, causal: bool = True
     whole = error(y, reference), error(emulated, reference)
     worst = row_errors(y, reference, size).max().item(), row_errors(emulated, reference, size).max().item()
     assert whole[0] <= EMULATOR_WHOLE * whole[1] and worst[0] <= EMULATOR_ROW * worst[1], (whole, worst)
+
+
+def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Tensors equal to x that lie differently in memory."""
+    batch, channels, length = x.shape
+    views = {"time first": x.movedim(2, 0).contiguous().movedim(0, 2), "channels first": x.mT.contiguous().mT}
+    views["batch inside"] = x.transpose(0, 1).contiguous().transpose(0, 1)
+    for offset in range(1, 8):
+        for gap in (0, offset % 3 + 1):
+            rows = torch.full((batch * channels * (length + gap) + offset,), math.nan, dtype=x.dtype, device=x.device)
+            shape = (batch, channels, length + gap)
+            views[f"offset {offset}, gap {gap}"] = rows[offset:].view(shape)[..., :length].copy_(x)
+    return views
+
+
+def check_layouts(arguments: Arguments) -> None:
+    """The same bits however the sequences lie in memory, forward and backward."""
+    dy = torch.randn_like(arguments["u"].float()).to(arguments["u"].dtype)
+    y, expected = gradients(arguments, dy)
+    views = {name: layouts(arguments[name]) for name in ("u", *GATES)} | {"dy": layouts(dy)}
+    for name in views["u"]:
+        strange = {x: views[x][name] for x in views}
+        strange_dy = strange.pop("dy")
+        actual, grads = gradients(arguments | strange, strange_dy)
+        assert torch.equal(actual, y), name
+        assert all(torch.equal(grads[x], expected[x]) for x in arguments), name
+
+
+def check_not_finite(arguments: Arguments, name: str, value: float) -> None:
+    """A value in row (3, 1) of an argument or of the gradient `dy` reaches that row and that channel's filter alone."""
+    dy = torch.randn_like(arguments["u"].float()).to(arguments["u"].dtype)
+    y, expected = gradients(arguments, dy)
+    (dy if name == "dy" else arguments[name])[3, 1, 17] = value
+    actual, grads = gradients(arguments, dy)
+    reached = actual if name in ("u", "pre_gate") else grads["u"]
+    assert not reached[3, 1].isfinite().any()
+    # The row that shares a transform with it is rounded differently now, all others have the same bits.
+    others = torch.ones(y.shape[:2], dtype=torch.bool)
+    others[2:4, 1] = False
+    for changed, clean in ((actual, y), *((grads[x], expected[x]) for x in ("u", *GATES))):
+        assert torch.equal(changed[others], clean[others])
+        assert error(changed[2, 1], clean[2, 1].double()) < 4e-3
+    assert not grads["k"][1].isfinite().any()
+    assert torch.equal(grads["k"][[0, 2]], expected["k"][[0, 2]])

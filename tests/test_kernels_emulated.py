@@ -14,7 +14,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import ALL, DTYPES, GATES, case, check, check_against_emulator, check_values, gradients, make
+from kernel_cases import (
+    ALL,
+    DTYPES,
+    GATES,
+    case,
+    check,
+    check_against_emulator,
+    check_layouts,
+    check_not_finite,
+    check_values,
+    gradients,
+    make,
+)
 from numerics import all_pass_filter, error, impulses, tones
 
 from hf_flashfftconv import fft_conv
@@ -105,32 +117,10 @@ def test_lengths(length: int, dtype: torch.dtype) -> None:
     check(make(length, length + 1, (*GATES, "k_rev"), reverse_taps=length + 2, dtype=dtype, channels=1))
 
 
-def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Tensors equal to x that lie differently in memory."""
-    batch, channels, length = x.shape
-    views = {"time first": x.movedim(2, 0).contiguous().movedim(0, 2), "channels first": x.mT.contiguous().mT}
-    views["batch inside"] = x.transpose(0, 1).contiguous().transpose(0, 1)
-    for offset in range(1, 8):
-        for gap in (0, offset % 3 + 1):
-            rows = torch.full((batch * channels * (length + gap) + offset,), math.nan, dtype=x.dtype)
-            shape = (batch, channels, length + gap)
-            views[f"offset {offset}, gap {gap}"] = rows[offset:].view(shape)[..., :length].copy_(x)
-    return views
-
-
 @pytest.mark.parametrize("length", [256, 203])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_any_layout_gives_the_same_bits(length: int, dtype: torch.dtype) -> None:
-    arguments = make(length, length, GATES, dtype=dtype)
-    dy = torch.randn(arguments["u"].shape).to(dtype)
-    y, expected = gradients(arguments, dy)
-    strange = [layouts(x) for x in (*(arguments[name] for name in ("u", *GATES)), dy)]
-    for name in strange[0]:
-        u, pre_gate, post_gate, strange_dy = (views[name] for views in strange)
-        views = arguments | {"u": u, "pre_gate": pre_gate, "post_gate": post_gate}
-        actual, grads = gradients(views, strange_dy)
-        assert torch.equal(actual, y), name
-        assert all(torch.equal(grads[x], expected[x]) for x in arguments), name
+    check_layouts(make(length, length, GATES, dtype=dtype))
 
 
 def test_expanded_inputs_and_gradients() -> None:
@@ -159,21 +149,7 @@ def test_scales(scaled: str, dtype: torch.dtype, exponent: int) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["u", *GATES, "dy"])
 def test_not_finite_rows_keep_to_themselves(name: str, value: float) -> None:
-    arguments = make(120, 120, GATES, batch=5, channels=3)
-    dy = torch.randn(arguments["u"].shape).bfloat16()
-    y, expected = gradients(arguments, dy)
-    (dy if name == "dy" else arguments[name])[3, 1, 17] = value
-    actual, grads = gradients(arguments, dy)
-    reached = {"u": actual, "pre_gate": actual, "post_gate": grads["u"], "dy": grads["u"]}[name]
-    assert not reached[3, 1].isfinite().any()
-    # The row that shares a transform with it is rounded differently now, all others have the same bits.
-    others = torch.ones(5, 3, dtype=torch.bool)
-    others[2:4, 1] = False
-    for changed, clean in ((actual, y), *((grads[x], expected[x]) for x in ("u", *GATES))):
-        assert torch.equal(changed[others], clean[others])
-        assert error(changed[2, 1], clean[2, 1].double()) < 4e-3
-    assert not grads["k"][1].isfinite().any()
-    assert torch.equal(grads["k"][[0, 2]], expected["k"][[0, 2]])
+    check_not_finite(make(120, 120, GATES, batch=5, channels=3), name, value)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
