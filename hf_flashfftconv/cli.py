@@ -1,4 +1,4 @@
-"""The `hf-flashfftconv` command: look at a model, make its filters sparse, describe this installation."""
+"""The `hf-flashfftconv` command: look at a model, make its filters sparse, measure, describe this installation."""
 
 import argparse
 import contextlib
@@ -7,6 +7,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from .errors import FlashFFTConvError, PatchError
@@ -63,6 +64,29 @@ def sparsify(options: argparse.Namespace) -> str:
     if options.push:
         lines.append(f"pushed to {push_to_hub(model, options.push, tokenizer=tokenizer).commit_url}")
     return "\n".join(lines)
+
+
+def measure(options: argparse.Namespace) -> str:
+    """Measures this package and its rivals on the current GPU."""
+    import torch
+
+    from .bench import bench
+
+    if options.plot and not find_spec("matplotlib"):
+        raise ValueError("--plot needs matplotlib: pip install 'hf-flashfftconv[plot]'")
+    report = bench(
+        options.lengths,
+        batch=options.batch,
+        channels=options.channels,
+        dtype=getattr(torch, options.dtype),
+        gated=not options.plain,
+        quick=options.quick,
+    )
+    if options.json:
+        report.save_json(options.json)
+    if options.plot:
+        report.save_plot(options.plot)
+    return f"{report}"
 
 
 def env(options: argparse.Namespace) -> str:
@@ -132,6 +156,12 @@ def _keep(text: str) -> int | float:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a fraction nor a number of blocks") from None
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-flashfftconv", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -152,6 +182,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", required=True, metavar="DIR", help="where to save")
     command.add_argument("--push", metavar="REPO", help="publish it there, too")
     command.set_defaults(run=sparsify)
+
+    command = commands.add_parser("bench", help="times, memory and errors on this GPU, beside those of rivals")
+    command.add_argument(
+        "--lengths", nargs="+", type=_positive, metavar="L", help="sequence lengths; default: 256 to 32768"
+    )
+    command.add_argument("--batch", type=_positive, default=64, metavar="B")
+    command.add_argument("--channels", type=_positive, default=768, metavar="H")
+    command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    command.add_argument("--plain", action="store_true", help="without gates")
+    command.add_argument("--quick", action="store_true", help="two lengths only, unless given, and fewer repetitions")
+    command.add_argument("--json", metavar="FILE", help="write the results there, too")
+    command.add_argument("--plot", metavar="FILE", help="draw time over length there; needs matplotlib")
+    command.set_defaults(run=measure)
 
     command = commands.add_parser("env", help="versions and devices, for bug reports")
     command.set_defaults(run=env)
