@@ -50,7 +50,9 @@ extern "C" int fft_conv_filter_spectrum(const fft_conv_filter_params* params, vo
     FilterParams derived;
     static_cast<fft_conv_filter_params&>(derived) = *params;
     derived.log_radix = log2_of(params->fft_size / kColumns);
-    return with_rows<float, false>(params->fft_size / kColumns, [&](auto tile) { return Launcher<decltype(tile)>::filter(derived, stream); });
+    auto launch = [&](auto tile) { return FilterLauncher<decltype(tile)>::filter(derived, stream); };
+    const int radix = params->fft_size / kColumns;
+    return radix == 64 ? launch(Tile<float, 64, false, 1>{}) : with_rows<float, false>(radix, launch);
 }
 
 extern "C" int fft_conv_backward(const fft_conv_params* params, void* stream) {

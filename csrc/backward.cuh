@@ -21,6 +21,7 @@ struct BackwardPlan {
     static constexpr bool kPrefetched = kFixedBytes + 4 * T::kStageBytes <= kSharedLimit;
     static constexpr bool kStaged = kPrefetched || kFixedBytes + kOverlayBytes <= kSharedLimit;
     static constexpr int kSharedBytes = kFixedBytes + (kPrefetched ? 4 * T::kStageBytes : kStaged ? kOverlayBytes : 0);
+    static_assert(kSharedBytes <= kSharedLimit, "shared memory of a block");
     static_assert(T::kGroups == 1, "a group of eight warps covers the outer stage");
 };
 
@@ -109,16 +110,6 @@ struct Backward {
                 if (gate().data) stager.start(gate_stage(), gate(), sequences);
             }
             copy_async_commit();
-        }
-    }
-
-    DEVICE void pack_direct(SequenceScales<T>& scales, u32 (&x)[T::kSlots / 4][4], const TileSequences& sequences) const {
-        if (params.pair_aligned) {
-            const DirectSource<T, true> source(operand(), params, sequences, slots), factor(gate(), params, sequences, slots);
-            scales.template pack_scaled<true>(x, source, factor, sequences.valid);
-        } else {
-            const DirectSource<T, false> source(operand(), params, sequences, slots), factor(gate(), params, sequences, slots);
-            scales.template pack_scaled<true>(x, source, factor, sequences.valid);
         }
     }
 
@@ -295,7 +286,7 @@ struct Backward {
                 if constexpr (Plan::kStaged)
                     scales.template pack_scaled<true>(x, operand_stage(), gate_stage(), current.valid);
                 else
-                    pack_direct(scales, x, current);
+                    scales.template pack_direct<true>(x, operand(), gate(), params, current);
                 if (warp == 0) exchange[32 * group + lane] = bits_from_float(scales.up);
 
                 // Every thread of the group has read the group's inputs: the next tile's may come.

@@ -7,9 +7,11 @@ template <class T>
 struct ForwardPlan {
     static constexpr int bytes(int tensors) { return Tables<T>::kSharedBytes + T::kRowBytes + T::kGroups * T::kEnergyBytes + tensors * T::kStageBytes; }
     static constexpr int blocks(int tensors) { return T::kThreads <= 256 && 2 * (bytes(tensors) + 1024) <= kSharedLimit + 1024 ? 2 : 1; }
-    static constexpr int kBlocks = blocks(2);                                                           // resident on a multiprocessor
-    static constexpr bool kStagePost = bytes(3) <= kSharedLimit && blocks(3) == kBlocks;
-    static constexpr int kSharedBytes = bytes(kStagePost ? 3 : 2);
+    static constexpr bool kStaged = bytes(2) <= kSharedLimit;                                           // else inputs come from global memory
+    static constexpr int kBlocks = blocks(kStaged ? 2 : 0);                                             // resident on a multiprocessor
+    static constexpr bool kStagePost = kStaged && bytes(3) <= kSharedLimit && blocks(3) == kBlocks;
+    static constexpr int kSharedBytes = bytes(kStagePost ? 3 : kStaged ? 2 : 0);
+    static_assert(kSharedBytes <= kSharedLimit, "shared memory of a block");
 };
 
 // Where one sequence of the tile goes, and what undoes its scales; the imaginary one comes out conjugated.
@@ -84,7 +86,7 @@ DEVICE void forward_tiles(const LaunchParams& params) {
 
     const Stager<T> stager(params, slots);
     auto start_inputs = [&](int tile, const TileSequences& sequences) {
-        if (tile < range.last) {
+        if (Plan::kStaged && tile < range.last) {
             stager.start(u, params.u, sequences);
             if (pre.memory) stager.start(pre, params.pre_gate, sequences);
         }
@@ -97,7 +99,10 @@ DEVICE void forward_tiles(const LaunchParams& params) {
         copy_async_wait<0>();
         block_barrier();
         u32 x[T::kSlots / 4][4];
-        scales.template pack_scaled<false>(x, u, pre, sequences.valid);
+        if constexpr (Plan::kStaged)
+            scales.template pack_scaled<false>(x, u, pre, sequences.valid);
+        else
+            scales.template pack_direct<false>(x, params.u, params.pre_gate, params, sequences);
         if (T::kGroups > 1) block_barrier();
 
         // Every thread has read its inputs (a barrier has passed): the next tile's may come.

@@ -14,11 +14,6 @@ __global__ void __launch_bounds__(BackwardPlan<T>::kThreads, 1) backward_kernel(
     Backward<T>(params).run();
 }
 
-template <class T>
-__global__ void __launch_bounds__(T::kThreads, 1) filter_kernel(const __grid_constant__ FilterParams params) {
-    filter_tiles<T>(params);
-}
-
 // Blocks for a persistent grid: every multiprocessor full, or one block a tile where there are fewer.
 inline int grid_size(int64_t tiles, int blocks_per_processor, int* error) {
     int device = 0, processors = 0;
@@ -48,17 +43,6 @@ int Launcher<T>::backward(const LaunchParams& params, void* stream) {
     using B = BackwardTile<T>;
     using Plan = BackwardPlan<B>;
     return launch(backward_kernel<B>, std::min(BackwardUnits<B>(params).count, kMaximumBackwardBlocks), 1, Plan::kThreads, Plan::kSharedBytes, params, stream);
-}
-
-// Filters are always single precision and full; other tiles have no filter kernel.
-template <class T>
-int Launcher<T>::filter(const FilterParams& params, void* stream) {
-    if constexpr (sizeof(typename T::Element) == 4 && T::kSlots == T::kRows) {
-        const int channels_per_tile = T::kRows >> params.log_radix, tiles = (params.channels + channels_per_tile - 1) / channels_per_tile;
-        return launch(filter_kernel<T>, tiles, 1, T::kThreads, FilterPlan<T>::kSharedBytes, params, stream);
-    } else {
-        return kUnsupported;
-    }
 }
 
 #define INSTANTIATE_TILES(...)                        \

@@ -14,8 +14,13 @@ template <class T>
 struct Launcher {
     static int forward(const LaunchParams& params, void* stream);
     static int backward(const LaunchParams& params, void* stream);
-    static int filter(const FilterParams& params, void* stream);
     static constexpr int kSumBytes = BackwardPlan<BackwardTile<T>>::kSharedSums ? 0 : BackwardPlan<BackwardTile<T>>::kSumBytes;
+};
+
+// Filters are always transformed in full and in single precision.
+template <class T>
+struct FilterLauncher {
+    static int filter(const FilterParams& params, void* stream);
 };
 
 constexpr int kUnsupported = -1;
@@ -38,7 +43,9 @@ int with_rows(int radix, Function function) {
         if (radix == 1) return function(Tile<Element, 16, kHalf, 16>{});
     if (radix > 1 && radix < 32) return function(Tile<Element, 32, kHalf, 16>{});
     if (radix == 32) return function(Tile<Element, 32, kHalf, 1>{});
-    if (radix == 64) return function(Tile<Element, 64, kHalf, 1>{});
+    // A full transform of this size leaves no room for its inputs.
+    if constexpr (kHalf)
+        if (radix == 64) return function(Tile<Element, 64, kHalf, 1>{});
     return kUnsupported;
 }
 

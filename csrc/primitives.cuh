@@ -19,9 +19,11 @@ DEVICE int block_index() { return blockIdx.x; }
 DEVICE int block_count() { return gridDim.x; }
 DEVICE int block_size() { return blockDim.x; }
 DEVICE void block_barrier() { __syncthreads(); }
-// For the 256 threads of one group of eight warps.
+// For the 256 threads of one group of eight warps; a block has one or two.
 DEVICE void group_barrier(int group) {
-    if (group == 0)
+    if (block_size() == 256)
+        __syncthreads();
+    else if (group == 0)
         asm volatile("bar.sync 1, 256;" ::: "memory");
     else
         asm volatile("bar.sync 2, 256;" ::: "memory");

@@ -284,4 +284,17 @@ struct SequenceScales {
             for (int c = 0; c < 4; c++) x[j][c] = multiply2(x[j][c], scale);
         }
     }
+
+    // The same with inputs in global memory; an absent gate has no data.
+    template <bool kCommon>
+    DEVICE void pack_direct(u32 (&x)[T::kSlots / 4][4], const fft_conv_tensor& u, const fft_conv_tensor& gate, const LaunchParams& params,
+                            const TileSequences& sequences) {
+        if (params.pair_aligned) {
+            const DirectSource<T, true> source(u, params, sequences, slots), factor(gate, params, sequences, slots);
+            pack_scaled<kCommon>(x, source, factor, sequences.valid);
+        } else {
+            const DirectSource<T, false> source(u, params, sequences, slots), factor(gate, params, sequences, slots);
+            pack_scaled<kCommon>(x, source, factor, sequences.valid);
+        }
+    }
 };

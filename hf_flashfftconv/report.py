@@ -139,5 +139,5 @@ def _plan(usage: Usage, channels: int, bidirectional: bool, backend: str) -> tup
             return "torch", linear_fft_length(usage.length, usage.length, reverse_taps)
     except BackendError as error:
         return f"none: {error}", None
-    chosen = plan.choose(usage.length, usage.length, reverse_taps, True, usage.dtype)
+    chosen = plan.choose(usage.length, usage.length, reverse_taps, True)
     return "cuda", chosen.fft_size if isinstance(chosen, plan.Plan) else None

@@ -145,7 +145,7 @@ class _Call:
 
 
 def _plan(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool) -> Any:
-    return plan.choose(u.shape[2], k.shape[1], 0 if k_rev is None else k_rev.shape[1], causal, u.dtype)
+    return plan.choose(u.shape[2], k.shape[1], 0 if k_rev is None else k_rev.shape[1], causal)
 
 
 def _verdict(device: torch.device) -> str | None:

@@ -3,13 +3,11 @@
 from functools import lru_cache
 from typing import NamedTuple
 
-import torch
-
 from .tables import COLUMNS
 
 MAX_FFT_SIZE = 16384
-# The tile of such a transform does not fit into shared memory.
-_NOT_BUILT = {(torch.float32, 16384, False)}
+# A full transform of this size leaves no room for its inputs in shared memory.
+MAX_FULL_FFT_SIZE = 8192
 
 
 class Plan(NamedTuple):
@@ -25,7 +23,7 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def choose(length: int, taps: int, reverse_taps: int, causal: bool, dtype: torch.dtype) -> Plan | str:
+def choose(length: int, taps: int, reverse_taps: int, causal: bool) -> Plan | str:
     """The transform for sequences of `length` and filters of `taps` and `reverse_taps`, or why there is none.
 
     On a circle of N points the output at t also receives what belongs at t + N and t - N. The linear convolution
@@ -42,6 +40,6 @@ def choose(length: int, taps: int, reverse_taps: int, causal: bool, dtype: torch
             return f"the kernels convolve circularly at powers of two from {COLUMNS} on, and the length is {length}"
     if size > MAX_FFT_SIZE:
         return f"sequence and filter need an FFT of {size} points, and the kernels have up to {MAX_FFT_SIZE}"
-    if (dtype, size, half) in _NOT_BUILT:
-        return f"in {dtype} there is no kernel for an FFT of {size} points whose second half is in use"
+    if not half and size > MAX_FULL_FFT_SIZE:
+        return f"there is no kernel for an FFT of {size} points whose second half is in use"
     return Plan(size, half)

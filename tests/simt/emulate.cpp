@@ -15,7 +15,7 @@ int Launcher<T>::backward(const LaunchParams& params, void*) {
 }
 
 template <class T>
-int Launcher<T>::filter(const FilterParams& params, void*) {
+int FilterLauncher<T>::filter(const FilterParams& params, void*) {
     simt::launch(2, T::kThreads, FilterPlan<T>::kSharedBytes, [&] { filter_tiles<T>(params); });
     return 0;
 }
