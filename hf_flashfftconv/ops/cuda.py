@@ -72,7 +72,8 @@ def backward(
         partial = call.buffer("grad_filter", (splits, k.shape[0], call.plan.fft_size), torch.float32)
         call.buffer("scratch", (scratch_bytes,), torch.uint8)
         call.launch("fft_conv_backward")
-        dk, dskip, dk_rev = filters.tap_gradients(partial.sum(0), k, skip, k_rev, u.shape[2])
+        total = partial[0] if splits == 1 else partial.sum(0)
+        dk, dskip, dk_rev = filters.tap_gradients(total, k, skip, k_rev, u.shape[2])
     return du, dk, dskip, dpre, dpost, dk_rev
 
 
