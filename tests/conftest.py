@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-
 # The models are tiny: more threads only wait for each other.
 torch.set_num_threads(1)
 

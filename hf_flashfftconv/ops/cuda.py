@@ -94,11 +94,12 @@ class _Call:
         self.plan: plan.Plan = _plan(u, k, k_rev, causal)
         self.stream = _current_stream(u.device)
         length, fft_size = u.shape[2], self.plan.fft_size
+        precise = u.dtype == torch.float16
         if _is_capturing():
             # The graph outlives the cache's entries, and its replays are to see what has become of the filter.
-            spectrum = filters.prepare(k, skip, k_rev, length, fft_size, self.stream)
+            spectrum = filters.prepare(k, skip, k_rev, length, fft_size, self.stream, precise)
         else:
-            spectrum = _spectra.get(k, skip, k_rev, length, fft_size, self.stream)
+            spectrum = _spectra.get(k, skip, k_rev, length, fft_size, self.stream, precise)
         constants = tables.device_tables(*self.plan, u.device)
         self.parameters = extension.Parameters(
             tables=constants.data_ptr(),

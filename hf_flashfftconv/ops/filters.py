@@ -4,6 +4,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +12,15 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import extension
-from .tables import device_tables
+from .tables import device_tables, spectrum_order, upload
 
 # Bound on the spectra kept for each device.
 CACHE_BYTES = 256 << 20
+
+# Bound on what is alive at a time while precise spectra are made: float32 taps, their float32 spectrum, the same
+# scaled, and both copies in half precision.
+WORKSPACE_BYTES = 256 << 20
+_WORKSPACE_PER_POINT = 4 + 4 + 4 + 2 + 4
 
 
 class Spectrum(NamedTuple):
@@ -35,12 +41,25 @@ class Spectrum(NamedTuple):
         return 4 * (self.words.numel() + self.scale.numel())
 
 
-def prepare(k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int, fft_size: int, stream: int) -> Spectrum:
+def prepare(
+    k: Tensor,
+    skip: Tensor | None,
+    k_rev: Tensor | None,
+    length: int,
+    fft_size: int,
+    stream: int,
+    precise: bool = False,
+) -> Spectrum:
     """The spectra of the filters of [`fft_conv`], by one launch on the given, current stream.
 
     On a circle of `fft_size` points the causal taps lie at the start, the anticausal ones at the end. The skip
     connection is one more weight of the tap at lag zero.
+
+    The kernel works in half precision inside, with an error of about 6e-4. `precise` spectra are made in single
+    precision by `torch.fft`, which takes several times as long: float16 outputs are accurate enough to tell.
     """
+    if precise:
+        return _prepare_precisely(k, skip, k_rev, length, fft_size)
     channels = k.shape[0]
     spectrum = Spectrum(
         torch.empty(channels, fft_size, dtype=torch.int32, device=k.device),
@@ -69,6 +88,51 @@ def prepare(k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int, f
         parameters.skip = skip.data_ptr()
     extension.launch("fft_conv_filter_spectrum", parameters, stream)
     return spectrum
+
+
+def _prepare_precisely(k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int, fft_size: int) -> Spectrum:
+    """A block of channels at a time, to bound the memory."""
+    block = max(1, WORKSPACE_BYTES // (_WORKSPACE_PER_POINT * fft_size))
+    parts = []
+    for start in range(0, k.shape[0], block):
+        channels = slice(start, start + block)
+        taps = torch.zeros(k[channels].shape[0], fft_size, device=k.device, dtype=torch.float32)
+        count = min(k.shape[1], length)
+        taps[:, :count] = k[channels, :count]
+        if k_rev is not None and length > 1:
+            count = min(k_rev.shape[1], length - 1)
+            taps[:, fft_size - count :] = k_rev[channels, :count].flip(-1)
+        if skip is not None:
+            taps[:, 0] += skip[channels]
+        parts.append(_precise_spectrum(taps))
+    return parts[0] if len(parts) == 1 else Spectrum(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _precise_spectrum(taps: Tensor) -> Spectrum:
+    spectrum = torch.view_as_real(torch.fft.rfft(taps))
+    largest = torch.linalg.vector_norm(spectrum, torch.inf, (1, 2))
+    # The exponent's bits alone are the power of two below, infinite where the filter is not finite.
+    scale = (largest.view(torch.int32) & 0x7F800000).clamp(min=0x00800000).view(torch.float32)
+    values = (spectrum / scale[:, None, None]).nan_to_num(0.0, 0.0, 0.0).half().flatten(1)
+    source, sign = _gather_order(taps.shape[1], taps.device)
+    words = values.index_select(1, source).mul_(sign).view(torch.int32)
+    return Spectrum(words, torch.where(scale.isfinite(), scale, torch.nan))
+
+
+# Never dropped: a captured graph keeps their addresses.
+@cache
+def _gather_order(fft_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where each half-precision number of the kernel's order lies in a one-sided spectrum, and its sign.
+
+    The upper half of a real signal's spectrum is the conjugate of the lower one.
+    """
+    with torch.device("cpu"):
+        frequency = spectrum_order(fft_size).unsqueeze(-2)
+        mirrored = frequency > fft_size // 2
+        part = torch.tensor([[0], [1]])
+        source = 2 * torch.where(mirrored, fft_size - frequency, frequency) + part
+        sign = torch.where(mirrored & (part == 1), -1, 1).to(torch.float16)
+    return upload(source.flatten(), device), upload(sign.flatten(), device)
 
 
 def tap_gradients(
@@ -122,19 +186,26 @@ class SpectrumCache:
         self._lock = threading.RLock()
 
     def get(
-        self, k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int, fft_size: int, stream: int
+        self,
+        k: Tensor,
+        skip: Tensor | None,
+        k_rev: Tensor | None,
+        length: int,
+        fft_size: int,
+        stream: int,
+        precise: bool = False,
     ) -> Spectrum:
         """[`prepare`], or what it returned on this stream as long as the filters have not changed since."""
         tensors = [x for x in (k, skip, k_rev) if x is not None]
         reverse_taps = 0 if k_rev is None else min(k_rev.shape[1], length - 1)
-        key = (id(k), id(skip), id(k_rev), min(k.shape[1], length), reverse_taps, fft_size, stream)
+        key = (id(k), id(skip), id(k_rev), min(k.shape[1], length), reverse_taps, fft_size, stream, precise)
         with self._lock:
             entry = self._entries.get(key)
             if entry is not None and entry.stamp == _stamp(tensors):
                 self._entries.move_to_end(key)
                 return entry.spectrum
         stamp = _stamp(tensors) if all(map(_is_constant, tensors)) else None
-        spectrum = prepare(k, skip, k_rev, length, fft_size, stream)
+        spectrum = prepare(k, skip, k_rev, length, fft_size, stream, precise)
         self._drop(key)
         if stamp is not None and spectrum.bytes <= self.max_bytes:
             references = [weakref.ref(x, lambda _: self._drop(key)) for x in tensors]

@@ -116,14 +116,31 @@ def transform_tables(fft_size: int, half: bool) -> Tensor:
         return torch.cat([part.flatten() for part in (_inner(), outer, back, _row_twiddles(fft_size))])
 
 
-# Never dropped: captured graphs keep the addresses.
-@cache
-def device_tables(fft_size: int, half: bool, device: torch.device) -> Tensor:
-    """The same on a device.
+def spectrum_order(fft_size: int) -> Tensor:
+    """Frequencies in kernel order, (fft_size / 256, 2, 32, 2, 2): row, fragment h, lane, fragment t, half of a pair."""
+    radix = fft_size // COLUMNS
+    k1 = torch.arange(radix).view(-1, 1, 1, 1, 1)
+    h = torch.arange(2).view(-1, 1, 1, 1)
+    t = torch.arange(2).view(-1, 1)
+    i = torch.arange(2)
+    k2 = 2 * _R.view(-1, 1, 1) + t
+    k3 = _Q.view(-1, 1, 1) + 4 * h + 8 * i
+    return k1 + radix * (k2 + 16 * k3)
+
+
+def upload(constant: Tensor, device: torch.device) -> Tensor:
+    """Copies a constant to a device.
 
     Raises:
-        BackendError: a CUDA graph is being captured, and these tables have not been used before.
+        BackendError: a CUDA graph is being captured.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise BackendError("the first call of its kind cannot be captured in a CUDA graph: make one before the capture")
-    return transform_tables(fft_size, half).to(device)
+    return constant.to(device)
+
+
+# Never dropped: captured graphs keep the addresses.
+@cache
+def device_tables(fft_size: int, half: bool, device: torch.device) -> Tensor:
+    """The same as `transform_tables` on a device."""
+    return upload(transform_tables(fft_size, half), device)
