@@ -68,7 +68,6 @@ DEVICE void store_output(const OuterResult<T>& result, const LaunchParams& param
 template <class T>
 DEVICE void forward_tiles(const LaunchParams& params) {
     using Plan = ForwardPlan<T>;
-    using Element = typename T::Element;
     const int warp = thread_index() / 32, lane = thread_index() % 32;
     const Tables<T> tables(params.tables, shared_memory());
     char* const memory = shared_memory() + Tables<T>::kSharedBytes;
@@ -82,8 +81,6 @@ DEVICE void forward_tiles(const LaunchParams& params) {
     const int group = T::kGroups == 1 ? 0 : warp / 8;
     SequenceScales<T> scales{reinterpret_cast<float*>(memory + T::kRowBytes + group * T::kEnergyBytes), slots, group, warp % 8, lane};
     const WorkRange range = work_range(tile_count<T>(params), Plan::kBlocks);
-
-
     const Stager<T> stager(params, slots);
     auto start_inputs = [&](int tile, const TileSequences& sequences) {
         if (Plan::kStaged && tile < range.last) {
