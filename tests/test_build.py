@@ -238,7 +238,8 @@ def compiled(build: ModuleType) -> tuple[Path, list[dict[str, str | int]]]:
 # of a tile's inputs, once a tile.
 SPILL_LIMITS = {
     r"filter_kernel": 0,
-    r"forward_kernel.*Lb1": 0,
+    r"forward_kernel.*(bfloat16|half)Li(32|64)ELb1": 0,
+    r"forward_kernel.*IfLi32ELb1": 0,
     r"backward_kernel.*Li32ELb1": 48,
     r"backward_kernel.*(bfloat16|half)Li64ELb1": 256,
 }
