@@ -15,7 +15,6 @@ struct SlotMap {
 // One tensor's segments of a tile in shared memory. What lies beyond the sequence or the batch is zero.
 template <class T>
 struct Stage {
-    using Tile = T;
     using Element = typename T::Element;
     char* memory;
 

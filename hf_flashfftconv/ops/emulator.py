@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .reference import circle_taps
+
 
 def fft_conv_emulated(
     u: Tensor,
@@ -59,18 +61,12 @@ def fft_conv_emulated(
 
 
 def _circle(k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int, size: int, causal: bool) -> Tensor:
-    """All taps on a circle of `size` points: causal ones from the start, anticausal ones from the end."""
-    k = k[:, :length].float()
+    """[`circle_taps`], where they do not wrap around into the outputs."""
     reverse_taps = 0 if k_rev is None else min(k_rev.shape[1], length - 1)
-    needed = length + max(k.shape[1] - 1, reverse_taps) if causal else length
+    needed = length + max(min(k.shape[1], length) - 1, reverse_taps) if causal else length
     if size < needed or (not causal and size != length):
         raise ValueError(f"FFT size {size} does not fit: {'at least ' if causal else ''}{needed} is needed")
-    taps = torch.nn.functional.pad(k, (0, size - k.shape[1]))
-    if k_rev is not None and reverse_taps:
-        taps[:, -reverse_taps:] = k_rev[:, :reverse_taps].float().flip(-1)
-    if skip is not None:
-        taps[:, 0] += skip.float()
-    return taps
+    return circle_taps(k, skip, k_rev, length, size)
 
 
 def _filter_spectrum(taps: Tensor, radices: Sequence[int]) -> tuple[Tensor, Tensor]:

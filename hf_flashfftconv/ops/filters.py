@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import extension
+from .reference import circle_taps
 from .tables import device_tables, spectrum_order, upload
 
 # Bound on the spectra kept for each device.
@@ -96,15 +97,8 @@ def _prepare_precisely(k: Tensor, skip: Tensor | None, k_rev: Tensor | None, len
     parts = []
     for start in range(0, k.shape[0], block):
         channels = slice(start, start + block)
-        taps = torch.zeros(k[channels].shape[0], fft_size, device=k.device, dtype=torch.float32)
-        count = min(k.shape[1], length)
-        taps[:, :count] = k[channels, :count]
-        if k_rev is not None and length > 1:
-            count = min(k_rev.shape[1], length - 1)
-            taps[:, fft_size - count :] = k_rev[channels, :count].flip(-1)
-        if skip is not None:
-            taps[:, 0] += skip[channels]
-        parts.append(_precise_spectrum(taps))
+        part_skip, part_rev = None if skip is None else skip[channels], None if k_rev is None else k_rev[channels]
+        parts.append(_precise_spectrum(circle_taps(k[channels], part_skip, part_rev, length, fft_size)))
     return parts[0] if len(parts) == 1 else Spectrum(*map(torch.cat, zip(*parts, strict=True)))
 
 

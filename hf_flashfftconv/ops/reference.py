@@ -164,3 +164,15 @@ def fft_conv_float64(
     """
     skip, pre_gate, post_gate, k_rev = (None if x is None else x.double() for x in (skip, pre_gate, post_gate, k_rev))
     return forward(u.double(), k.double(), skip, pre_gate, post_gate, k_rev, causal)
+
+
+def circle_taps(k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int, size: int) -> Tensor:
+    """All taps (H, size) in float32: causal ones from the start, anticausal ones from the end, skip added at zero."""
+    k = k[:, :length].float()
+    taps = torch.nn.functional.pad(k, (0, size - k.shape[1]))
+    reverse_taps = 0 if k_rev is None else min(k_rev.shape[1], length - 1)
+    if k_rev is not None and reverse_taps:
+        taps[:, -reverse_taps:] = k_rev[:, :reverse_taps].float().flip(-1)
+    if skip is not None:
+        taps[:, 0] += skip.float()
+    return taps
