@@ -28,6 +28,7 @@ static LaunchParams derive(const fft_conv_params& p) {
     for (const fft_conv_tensor* t : {&p.output, &p.grad_u, &p.grad_pre_gate, &p.grad_post_gate})
         derived.pair_aligned = std::min(derived.pair_aligned, common_alignment(*t, bytes));
     derived.pair_aligned = derived.pair_aligned >= 2 * bytes;
+    derived.whole_units = derived.pair_aligned && derived.alignment >= 16 && p.length * bytes % 16 == 0;
     derived.log_radix = log2_of(p.fft_size / kColumns);
     derived.pairs = divider((p.batch + 1) / 2);
     const int pairs = (p.batch + 1) / 2, pairs_per_tile = tile_rows(p.fft_size / kColumns) >> derived.log_radix;

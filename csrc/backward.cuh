@@ -10,19 +10,21 @@
 
 template <class T>
 struct BackwardPlan {
-    static constexpr int kThreads = 512, kWarps = 16;
-    static constexpr int kWeightBytes = 2 * 32 * 4;
-    static constexpr int kSumBytes = T::kRows * 2048;                   // (re, im) of every frequency in single precision
-    static constexpr bool kSharedSums = T::kRows <= 32;                 // else in global scratch memory, where they stay in the L2 cache
-    static constexpr int kFixedBytes = Tables<T>::kSharedBytes + 2 * T::kRowBytes + 2 * T::kEnergyBytes + kWeightBytes + (kSharedSums ? kSumBytes : 0);
-    // Where the inputs wait: beside the rows, so that a tile's come while the one before is worked on; over the rows, which are free until the
-    // inputs are in registers; or in global memory.
-    static constexpr int kOverlayBytes = 4 * T::kStageBytes > 2 * T::kRowBytes ? 4 * T::kStageBytes - 2 * T::kRowBytes : 0;
-    static constexpr bool kPrefetched = kFixedBytes + 4 * T::kStageBytes <= kSharedLimit;
-    static constexpr bool kStaged = kPrefetched || kFixedBytes + kOverlayBytes <= kSharedLimit;
-    static constexpr int kSharedBytes = kFixedBytes + (kPrefetched ? 4 * T::kStageBytes : kStaged ? kOverlayBytes : 0);
+    static constexpr int kThreads = 512, kWarps = 16, kRowsPerWarp = T::kRows / kWarps;
+    static constexpr int kExchangeBytes = 2 * 32 * 4;
+    static constexpr int kControlBytes = 2 * T::kEnergyBytes + kExchangeBytes + 4 * int(sizeof(TileHeader));
+    static constexpr bool kRegisterSums = kRowsPerWarp <= 2;            // else in global scratch memory, where they stay in the L2 cache
+    static constexpr int kSumBytes = kRegisterSums ? 0 : T::kRows * 2048;
+    // Where the inputs wait. Staged: u, pre_gate and grad_output of this tile, which its end needs again, and of the next, and post_gate of one of
+    // them. Overlaid: over the rows, which are free until the inputs are in registers. Else in global memory.
+    static constexpr bool kSharedTwiddles = Tables<T, true>::kSharedBytes + kControlBytes + 2 * T::kRowBytes + 7 * T::kStageBytes <= kSharedLimit;
+    static constexpr int kFixedBytes = Tables<T, kSharedTwiddles>::kSharedBytes + kControlBytes;
+    static constexpr bool kStaged = kFixedBytes + 2 * T::kRowBytes + 7 * T::kStageBytes <= kSharedLimit;
+    static constexpr bool kOverlaid = !kStaged && kFixedBytes + 4 * T::kStageBytes <= kSharedLimit;
+    static constexpr int kOverlayBytes = kOverlaid && 4 * T::kStageBytes > 2 * T::kRowBytes ? 4 * T::kStageBytes : 2 * T::kRowBytes;
+    static constexpr int kSharedBytes = kFixedBytes + (kStaged ? 2 * T::kRowBytes + 7 * T::kStageBytes : kOverlayBytes);
     static_assert(kSharedBytes <= kSharedLimit, "shared memory of a block");
-    static_assert(T::kGroups == 1, "a group of eight warps covers the outer stage");
+    static_assert(T::kParts == 1, "all rows at a time");
 };
 
 // A unit is what one block sums over: the channels of a tile and one of the splits of the batch.
@@ -51,6 +53,13 @@ struct BackwardUnits {
         const int row = 2 * (first + (pair & ((1 << params.log_sharing) - 1))) + lane % 2;
         return TileSequences(params, unit < count && pair < T::kRows >> params.log_radix ? channel(params, unit, pair) : params.channels, row);
     }
+
+    DEVICE RegularSequences regular(const LaunchParams& params, int unit, int tile) const {
+        const int sharing = 1 << params.log_sharing, first = (params.splits.remainder(unit) * params.tiles_per_split + tile) << params.log_sharing;
+        const bool across = sharing == 1, second = 2 * (first + sharing) <= params.batch;
+        return {2 * first, channel(params, unit, 0), across ? 0 : 2, across ? 1 : 0, second,
+                (across || channels_per_tile == 1) && channel(params, unit, 0) + channels_per_tile <= params.channels && (second || (across && 2 * first < params.batch))};
+    }
 };
 
 // value += weight * conj(x) y, for the two points of a pair: (re, im, re, im).
@@ -66,196 +75,245 @@ template <class T>
 struct Backward {
     using Plan = BackwardPlan<T>;
     using Element = typename T::Element;
+    using Sums = float4[Plan::kRegisterSums ? Plan::kRowsPerWarp : 1][4];
     const LaunchParams& params;
     const int lane, block_warp, group, warp;
     const int radix;
     const BackwardUnits<T> units;
     const SlotMap<T> slots;
-    const Tables<T> tables;
+    const Stager<T> stager;
+    const Tables<T, Plan::kSharedTwiddles> tables;
     uint4 *rows_g, *rows_e;
     float* energies;
-    u32* exchange;      // 64 words: scales of the sequences, later the largest magnitudes of the sums
-    float4* sums;
+    u32* exchange;          // 64 words: scales of the sequences, later the largest magnitudes of the sums
+    TileHeader* headers;    // the group's, of this tile and the next in turn
+    float4* scratch;
     char* stages;
 
     DEVICE explicit Backward(const LaunchParams& params)
         : params(params), lane(thread_index() % 32), block_warp(thread_index() / 32), group(block_warp / 8), warp(block_warp % 8), radix(1 << params.log_radix),
-          units(params), slots{params.log_radix - (T::kSlots < T::kRows)}, tables(params.tables, shared_memory()) {
-        char* memory = shared_memory() + Tables<T>::kSharedBytes;
+          units(params), slots{params.log_radix - T::kHalf}, stager{params, slots}, tables(params.tables, shared_memory(), radix) {
+        char* memory = shared_memory() + Tables<T, Plan::kSharedTwiddles>::kSharedBytes;
         energies = reinterpret_cast<float*>(memory + group * T::kEnergyBytes);
         memory += 2 * T::kEnergyBytes;
         exchange = reinterpret_cast<u32*>(memory);
-        memory += Plan::kWeightBytes;
-        sums = reinterpret_cast<float4*>(Plan::kSharedSums ? memory : reinterpret_cast<char*>(params.scratch) + int64_t(block_index()) * Plan::kSumBytes);
-        memory += Plan::kSharedSums ? Plan::kSumBytes : 0;
-        rows_g = reinterpret_cast<uint4*>(memory);
-        rows_e = reinterpret_cast<uint4*>(memory + T::kRowBytes);
-        stages = memory + (Plan::kPrefetched ? 2 * T::kRowBytes : 0);
+        headers = reinterpret_cast<TileHeader*>(memory + Plan::kExchangeBytes) + 2 * group;
+        memory = shared_memory() + Plan::kFixedBytes;
+        rows_g = reinterpret_cast<uint4*>(memory), rows_e = reinterpret_cast<uint4*>(memory + T::kRowBytes);
+        stages = memory + (Plan::kStaged ? 2 * T::kRowBytes : 0);
+        scratch = reinterpret_cast<float4*>(static_cast<char*>(params.scratch) + int64_t(block_index()) * Plan::kSumBytes);
     }
 
     DEVICE uint4* row_words(uint4* rows, int row) const { return rows + row * (kRowPitch / 4); }
 
-    DEVICE const uint4* twiddles(int row) const { return tables.twiddle + (row & (radix - 1)) * 64; }
-
-    DEVICE const fft_conv_tensor& operand() const { return group == 0 ? params.u : params.grad_output; }
-    DEVICE const fft_conv_tensor& gate() const { return group == 0 ? params.pre_gate : params.post_gate; }
-    DEVICE Stage<T> operand_stage() const { return {stages + 2 * group * T::kStageBytes}; }
-    DEVICE Stage<T> gate_stage() const { return {gate().data ? stages + (2 * group + 1) * T::kStageBytes : nullptr}; }
-
-    DEVICE void start_inputs(const TileSequences& sequences, bool any) const {
-        if constexpr (Plan::kStaged) {
-            const Stager<T> stager(params, slots);
-            if (any) {
-                stager.start(operand_stage(), operand(), sequences);
-                if (gate().data) stager.start(gate_stage(), gate(), sequences);
-            }
-            copy_async_commit();
-        }
+    // Stages of a tensor in even and odd tiles.
+    DEVICE Stage<T> stage(TensorIndex index, int turn) const {
+        const int at = index == kPostGate ? (Plan::kStaged ? 6 : 3) : (Plan::kStaged ? 3 * turn : 0) + (index == kU ? 0 : index == kPreGate ? 1 : 2);
+        return {(&params.u)[index].data ? stages + at * T::kStageBytes : nullptr};
     }
 
-    DEVICE void clear_sums() const {
-        for (int row = block_warp; row < T::kRows; row += Plan::kWarps)
-            for (int i = 0; i < 4; i++) sums[(row * 4 + i) * 32 + lane] = make_float4(0.f, 0.f, 0.f, 0.f);
+    DEVICE void start_inputs(const TileSequences& sequences, int turn, bool any) const {
+        if ((Plan::kStaged || Plan::kOverlaid) && any) {
+            const TensorIndex operand = group == 0 ? kU : kGradOutput, gate = group == 0 ? kPreGate : kPostGate;
+            stager.start(stage(operand, turn), operand, headers[turn], sequences);
+            if (stage(gate, turn)) stager.start(stage(gate, turn), gate, headers[turn], sequences);
+        }
+        copy_async_commit();
     }
 
     // Rows of both transforms: to the frequency domain, the sums, and back.
-    DEVICE void transform_rows(const TileSequences& sequences) const {
-        InnerConstants constants;
-        constants.load(tables.inner, lane);
-#pragma unroll 1
-        for (int row = block_warp; row < T::kRows; row += Plan::kWarps) {
-            const int owner = 2 * (T::kMaxPairs == 1 ? 0 : row >> params.log_radix);
+    DEVICE void transform_rows(const TileSequences& sequences, Sums& sums) const {
+        const InnerTables constants{tables.inner, lane};
+#pragma unroll(Plan::kRegisterSums ? Plan::kRowsPerWarp : 1)
+        for (int i = 0; i < Plan::kRowsPerWarp; i++) {
+            const int row = block_warp + i * Plan::kWarps, owner = 2 * (T::kMaxPairs == 1 ? 0 : row >> params.log_radix);
             const int64_t channel = shuffle(sequences.channel, owner);
-            RowFragment twiddle, spectrum, g, e;
-            twiddle.load_twiddles(twiddles(row), lane);
+            RowFragment twiddle = tables.row_twiddles(row & (radix - 1), lane), spectrum, x[2];
+            RowFragment &g = x[0], &e = x[1];
+            float4(&sum)[4] = sums[Plan::kRegisterSums ? i : 0];
+            if constexpr (!Plan::kRegisterSums) load_sums(sum, row);
+            g.load(row_words(rows_g, row), lane), e.load(row_words(rows_e, row), lane);
+            g = g * twiddle, e = e * twiddle;
+            inner_transform(x, constants);
             spectrum.load_spectrum(reinterpret_cast<const uint4*>(params.spectrum) + (channel * radix + (row & (radix - 1))) * 64, lane);
-            // From the L2 cache the sums take their time.
-            float4* const row_sums = sums + row * 128 + lane;
-            float4 early[4];
-            if (!Plan::kSharedSums)
-                for (int i = 0; i < 4; i++) early[i] = row_sums[32 * i];
-            g.load(row_words(rows_g, row), lane);
-            g = inner_transform(g * twiddle, constants);
-            e.load(row_words(rows_e, row), lane);
-            e = inner_transform(e * twiddle, constants);
             const float* up = reinterpret_cast<const float*>(exchange);
             // The second sequence's scale is the same unless it is not finite.
             const float weight = up[owner] * up[32 + owner] + 0.f * (up[owner + 1] * up[32 + owner + 1]);
-            for (int i = 0; i < 4; i++) {
-                float4 sum = Plan::kSharedSums ? row_sums[32 * i] : early[i];
-                accumulate(sum, g.value[i / 2][i % 2], e.value[i / 2][i % 2], weight);
-                row_sums[32 * i] = sum;
+#pragma unroll
+            for (int j = 0; j < 4; j++) accumulate(sum[j], g.value[j / 2][j % 2], e.value[j / 2][j % 2], weight);
+            if constexpr (!Plan::kRegisterSums) store_sums(sum, row);
+            e = product_of_conjugate(e, spectrum);
+            if (params.grad_post_gate.data) {
+                g = conjugate_product(g, spectrum);
+                inner_transform(x, constants);
+            } else {
+                e = inner_transform(e, constants);
             }
-            if (params.grad_post_gate.data) (inner_transform(conjugate_product(g, spectrum), constants) * twiddle).store(row_words(rows_g, row), lane);
-            (inner_transform(product_of_conjugate(e, spectrum), constants) * twiddle).store(row_words(rows_e, row), lane);
+            // Read again rather than kept: registers are scarce.
+            twiddle = tables.row_twiddles(row & (radix - 1), lane);
+            if (params.grad_post_gate.data) (g * twiddle).store(row_words(rows_g, row), lane);
+            (e * twiddle).store(row_words(rows_e, row), lane);
         }
     }
 
-    // grad_post_gate from the first group, grad_u and grad_pre_gate from the second: each is the group's result times another input, which the
-    // L2 cache still holds. Loads go out in batches before their stores.
-    template <bool kAligned>
-    DEVICE void store_gradients(const OuterResult<T>& result, const TileSequences& sequences, float scale) const {
-        constexpr int kBatch = 2;
-        const bool has_factor = group == 0 || params.pre_gate.data;
-        const fft_conv_tensor& factors = group == 0 ? params.grad_output : has_factor ? params.pre_gate : params.u;
-        const fft_conv_tensor& outputs = group == 0 ? params.grad_post_gate : params.grad_u;
-        const bool second_output = group == 1 && params.pre_gate.data;
-        const int column = outer_column(warp, lane);
+    DEVICE void load_sums(float4 (&sum)[4], int row) const {
+        for (int j = 0; j < 4; j++) sum[j] = scratch[(row * 4 + j) * 32 + lane];
+    }
+    DEVICE void store_sums(const float4 (&sum)[4], int row) const {
+        for (int j = 0; j < 4; j++) scratch[(row * 4 + j) * 32 + lane] = sum[j];
+    }
+
+    DEVICE void clear_sums(Sums& sums) const {
+        for (auto& row : sums)
+            for (float4& sum : row) sum = make_float4(0.f, 0.f, 0.f, 0.f);
+        if constexpr (!Plan::kRegisterSums)
+            for (int row = block_warp; row < T::kRows; row += Plan::kWarps) store_sums(sums[0], row);
+    }
+
+    // grad_post_gate from the first group, grad_u and grad_pre_gate from the second: each is the group's result times another input.
+    template <bool kRegular, class Source>
+    DEVICE void store_gradients(const OuterResult<T>& result, const TileHeader& header, const TileSequences& sequences, float scale, const Source& factor,
+                                const Source& input) const {
+        const int column = outer_column(warp, lane), slot = lane % 4;
+        const TensorIndex index = group == 0 ? kGradPostGate : kGradU;
+        const bool has_second = group == 1 && params.grad_pre_gate.data;
 #pragma unroll
         for (int c = 0; c < 2; c++) {
-            GlobalSequence<const Element, kAligned> factor(factors, params, sequences, c), input(params.u, params, sequences, c);
-            GlobalSequence<Element, kAligned> output(outputs, params, sequences, c), output_pre(params.grad_pre_gate, params, sequences, c);
+            if (kRegular && c == 1 && !header.second) break;
+            GradientRow<kRegular> first(*this, index, header, sequences, slot, column, c), second(*this, kGradPreGate, header, sequences, slot, column, c);
             float undo = shuffle(scale, c) * (c == 0 ? 1.f : -1.f);
 #pragma unroll
-            for (int first = 0; first < OuterResult<T>::kTiles; first += kBatch) {
-                Pair factor_values[kBatch][2], input_values[kBatch][2];
-#pragma unroll
-                for (int i = 0; i < kBatch; i++) {
-                    const int slot = OuterResult<T>::slot(first + i, warp, lane);
-                    if (T::kMaxPairs > 1) {
-                        const int owner = 2 * slots.pair(slot) + c;
-                        factor = {factors, params, sequences, owner}, input = {params.u, params, sequences, owner};
-                    }
-#pragma unroll
-                    for (int half = 0; half < 2; half++) factor_values[i][half] = factor.load(slots.position(slot) + column + 128 * half);
-                    if (second_output)
-#pragma unroll
-                        for (int half = 0; half < 2; half++) input_values[i][half] = input.load(slots.position(slot) + column + 128 * half);
+            for (int n = 0; n < OuterResult<T>::kTiles; n++) {
+                if (T::kMaxPairs > 1 && n > 0) {
+                    first = {*this, index, header, sequences, slot + 4 * n, column, c};
+                    second = {*this, kGradPreGate, header, sequences, slot + 4 * n, column, c};
                 }
+                if (T::kMaxPairs > 1) undo = shuffle(scale, 2 * slots.pair(slot + 4 * n) + c) * (c == 0 ? 1.f : -1.f);
 #pragma unroll
-                for (int i = 0; i < kBatch; i++) {
-                    const int n = first + i, slot = OuterResult<T>::slot(n, warp, lane);
-                    if (T::kMaxPairs > 1) {
-                        const int owner = 2 * slots.pair(slot) + c;
-                        output = {outputs, params, sequences, owner}, output_pre = {params.grad_pre_gate, params, sequences, owner};
-                        undo = shuffle(scale, owner) * (c == 0 ? 1.f : -1.f);
-                    }
-#pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        const int position = slots.position(slot) + column + 128 * half;
-                        const float y0 = result.value[n][0][2 * half + c] * undo, y1 = result.value[n][1][2 * half + c] * undo;
-                        const Pair f = has_factor ? factor_values[i][half] : Pair{1.f, 1.f}, v = input_values[i][half];
-                        output.store(position, y0 * f.x, y1 * f.y);
-                        if (second_output) output_pre.store(position, y0 * v.x, y1 * v.y);
+                for (int half = 0; half < 2; half++) {
+                    const int at = column + 128 * half, offset = (T::kMaxPairs == 1 ? 4 * n * kColumns : 0) + 128 * half;
+                    Pair y = result.columns(n, half, c);
+                    y = {y.x * undo, y.y * undo};
+                    const Pair f = factor ? factor.load(c, slot + 4 * n, at) : Pair{1.f, 1.f};
+                    first.store(offset, y.x * f.x, y.y * f.y);
+                    if (has_second) {
+                        const Pair v = input.load(c, slot + 4 * n, at);
+                        second.store(offset, y.x * v.x, y.y * v.y);
                     }
                 }
             }
         }
+    }
+
+    // Where one sequence's gradient goes, from a column of a slot on.
+    template <bool kRegular>
+    struct GradientRow {
+        Element* to;
+        int left;       // elements to the end; none if there is no such sequence
+        int aligned;
+
+        DEVICE GradientRow(const Backward& pass, TensorIndex index, const TileHeader& header, const TileSequences& sequences, int slot, int column, int c) {
+            const fft_conv_tensor& tensor = (&pass.params.u)[index];
+            const int position = pass.slots.position(slot) + column, pair = pass.slots.pair(slot);
+            aligned = pass.params.pair_aligned, left = pass.params.length - position;
+            if constexpr (kRegular) {
+                to = reinterpret_cast<Element*>(header.first[index] + (T::kMaxPairs == 1 ? 0 : pair * header.pair_stride[index])) + c * tensor.batch_stride + position;
+            } else {
+                to = sequences.address<Element>(tensor, 2 * pair + c) + position;
+                if (!shuffle(int(sequences.valid), 2 * pair + c)) left = 0;
+            }
+        }
+
+        DEVICE void store(int at, float x, float y) const {
+            if constexpr (kRegular) {
+                narrow_two_if(at < left, to + at, x, y);
+            } else {
+                store_global(to, at, left, aligned, x, y);
+            }
+        }
+    };
+
+    DEVICE void store_gradients(const OuterResult<T>& result, const TileHeader& header, const TileSequences& sequences, float scale, int turn) const {
+        const TensorIndex factor = group == 0 ? kGradOutput : kPreGate;
+        if constexpr (Plan::kStaged) {
+            if (header.regular)
+                store_gradients<true>(result, header, sequences, scale, stage(factor, turn), stage(kU, turn));
+            else
+                store_gradients<false>(result, header, sequences, scale, stage(factor, turn), stage(kU, turn));
+        } else if (params.pair_aligned) {
+            store_gradients_from_memory<true>(result, header, sequences, scale, (&params.u)[factor]);
+        } else {
+            store_gradients_from_memory<false>(result, header, sequences, scale, (&params.u)[factor]);
+        }
+    }
+
+    template <bool kAligned>
+    DEVICE void store_gradients_from_memory(const OuterResult<T>& result, const TileHeader& header, const TileSequences& sequences, float scale,
+                                            const fft_conv_tensor& factor) const {
+        using Source = DirectSource<T, kAligned>;
+        store_gradients<false>(result, header, sequences, scale, Source(factor, params, sequences, slots), Source(params.u, params, sequences, slots));
     }
 
     // From the sums of a unit to the gradient of its taps. Half transforms give the taps of the second half by the shift theorem: the signs of
     // odd frequencies change, which are those of odd rows.
-    DEVICE void store_filter_gradient(int unit) const {
+    DEVICE void store_filter_gradient(int unit, Sums& sums) const {
         block_barrier();
         if (block_warp == 0) exchange[lane] = 0;
         block_barrier();
-        for (int row = block_warp; row < T::kRows; row += Plan::kWarps) {
+#pragma unroll(Plan::kRegisterSums ? Plan::kRowsPerWarp : 1)
+        for (int i = 0; i < Plan::kRowsPerWarp; i++) {
+            const int row = block_warp + i * Plan::kWarps;
+            float4(&sum)[4] = sums[Plan::kRegisterSums ? i : 0];
+            if constexpr (!Plan::kRegisterSums) load_sums(sum, row);
             u32 largest = 0;
-            for (int i = 0; i < 4; i++) {
-                const float4 v = sums[(row * 4 + i) * 32 + lane];
+            for (const float4& v : sum)
                 for (float x : {v.x, v.y, v.z, v.w}) {
                     const u32 bits = bits_from_float(x) & 0x7fffffffu;
                     largest = bits > largest ? bits : largest;
                 }
-            }
             largest = warp_maximum(largest);
             if (lane == 0) atomic_maximum(exchange + (row >> params.log_radix), largest);
         }
         block_barrier();
-        InnerConstants constants;
-        constants.load(tables.inner, lane);
-        for (int row = block_warp; row < T::kRows; row += Plan::kWarps) {
+        const InnerTables constants{tables.inner, lane};
+#pragma unroll(Plan::kRegisterSums ? Plan::kRowsPerWarp : 1)
+        for (int i = 0; i < Plan::kRowsPerWarp; i++) {
             // Sums that are not finite go in as zeros, not to reach the other pairs of the tile, and come out as NaN by their scale.
+            const int row = block_warp + i * Plan::kWarps;
+            float4(&sum)[4] = sums[Plan::kRegisterSums ? i : 0];
+            if constexpr (!Plan::kRegisterSums) load_sums(sum, row);
             const float divisor = scale_of_sums(row >> params.log_radix);
             const bool finite = divisor == divisor;
             const float scale = finite ? 1.f / divisor : 0.f;
-            RowFragment twiddle, sum;
-            twiddle.load_twiddles(twiddles(row), lane);
-            for (int i = 0; i < 4; i++) {
-                const float4 v = finite ? sums[(row * 4 + i) * 32 + lane] : make_float4(0.f, 0.f, 0.f, 0.f);
-                sum.value[i / 2][i % 2] = {pack(v.x * scale, v.z * scale), pack(-v.y * scale, -v.w * scale)};
+            RowFragment x;
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const float4 v = finite ? sum[j] : make_float4(0.f, 0.f, 0.f, 0.f);
+                x.value[j / 2][j % 2] = {pack(v.x * scale, v.z * scale), pack(-v.y * scale, -v.w * scale)};
             }
-            sum = inner_transform(sum, constants) * twiddle;
-            sum.store(row_words(rows_g, row), lane);
-            if (T::kSlots < T::kRows) {
+            x = inner_transform(x, constants) * tables.row_twiddles(row & (radix - 1), lane);
+            x.store(row_words(rows_g, row), lane);
+            if (T::kHalf) {
                 if (row % 2 == 1)
-                    for (int i = 0; i < 4; i++) sum.value[i / 2][i % 2] = {negate2(sum.value[i / 2][i % 2].re), negate2(sum.value[i / 2][i % 2].im)};
-                sum.store(row_words(rows_e, row), lane);
+                    for (int j = 0; j < 4; j++) x.value[j / 2][j % 2] = {negate2(x.value[j / 2][j % 2].re), negate2(x.value[j / 2][j % 2].im)};
+                x.store(row_words(rows_e, row), lane);
             }
         }
         block_barrier();
-        if (T::kSlots == T::kRows && group == 1) return;
+        if (!T::kHalf && group == 1) return;
         OuterResult<T> result;
-        result.transform(group == 0 ? rows_g : rows_e, tables.outer_inverse, warp, lane);
+        result.add(group == 0 ? rows_g : rows_e, tables.outer_inverse, 0, warp, lane);
         const int column = outer_column(warp, lane), offset = group * (params.fft_size / 2), split = params.splits.remainder(unit);
         for (int n = 0; n < OuterResult<T>::kTiles; n++) {
-            const int slot = OuterResult<T>::slot(n, warp, lane), pair = slots.pair(slot), channel = units.channel(params, unit, pair);
+            const int slot = 4 * n + lane % 4, pair = slots.pair(slot), channel = units.channel(params, unit, pair);
             if (channel >= params.channels) continue;
             const int partial = (split << params.log_sharing) + (pair & ((1 << params.log_sharing) - 1));
             float* taps = params.grad_filter + (int64_t(partial) * params.channels + channel) * params.fft_size + slots.position(slot) + offset;
             const float factor = scale_of_sums(pair) * square_root(float(params.fft_size));
-            for (int half = 0; half < 2; half++)
-                narrow_two(taps + column + 128 * half, result.value[n][0][2 * half] * factor, result.value[n][1][2 * half] * factor);
+            for (int half = 0; half < 2; half++) {
+                const Pair y = result.columns(n, half, 0);
+                narrow_two(taps + column + 128 * half, y.x * factor, y.y * factor);
+            }
         }
     }
 
@@ -265,48 +323,55 @@ struct Backward {
         return exponent == 255 ? float_from_bits(0x7fc00000u) : power_of_two(exponent < 2 ? -125 : exponent - 127);
     }
 
+    DEVICE void fill_header(int unit, int tile, int turn) const {
+        if (warp == 0) headers[turn].fill<Element>(params, units.regular(params, unit, tile));
+    }
+
     DEVICE void run() const {
-        int unit = block_index(), tile = 0;
-        TileSequences sequences = units.sequences(params, unit, 0, lane);
+        int turn = 0;
+        fill_header(block_index(), 0, turn);
+        copy_async_wait<0>();
         block_barrier();
-        if (Plan::kPrefetched) start_inputs(sequences, unit < units.count);
-        for (; unit < units.count; unit += block_count()) {
-            clear_sums();
+        if (Plan::kStaged) start_inputs(units.sequences(params, block_index(), 0, lane), turn, block_index() < units.count);
+        Sums sums;
+        for (int unit = block_index(); unit < units.count; unit += block_count()) {
+            clear_sums(sums);
             const int tiles = units.tiles(params, unit);
-            for (tile = 0; tile < tiles; tile++) {
-                const TileSequences current = sequences;
-                if (!Plan::kPrefetched) {
-                    block_barrier();
-                    start_inputs(current, true);
-                }
+            for (int tile = 0; tile < tiles; tile++, turn ^= 1) {
                 copy_async_wait<0>();
                 block_barrier();
+                const bool last = tile + 1 == tiles;
+                const int next_unit = last ? unit + block_count() : unit, next_tile = last ? 0 : tile + 1;
+                fill_header(next_unit, next_tile, turn ^ 1);
+                const TileSequences sequences = units.sequences(params, unit, tile, lane);
+                if (Plan::kOverlaid) {
+                    start_inputs(sequences, turn, true);
+                    copy_async_wait<0>();
+                    block_barrier();
+                }
                 SequenceScales<T> scales{energies, slots, group, warp, lane};
                 u32 x[T::kSlots / 4][4];
-                if constexpr (Plan::kStaged)
-                    scales.template pack_scaled<true>(x, operand_stage(), gate_stage(), current.valid);
+                if constexpr (Plan::kStaged || Plan::kOverlaid)
+                    scales.template pack_scaled<true>(x, stage(group == 0 ? kU : kGradOutput, turn), stage(group == 0 ? kPreGate : kPostGate, turn), sequences.valid);
                 else
-                    scales.template pack_direct<true>(x, operand(), gate(), params, current);
+                    scales.template pack_direct<true>(x, group == 0 ? params.u : params.grad_output, group == 0 ? params.pre_gate : params.post_gate, params, sequences);
                 if (warp == 0) exchange[32 * group + lane] = bits_from_float(scales.up);
 
-                // Every thread of the group has read the group's inputs: the next tile's may come.
-                const bool last = tile + 1 == tiles;
-                const int next_unit = last ? unit + block_count() : unit;
-                sequences = units.sequences(params, next_unit, last ? 0 : tile + 1, lane);
-                if (Plan::kPrefetched) start_inputs(sequences, next_unit < units.count);
-                if (!Plan::kPrefetched) block_barrier();
+                // Every thread of the group has read the group's inputs, and the stages of the tile before are free: the next tile's may come.
+                if (Plan::kStaged) start_inputs(units.sequences(params, next_unit, next_tile, lane), turn ^ 1, next_unit < units.count);
+                if (Plan::kOverlaid) block_barrier();
 
-                outer_forward<T>(x, group == 0 ? rows_g : rows_e, tables.outer, warp, lane);
+                outer_forward<T>(x, group == 0 ? rows_g : rows_e, tables.outer, 0, warp, lane);
                 block_barrier();
-                transform_rows(current);
+                transform_rows(sequences, sums);
                 block_barrier();
                 if (group == 0 && !params.grad_post_gate.data) continue;
                 OuterResult<T> result;
-                result.transform(group == 0 ? rows_g : rows_e, tables.outer_inverse, warp, lane);
-                const float scale = current.valid ? params.spectrum_scale[current.channel] * scales.up : 0.f;
-                params.pair_aligned ? store_gradients<true>(result, current, scale) : store_gradients<false>(result, current, scale);
+                result.add(group == 0 ? rows_g : rows_e, tables.outer_inverse, 0, warp, lane);
+                const float scale = sequences.valid ? params.spectrum_scale[sequences.channel] * scales.up : 0.f;
+                store_gradients(result, headers[turn], sequences, scale, turn);
             }
-            store_filter_gradient(unit);
+            store_filter_gradient(unit, sums);
         }
     }
 };

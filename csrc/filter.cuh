@@ -7,7 +7,7 @@
 
 template <class T>
 struct FilterPlan {
-    static constexpr int kSharedBytes = Tables<T>::kSharedBytes + T::kRowBytes + T::kGroups * T::kEnergyBytes;
+    static constexpr int kSharedBytes = Tables<T, false>::kSharedBytes + T::kRowBytes + T::kEnergyBytes;
 };
 
 struct FilterParams : fft_conv_filter_params {
@@ -40,14 +40,15 @@ struct TapSource {
 
 template <class T>
 DEVICE void filter_tiles(const FilterParams& params) {
-    const int warp = thread_index() / 32, lane = thread_index() % 32, group = T::kGroups == 1 ? 0 : warp / 8;
-    const Tables<T> tables(params.tables, shared_memory());
-    char* const memory = shared_memory() + Tables<T>::kSharedBytes;
+    const int warp = thread_index() / 32, lane = thread_index() % 32;
+    const Tables<T, false> tables(params.tables, shared_memory(), 1 << params.log_radix);
+    char* const memory = shared_memory() + Tables<T, false>::kSharedBytes;
     uint4* rows = reinterpret_cast<uint4*>(memory);
     const int radix = 1 << params.log_radix, channels_per_tile = T::kRows >> params.log_radix;
     const SlotMap<T> slots{params.log_radix};
-    SequenceScales<T> scales{reinterpret_cast<float*>(memory + T::kRowBytes + group * T::kEnergyBytes), slots, group, warp % 8, lane};
+    SequenceScales<T> scales{reinterpret_cast<float*>(memory + T::kRowBytes), slots, 0, warp, lane};
 
+    copy_async_wait<0>();
     block_barrier();
     for (int tile = block_index(); tile * channels_per_tile < params.channels; tile += block_count()) {
         int channel = tile * channels_per_tile + lane / 2;
@@ -55,18 +56,16 @@ DEVICE void filter_tiles(const FilterParams& params) {
         u32 x[T::kSlots / 4][4];
         const bool used = channel >= 0 && lane % 2 == 0;
         scales.template pack_scaled<false>(x, TapSource<T>{params, slots, channel, true}, TapSource<T>{params, slots, channel, false}, used);
-        outer_forward<T>(x, rows, tables.outer, warp, lane);
-        InnerConstants constants;
-        constants.load(tables.inner, lane);
+        outer_forward<T>(x, rows, tables.outer, 0, warp, lane);
+        const InnerConstants constants(InnerTables{tables.inner, lane});
         block_barrier();
 #pragma unroll 1
         for (int row = warp; row < T::kRows; row += T::kWarps) {
             const int64_t owner = shuffle(channel, 2 * (row >> params.log_radix));
             const int k1 = row & (radix - 1);
-            RowFragment value, twiddle;
-            twiddle.load_twiddles(tables.twiddle + k1 * 64, lane);
+            RowFragment value;
             value.load(rows + row * (kRowPitch / 4), lane);
-            value = inner_transform(value * twiddle, constants);
+            value = inner_transform(value * tables.row_twiddles(k1, lane), constants);
             if (owner >= 0) value.store(reinterpret_cast<uint4*>(params.spectrum) + (owner * radix + k1) * 64, lane);
         }
         if (warp == 0 && used) params.scale[channel] = scales.up * square_root(float(params.fft_size));

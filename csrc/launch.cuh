@@ -5,8 +5,8 @@
 #include "launch.h"
 
 template <class T>
-__global__ void __launch_bounds__(T::kThreads, ForwardPlan<T>::kBlocks) forward_kernel(const __grid_constant__ LaunchParams params) {
-    forward_tiles<T>(params);
+__global__ void __launch_bounds__(ForwardPlan<T>::kThreads, 1) forward_kernel(const __grid_constant__ LaunchParams params) {
+    Forward<T>(params).run();
 }
 
 template <class T>
@@ -14,18 +14,18 @@ __global__ void __launch_bounds__(BackwardPlan<T>::kThreads, 1) backward_kernel(
     Backward<T>(params).run();
 }
 
-// Blocks for a persistent grid: every multiprocessor full, or one block a tile where there are fewer.
-inline int grid_size(int64_t tiles, int blocks_per_processor, int* error) {
+// Blocks for a persistent grid: one on every multiprocessor, or as many as there is work for.
+inline int grid_size(int64_t work, int* error) {
     int device = 0, processors = 0;
     *error = cudaGetDevice(&device);
     if (*error == 0) *error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    return int(std::min<int64_t>(processors, (tiles + blocks_per_processor - 1) / blocks_per_processor)) * blocks_per_processor;
+    return int(std::min<int64_t>(processors, work));
 }
 
 template <class Params>
-int launch(void (*kernel)(Params), int64_t tiles, int blocks_per_processor, int threads, int shared_bytes, const Params& params, void* stream) {
+int launch(void (*kernel)(Params), int64_t work, int threads, int shared_bytes, const Params& params, void* stream) {
     int error = 0;
-    const int grid = grid_size(tiles, blocks_per_processor, &error);
+    const int grid = grid_size(work, &error);
     if (error == 0) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error == 0) kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
     const int launch_error = cudaGetLastError();
@@ -35,14 +35,14 @@ int launch(void (*kernel)(Params), int64_t tiles, int blocks_per_processor, int 
 template <class T>
 int Launcher<T>::forward(const LaunchParams& params, void* stream) {
     using Plan = ForwardPlan<T>;
-    return launch(forward_kernel<T>, tile_count<T>(params), Plan::kBlocks, T::kThreads, Plan::kSharedBytes, params, stream);
+    return launch(forward_kernel<T>, tile_count<T>(params), Plan::kThreads, Plan::kSharedBytes, params, stream);
 }
 
 template <class T>
 int Launcher<T>::backward(const LaunchParams& params, void* stream) {
     using B = BackwardTile<T>;
     using Plan = BackwardPlan<B>;
-    return launch(backward_kernel<B>, std::min(BackwardUnits<B>(params).count, kMaximumBackwardBlocks), 1, Plan::kThreads, Plan::kSharedBytes, params, stream);
+    return launch(backward_kernel<B>, std::min(BackwardUnits<B>(params).count, kMaximumBackwardBlocks), Plan::kThreads, Plan::kSharedBytes, params, stream);
 }
 
 #define INSTANTIATE_TILES(...)                        \

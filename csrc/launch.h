@@ -6,15 +6,15 @@
 #include "filter.cuh"
 #include "forward.cuh"
 
-// The tile of a backward pass: one group of warps covers its outer stage.
+// The tile of a backward pass, which works on all rows at a time.
 template <class T>
-using BackwardTile = Tile<typename T::Element, T::kRows, (T::kSlots < T::kRows), T::kMaxPairs, 1>;
+using BackwardTile = Tile<typename T::Element, T::kAllRows, T::kHalf, T::kMaxPairs>;
 
 template <class T>
 struct Launcher {
     static int forward(const LaunchParams& params, void* stream);
     static int backward(const LaunchParams& params, void* stream);
-    static constexpr int kSumBytes = BackwardPlan<BackwardTile<T>>::kSharedSums ? 0 : BackwardPlan<BackwardTile<T>>::kSumBytes;
+    static constexpr int kSumBytes = BackwardPlan<BackwardTile<T>>::kSumBytes;
 };
 
 // Filters are always transformed in full and in single precision.
@@ -45,7 +45,7 @@ int with_rows(int radix, Function function) {
     if (radix == 32) return function(Tile<Element, 32, kHalf, 1>{});
     // A full transform of this size leaves no room for its inputs.
     if constexpr (kHalf)
-        if (radix == 64) return function(Tile<Element, 64, kHalf, 1>{});
+        if (radix == 64) return function(Tile<Element, 32, kHalf, 1, 2>{});
     return kUnsupported;
 }
 

@@ -19,14 +19,17 @@ DEVICE int block_index() { return blockIdx.x; }
 DEVICE int block_count() { return gridDim.x; }
 DEVICE int block_size() { return blockDim.x; }
 DEVICE void block_barrier() { __syncthreads(); }
-// For the 256 threads of one group of eight warps; a block has one or two.
+// Barriers beside the block's, by number from 1 on. Threads that only arrive do not wait for the others.
+template <int kThreads>
+DEVICE void named_barrier(int number) { asm volatile("bar.sync %0, %1;" :: "r"(number), "n"(kThreads) : "memory"); }
+template <int kThreads>
+DEVICE void named_barrier_arrive(int number) { asm volatile("bar.arrive %0, %1;" :: "r"(number), "n"(kThreads) : "memory"); }
+// For the 256 threads of one group of eight warps.
 DEVICE void group_barrier(int group) {
     if (block_size() == 256)
         __syncthreads();
-    else if (group == 0)
-        asm volatile("bar.sync 1, 256;" ::: "memory");
     else
-        asm volatile("bar.sync 2, 256;" ::: "memory");
+        named_barrier<256>(1 + group);
 }
 DEVICE char* shared_memory() {
     extern __shared__ __align__(128) char memory[];
@@ -48,6 +51,13 @@ DEVICE u32 join_high(u32 a, u32 b) { return __byte_perm(a, b, 0x7632); }
 DEVICE void matrix_multiply_add(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// The same with sums in half precision, which come out packed: the fragment of a next product. Its one more rounding, of the sum so far where
+// products are chained, costs less than the packing would.
+DEVICE void matrix_multiply_add(u32 (&d)[2], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0,%1}, {%2,%3,%4,%5}, {%6,%7}, {%0,%1};"
+        : "+r"(d[0]), "+r"(d[1]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 template <class X>
@@ -101,6 +111,8 @@ DEVICE float square_root(float x) { return sqrtf(x); }
 DEVICE float power_of_two(int exponent) { return __uint_as_float(u32(exponent + 127) << 23); }
 
 struct Pair { float x, y; };
+template <bool kFirst, class A, class B> struct Choose { using type = A; };
+template <class A, class B> struct Choose<false, A, B> { using type = B; };
 template <class X> struct RemoveConst { using type = X; };
 template <class X> struct RemoveConst<const X> { using type = X; };
 template <class Element> struct PairWord { using type = u32; };
@@ -127,7 +139,23 @@ DEVICE float widen_one(float x) { return x; }
 DEVICE void narrow_one(bfloat16* p, float x) { *p = __float2bfloat16_rn(x); }
 DEVICE void narrow_one(float16* p, float x) { *p = __float2half_rn(x); }
 DEVICE void narrow_one(float* p, float x) { *p = x; }
-DEVICE void narrow_two(bfloat16* p, float x, float y) { *reinterpret_cast<__nv_bfloat162*>(p) = __floats2bfloat162_rn(x, y); }
-DEVICE void narrow_two(float16* p, float x, float y) { *reinterpret_cast<__half2*>(p) = __floats2half2_rn(x, y); }
-DEVICE void narrow_two(float* p, float x, float y) { *reinterpret_cast<float2*>(p) = make_float2(x, y); }
+// The same by a predicated instruction, without a branch around what was computed for it.
+DEVICE void store_if(bool really, u32* p, u32 x) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.u32 [%1], %2; }" :: "r"(u32(really)), "l"(p), "r"(x) : "memory");
+}
+DEVICE void store_if(bool really, uint2* p, uint2 x) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.v2.u32 [%1], {%2,%3}; }" :: "r"(u32(really)), "l"(p), "r"(x.x), "r"(x.y) : "memory");
+}
+DEVICE u32 narrow(const bfloat16*, float x, float y) {
+    const __nv_bfloat162 v = __floats2bfloat162_rn(x, y);
+    return *reinterpret_cast<const u32*>(&v);
+}
+DEVICE u32 narrow(const float16*, float x, float y) { return pack(x, y); }
+DEVICE uint2 narrow(const float*, float x, float y) { return make_uint2(__float_as_uint(x), __float_as_uint(y)); }
+template <class Element>
+DEVICE void narrow_two(Element* p, float x, float y) { *reinterpret_cast<typename PairWord<Element>::type*>(p) = narrow(p, x, y); }
+template <class Element>
+DEVICE void narrow_two_if(bool really, Element* p, float x, float y) {
+    store_if(really, reinterpret_cast<typename PairWord<Element>::type*>(p), narrow(p, x, y));
+}
 #endif

@@ -10,16 +10,17 @@ constexpr int kColumns = 256;       // points of the inner transform, done by on
 constexpr int kRowPitch = 260;      // words between rows in shared memory: a 16-byte unit beyond the row, against bank conflicts
 constexpr int kSharedLimit = 232448;
 
-template <typename Element_, int kRows_, bool kHalf_, int kMaxPairs_, int kGroups_ = (kRows_ > 32 ? 2 : 1)>
+template <typename Element_, int kRows_, bool kHalf_, int kMaxPairs_, int kParts_ = 1>
 struct Tile {
     using Element = Element_;
     static constexpr int kRows = kRows_;
-    static constexpr int kSlots = kHalf_ ? kRows / 2 : kRows;    // rows of 256 positions that are read and written
-    static constexpr int kGroups = kGroups_;                     // groups of eight warps that share the outer stage; each covers all 256 columns
-    static constexpr int kWarps = 8 * kGroups;
-    static constexpr int kThreads = 32 * kWarps;
+    static constexpr int kParts = kParts_;                       // the rows of a transform are worked on in so many parts of kRows each
+    static constexpr int kAllRows = kRows * kParts;
+    static constexpr int kSlots = kHalf_ ? kAllRows / 2 : kAllRows;     // rows of 256 positions that are read and written
+    static constexpr bool kHalf = kHalf_;
+    static constexpr int kWarps = 8, kThreads = 256;             // a group of eight warps covers the 256 columns
     static constexpr int kMaxPairs = kMaxPairs_;                 // one, or sixteen: the lanes of a warp know the sequences of a tile
-    static constexpr int kSegment = kColumns * int(sizeof(Element)) + 32;
+    static constexpr int kSegment = kColumns * int(sizeof(Element));
     static constexpr int kStageBytes = 2 * kSlots * kSegment;    // one tensor of a tile
     static constexpr int kRowBytes = kRows * kRowPitch * 4;
     static constexpr int kEnergyBytes = 2 * kMaxPairs * 8 * 4;   // partial energies of the sequences
@@ -40,6 +41,7 @@ struct Divider {
 struct LaunchParams : fft_conv_params {
     int alignment;      // bytes that every row of every input is aligned to: 16, 4 or 2
     int pair_aligned;   // whether two neighbouring elements of every tensor may be moved as one word
+    int whole_units;    // whether all rows of the inputs consist of aligned 16-byte units, and pair_aligned
     int log_radix;
     Divider pairs;      // pairs of sequences in a channel
     // Backward: 2^log_sharing pairs of a channel share a tile, and a channel's tiles are dealt to splits blocks.
@@ -50,23 +52,19 @@ struct LaunchParams : fft_conv_params {
 // The first of the four columns a, a + 1, a + 128, a + 129 that a lane of the outer stage holds.
 DEVICE int outer_column(int warp, int lane) { return 2 * (warp % 8 * 8 + lane / 4); }
 
-// Which part of the work a block does: tiles first, first + step, ... below last. Blocks that probably share a multiprocessor
-// take turns in one range, so that they read the same filter spectra.
+// The tiles of a block: neighbours, which share filter spectra.
 struct WorkRange {
-    int first, last, step;
+    int first, last;
 };
 
-DEVICE WorkRange work_range(int tiles, int blocks_per_processor) {
-    const int processors = block_count() / blocks_per_processor;
-    const int processor = block_index() % processors, turn = block_index() / processors;
-    const int64_t begin = int64_t(tiles) * processor / processors, end = int64_t(tiles) * (processor + 1) / processors;
-    return {int(begin) + turn, int(end), blocks_per_processor};
+DEVICE WorkRange work_range(int tiles) {
+    return {int(int64_t(tiles) * block_index() / block_count()), int(int64_t(tiles) * (block_index() + 1) / block_count())};
 }
 
 // Pairs run over the batch first, then over the channels; a tile holds consecutive ones.
 template <class T>
 HOST_DEVICE int tile_count(const LaunchParams& params) {
-    const int pairs = (params.batch + 1) / 2 * params.channels, per_tile = T::kRows >> params.log_radix;
+    const int pairs = (params.batch + 1) / 2 * params.channels, per_tile = T::kAllRows >> params.log_radix;
     return (pairs + per_tile - 1) / per_tile;
 }
 
@@ -86,16 +84,52 @@ struct TileSequences {
         if (!valid) this->row = this->channel = 0;
     }
 
-    // Whether all sequences of the tile exist.
-    template <class T>
-    DEVICE bool complete(int log_slots_per_pair) const {
-        return !warp_any(int(thread_index() % 32) < T::kSlots >> log_slots_per_pair << 1 && !valid);
-    }
-
     // Where a tensor keeps the sequence that lane `owner` knows.
     template <class Element>
     DEVICE Element* address(const fft_conv_tensor& tensor, int owner, int scale = 1) const {
         const int64_t offset = row * tensor.batch_stride + channel * tensor.channel_stride;
         return static_cast<Element*>(tensor.data) + shuffle(offset, owner) * scale;
+    }
+};
+
+// A tile whose sequences lie at equal distances in every tensor: sequence c of pair p is batch row `row + p row_step + c` of channel
+// `channel + p channel_step`.
+struct RegularSequences {
+    int row, channel, row_step, channel_step;
+    bool second;    // whether the second sequences of the pairs exist: all or none
+    bool regular;   // false: the tile is none of this kind
+
+    // Consecutive pairs, as in TileSequences.
+    template <class T>
+    DEVICE static RegularSequences consecutive(const LaunchParams& params, int first_pair) {
+        const int count = T::kMaxPairs == 1 ? 1 : T::kAllRows >> params.log_radix, in_channel = params.pairs.divisor;
+        const int channel = params.pairs.divide(first_pair), pair = first_pair - channel * in_channel;
+        const bool across = in_channel == 1;
+        const int last_pair = across ? 0 : pair + count - 1, last_channel = across ? channel + count - 1 : channel;
+        const bool second = 2 * last_pair + 1 < params.batch;
+        return {2 * pair, channel, across ? 0 : 2, across ? 1 : 0, second,
+                last_pair < in_channel && last_channel < params.channels && (second || across || count == 1)};
+    }
+};
+
+// The tensors of fft_conv_params in their order.
+enum TensorIndex { kU, kPreGate, kPostGate, kGradOutput, kOutput, kGradU, kGradPreGate, kGradPostGate, kTensors };
+
+// Where a tile of regular sequences lies in every tensor, worked out once by the lanes of one warp and read by all from shared memory.
+struct TileHeader {
+    char* first[kTensors];          // sequence 0 of pair 0
+    int64_t pair_stride[kTensors];  // bytes
+    int regular, second;
+
+    // All lanes of one warp.
+    template <class Element>
+    DEVICE void fill(const LaunchParams& params, const RegularSequences& sequences) {
+        const int lane = thread_index() % 32;
+        if (lane < kTensors) {
+            const fft_conv_tensor& tensor = (&params.u)[lane];
+            first[lane] = static_cast<char*>(tensor.data) + (sequences.row * tensor.batch_stride + sequences.channel * tensor.channel_stride) * int(sizeof(Element));
+            pair_stride[lane] = (sequences.row_step * tensor.batch_stride + sequences.channel_step * tensor.channel_stride) * int(sizeof(Element));
+        }
+        if (lane == 0) regular = sequences.regular && params.whole_units, second = sequences.second;
     }
 };

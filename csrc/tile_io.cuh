@@ -19,31 +19,33 @@ struct Stage {
     char* memory;
 
     DEVICE explicit operator bool() const { return memory; }
-    DEVICE char* segment(int sequence, int slot) const { return memory + (sequence * T::kSlots + slot) * T::kSegment; }
+    // The parts of a segment lie rotated by its number, so that the lanes of the outer stage, which read eight pairs from each of four segments,
+    // meet no bank twice.
+    DEVICE static int offset(int slot, int column) {
+        constexpr int kSize = int(sizeof(Element));
+        return slot * T::kSegment + ((column % 128 * kSize) ^ (slot % 4 * 16 * kSize)) + column / 128 * 128 * kSize;
+    }
+    DEVICE char* at(int sequence, int slot, int column) const { return memory + sequence * T::kSlots * T::kSegment + offset(slot, column); }
 
     // Two neighbouring elements.
     DEVICE Pair load(int sequence, int slot, int column) const {
         using Word = typename PairWord<Element>::type;
-        return widen(static_cast<const Element*>(nullptr), *reinterpret_cast<const Word*>(segment(sequence, slot) + column * int(sizeof(Element))));
+        return widen(static_cast<const Element*>(nullptr), *reinterpret_cast<const Word*>(at(sequence, slot, column)));
     }
 };
 
-// Brings tensors of a tile to shared memory; every thread copies, asynchronously where the alignment allows. A warp copies whole segments.
+// Brings tensors of a tile to shared memory; every thread of a team copies, asynchronously where the alignment allows. A warp copies whole
+// segments.
 template <class T>
 struct Stager {
     using Element = typename T::Element;
-    static constexpr int kSegmentBytes = kColumns * int(sizeof(Element));
-    const LaunchParams& params;
+        const LaunchParams& params;
     SlotMap<T> slots;
-    bool regular;   // rows are aligned to 16 bytes and every slot is full
 
-    DEVICE Stager(const LaunchParams& params, SlotMap<T> slots) : params(params), slots(slots) {
-        regular = params.alignment >= 16 && params.length == kColumns << slots.log_slots_per_pair;
-    }
-
-    DEVICE void start(Stage<T> stage, const fft_conv_tensor& tensor, const TileSequences& sequences) const {
-        if (regular && sequences.complete<T>(slots.log_slots_per_pair))
-            copy_whole(stage, tensor, sequences);
+    DEVICE void start(Stage<T> stage, TensorIndex index, const TileHeader& header, const TileSequences& sequences) const {
+        const fft_conv_tensor& tensor = (&params.u)[index];
+        if (header.regular)
+            copy_units(stage, index, header);
         else if (params.alignment >= 16)
             copy_parts<16>(stage, tensor, sequences);
         else if (params.alignment >= 4)
@@ -53,21 +55,22 @@ struct Stager {
     }
 
 private:
-    DEVICE void copy_whole(Stage<T> stage, const fft_conv_tensor& tensor, const TileSequences& sequences) const {
-        const int warp = thread_index() / 32 % T::kWarps, at = thread_index() % 32 * 16;
+    DEVICE void copy_units(Stage<T> stage, TensorIndex index, const TileHeader& header) const {
+        constexpr int kUnit = 16 / int(sizeof(Element));
+        const int warp = thread_index() / 32 % T::kWarps, at = thread_index() % 32 * kUnit;
+        const int64_t second = (&params.u)[index].batch_stride * int(sizeof(Element));
+        const char* const first = header.first[index] + at * int(sizeof(Element));
 #pragma unroll
-        for (int sequence = 0; sequence < 2; sequence++) {
-            const char* from = nullptr;
+        for (int i = 0; i < (T::kSlots + T::kWarps - 1) / T::kWarps; i++) {
+            const int slot = warp + i * T::kWarps, position = slots.position(slot);
+            if (T::kSlots % T::kWarps != 0 && slot >= T::kSlots) break;
+            const char* from = first + position * int(sizeof(Element));
+            if (T::kMaxPairs > 1) from += slots.pair(slot) * header.pair_stride[index];
 #pragma unroll
-            for (int i = 0; i < (T::kSlots + T::kWarps - 1) / T::kWarps; i++) {
-                const int slot = warp + i * T::kWarps;
-                if (T::kSlots % T::kWarps != 0 && slot >= T::kSlots) break;
-                if (i == 0 || T::kMaxPairs > 1)
-                    from = sequences.address<const char>(tensor, 2 * slots.pair(slot) + sequence, sizeof(Element)) + slots.position(slot) * int(sizeof(Element)) + at;
-                char* to = stage.segment(sequence, slot) + at;
-#pragma unroll
-                for (int part = 0; part < kSegmentBytes; part += 512)
-                    copy_async<16>(to + part, from + part + (T::kMaxPairs > 1 ? 0 : i * T::kWarps * kSegmentBytes));
+            for (int part = 0; part < kColumns; part += 32 * kUnit) {
+                const int bytes = position + at + part < params.length ? 16 : 0, offset = part * int(sizeof(Element));
+                copy_async<16>(stage.at(0, slot, at + part), from + offset, bytes);
+                copy_async<16>(stage.at(1, slot, at + part), from + second + offset, header.second ? bytes : 0);
             }
         }
     }
@@ -80,8 +83,8 @@ private:
             const char* from = sequences.address<const char>(tensor, owner, sizeof(Element)) + int64_t(slots.position(slot)) * int(sizeof(Element));
             const int bytes = shuffle(int(sequences.valid), owner) && left > 0 ? (left < kColumns ? left : kColumns) * int(sizeof(Element)) : 0;
 #pragma unroll 1
-            for (int at = thread_index() % 32 * kBytes; at < kSegmentBytes; at += 32 * kBytes) {
-                char* to = stage.memory + index * T::kSegment + at;
+            for (int at = thread_index() % 32 * kBytes; at < T::kSegment; at += 32 * kBytes) {
+                char* to = stage.at(index / T::kSlots, slot, at / int(sizeof(Element)));
                 const int count = bytes - at < 0 ? 0 : bytes - at < kBytes ? bytes - at : kBytes;
                 if constexpr (kBytes >= 4)
                     copy_async<kBytes>(to, count > 0 ? from + at : tensor.data, count);
@@ -167,7 +170,7 @@ struct DirectSource {
 
 // Packs u (times gate, where there is one) as (re, im) = (first, second sequence of the pair). Column c of x[j]: a, a + 1, a + 128, a + 129.
 // With kScaled every sequence is multiplied by the factor that its lane holds; a factor of zero drops a sequence that is not finite.
-template <class T, bool kScaled, class Source>
+template <class T, bool kScaled, bool kGated, class Source>
 DEVICE void pack_product(u32 (&x)[T::kSlots / 4][4], const Source& u, const Source& gate, SlotMap<T> slots, float factor, int column, int lane) {
 #pragma unroll
     for (int j = 0; j < T::kSlots / 4; j++) {
@@ -178,7 +181,7 @@ DEVICE void pack_product(u32 (&x)[T::kSlots / 4][4], const Source& u, const Sour
         for (int half = 0; half < 2; half++) {
             const int at = column + 128 * half;
             Pair v = u.load(0, slot, at), w = u.load(1, slot, at);
-            if (gate) {
+            if constexpr (kGated) {
                 const Pair g = gate.load(0, slot, at), h = gate.load(1, slot, at);
                 v = {v.x * g.x, v.y * g.y}, w = {w.x * h.x, w.y * h.y};
             }
@@ -203,28 +206,28 @@ struct SequenceScales {
 
     DEVICE void publish(const u32 (&x)[T::kSlots / 4][4]) {
         const int per_pair = 1 << slots.log_slots_per_pair;
-        float re = 0.f, im = 0.f;
+        u32 sum = 0;
 #pragma unroll
         for (int j = 0; j < T::kSlots / 4; j++) {
-            u32 sum = 0;
 #pragma unroll
             for (int c = 0; c < 4; c++) sum = multiply_add2(x[j][c], x[j][c], sum);
-            re += low_half(sum), im += high_half(sum);
             if (T::kMaxPairs == 1 ? j + 1 < T::kSlots / 4 : 4 * (j + 1) % per_pair != 0 && per_pair > 4) continue;
+            float re = low_half(sum), im = high_half(sum);
             for (int mask = 4; mask < 32; mask *= 2) re += shuffle_xor(re, mask), im += shuffle_xor(im, mask);
             for (int mask = 1; mask < 4 && mask < per_pair; mask *= 2) re += shuffle_xor(re, mask), im += shuffle_xor(im, mask);
             const int pair = slots.pair(4 * j + lane % 4);
             if (lane < 4) energies[(2 * pair) * 8 + warp] = re, energies[(2 * pair + 1) * 8 + warp] = im;
-            re = im = 0.f;
+            sum = 0;
         }
         group_barrier(group);
     }
 
     DEVICE float mean_square() const {
-        if (lane >= T::kSlots >> slots.log_slots_per_pair << 1) return 1.f;
-        float sum = 0.f;
-        for (int w = 0; w < 8; w++) sum += energies[lane * 8 + w];
-        return sum * power_of_two(-8 - slots.log_slots_per_pair);
+        const int sequences = T::kSlots >> slots.log_slots_per_pair << 1;
+        const float4* const sums = reinterpret_cast<const float4*>(energies) + 2 * (lane < sequences ? lane : 0);
+        const float4 a = sums[0], b = sums[1];
+        const float sum = ((a.x + a.y) + (a.z + a.w)) + ((b.x + b.y) + (b.z + b.w));
+        return lane < sequences ? sum * power_of_two(-8 - slots.log_slots_per_pair) : 1.f;
     }
 
     // The factor that brings this lane's sequence to a largest magnitude near one; zero if the sequence is not finite.
@@ -255,7 +258,11 @@ struct SequenceScales {
     template <bool kCommon, class Source>
     DEVICE void pack_scaled(u32 (&x)[T::kSlots / 4][4], const Source& u, const Source& gate, bool valid) {
         const int column = outer_column(warp, lane);
-        pack_product<T, false>(x, u, gate, slots, 1.f, column, lane);
+        // Two texts, so that loads need not wait for a branch.
+        if (gate)
+            pack_product<T, false, true>(x, u, gate, slots, 1.f, column, lane);
+        else
+            pack_product<T, false, false>(x, u, gate, slots, 1.f, column, lane);
         publish(x);
         float square = mean_square(), factor = 1.f;
         if (warp_any(valid && !(square >= 0x1p-14f && square <= 0x1p10f))) {
@@ -264,7 +271,7 @@ struct SequenceScales {
                 const float other = shuffle_xor(factor, 1);
                 if (factor != 0.f && other != 0.f && other < factor) factor = other;
             }
-            pack_product<T, true>(x, u, gate, slots, factor, column, lane);
+            gate ? pack_product<T, true, true>(x, u, gate, slots, factor, column, lane) : pack_product<T, true, false>(x, u, gate, slots, factor, column, lane);
             publish(x);
             square = mean_square();
         }

@@ -1,3 +1,3 @@
 #include "launch.cuh"
 
-INSTANTIATE_TILES(64, true, 1)
+INSTANTIATE_TILES(32, true, 1, 2)

@@ -32,24 +32,30 @@ DEVICE PlanarPair product_of_conjugate(PlanarPair x, PlanarPair w) {
     return {multiply_add2(x.re, w.re, multiply2(x.im, w.im)), multiply_add2(x.re, w.im, negate2(multiply2(x.im, w.re)))};
 }
 
-// The constant operands of the inner stages: DFT-16 matrices as A and as B operand, and the twiddles w256^(k2 n3). Operands of a matrix
-// product are whole register groups, so that no move is needed in front of it.
-struct InnerConstants {
-    u32 a[2][2][4], b_re[2][2][2], b_im[2][2][2];
-    PlanarPair twiddle[2][2];
+// The constant operands of the inner stages: DFT-16 matrices as A and as B operand, and the twiddles w256^(k2 n3), read from shared memory where
+// they are used. Operands of a matrix product are whole register groups, so that no move is needed in front of it.
+struct InnerTables {
+    const uint4* table;
+    int lane;
 
-    DEVICE void load(const uint4* table, int lane) {
-        for (int m = 0; m < 2; m++)
-            for (int s = 0; s < 2; s++) {
-                const uint4 v = table[(2 * m + s) * 32 + lane], w = table[(4 + 2 * m + s) * 32 + lane];
-                a[m][s][0] = v.x, a[m][s][1] = v.y, a[m][s][2] = v.z, a[m][s][3] = v.w;
-                b_re[m][s][0] = w.x, b_re[m][s][1] = w.y, b_im[m][s][0] = w.z, b_im[m][s][1] = w.w;
-            }
-        for (int m = 0; m < 2; m++) {
-            const uint4 t = table[(8 + m) * 32 + lane];
-            twiddle[m][0] = {t.x, t.y}, twiddle[m][1] = {t.z, t.w};
+    DEVICE uint4 a(int m, int s) const { return table[(2 * m + s) * 32 + lane]; }
+    DEVICE uint4 b(int h, int t) const { return table[(4 + 2 * h + t) * 32 + lane]; }    // of the real, then of the imaginary part
+    DEVICE uint4 twiddle(int m) const { return table[(8 + m) * 32 + lane]; }
+};
+
+// The same, kept in registers.
+struct InnerConstants {
+    uint4 a_[2][2], b_[2][2], twiddle_[2];
+
+    DEVICE explicit InnerConstants(const InnerTables& tables) {
+        for (int i = 0; i < 2; i++) {
+            twiddle_[i] = tables.twiddle(i);
+            for (int j = 0; j < 2; j++) a_[i][j] = tables.a(i, j), b_[i][j] = tables.b(i, j);
         }
     }
+    DEVICE uint4 a(int m, int s) const { return a_[m][s]; }
+    DEVICE uint4 b(int h, int t) const { return b_[h][t]; }
+    DEVICE uint4 twiddle(int m) const { return twiddle_[m]; }
 };
 constexpr int kInnerConstantVectors = 320;
 
@@ -105,29 +111,46 @@ DEVICE RowFragment product_of_conjugate(const RowFragment& x, const RowFragment&
     return z;
 }
 
-// DFT-256 of a row: contracts value[s][t] over s and lane % 4 (data as B), multiplies by the twiddles, contracts over t and lane % 4 (data as A).
-DEVICE RowFragment inner_transform(const RowFragment& x, const InnerConstants& constants) {
-    PlanarPair z[2][2];
-    for (int m = 0; m < 2; m++)
-        for (int t = 0; t < 2; t++) {
-            float d[4] = {};
-            for (int s = 0; s < 2; s++) {
-                const u32(&a)[4] = constants.a[m][s];
-                matrix_multiply_add(d, a[0], a[1], a[2], a[3], x.value[s][t].re, x.value[s][t].im);
+// DFT-256 of rows in place: contracts value[s][t] over s and lane % 4 (data as B), multiplies by the twiddles, contracts over t and lane % 4
+// (data as A). Several rows at a time give a warp independent work while it waits for a product.
+template <int kCount, class Constants>
+DEVICE void inner_transform(RowFragment (&x)[kCount], const Constants& constants) {
+    PlanarPair z[kCount][2][2];
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+        const uint4 a[2] = {constants.a(m, 0), constants.a(m, 1)}, twiddle = constants.twiddle(m);
+#pragma unroll
+        for (int t = 0; t < 2; t++)
+#pragma unroll
+            for (int i = 0; i < kCount; i++) {
+                u32 d[2] = {};
+#pragma unroll
+                for (int s = 0; s < 2; s++) matrix_multiply_add(d, a[s].x, a[s].y, a[s].z, a[s].w, x[i].value[s][t].re, x[i].value[s][t].im);
+                z[i][m][t] = PlanarPair{d[0], d[1]} * (t == 0 ? PlanarPair{twiddle.x, twiddle.y} : PlanarPair{twiddle.z, twiddle.w});
             }
-            z[m][t] = PlanarPair{pack(d[0], d[1]), pack(d[2], d[3])} * constants.twiddle[m][t];
-        }
-    RowFragment y;
-    for (int h = 0; h < 2; h++) {
-        float re[4] = {}, im[4] = {};
-        for (int t = 0; t < 2; t++) {
-            matrix_multiply_add(re, z[0][t].re, z[1][t].re, z[0][t].im, z[1][t].im, constants.b_re[h][t][0], constants.b_re[h][t][1]);
-            matrix_multiply_add(im, z[0][t].re, z[1][t].re, z[0][t].im, z[1][t].im, constants.b_im[h][t][0], constants.b_im[h][t][1]);
-        }
-        y.value[h][0] = {pack(re[0], re[1]), pack(im[0], im[1])};
-        y.value[h][1] = {pack(re[2], re[3]), pack(im[2], im[3])};
     }
-    return y;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const uint4 b[2] = {constants.b(h, 0), constants.b(h, 1)};
+#pragma unroll
+        for (int i = 0; i < kCount; i++) {
+            u32 re[2] = {}, im[2] = {};
+#pragma unroll
+            for (int t = 0; t < 2; t++) {
+                const PlanarPair low = z[i][0][t], high = z[i][1][t];
+                matrix_multiply_add(re, low.re, high.re, low.im, high.im, b[t].x, b[t].y);
+                matrix_multiply_add(im, low.re, high.re, low.im, high.im, b[t].z, b[t].w);
+            }
+            x[i].value[h][0] = {re[0], im[0]}, x[i].value[h][1] = {re[1], im[1]};
+        }
+    }
+}
+
+template <class Constants>
+DEVICE RowFragment inner_transform(const RowFragment& x, const Constants& constants) {
+    RowFragment y[1] = {x};
+    inner_transform(y, constants);
+    return y[0];
 }
 
 // Where a row keeps the four columns of a lane of the outer stage, in 16-byte units: in the order in which RowFragment's
@@ -135,17 +158,17 @@ DEVICE RowFragment inner_transform(const RowFragment& x, const InnerConstants& c
 DEVICE int row_unit(int warp, int lane) { return warp % 8 / 4 * 32 + lane / 4 * 4 + warp % 4; }
 
 // The outer stage for 32 columns a warp: lane (r, q) holds the columns a, a + 1, a + 128, a + 129 with a = 16 warp + 2 r.
-// x[j][c]: (re, im) of slot 4 j + q at column c. Writes the group's share of the rows.
+// x[j][c]: (re, im) of slot 4 j + q at column c. Writes the rows of one part.
 template <class T>
-DEVICE void outer_forward(const u32 (&x)[T::kSlots / 4][4], uint4* rows, const uint4* table, int warp, int lane) {
-    constexpr int kTilesPerGroup = T::kRows / 4 / T::kGroups, kSteps = T::kSlots / 8;
-    const int first = warp / 8 * kTilesPerGroup, unit = row_unit(warp, lane);
+DEVICE void outer_forward(const u32 (&x)[T::kSlots / 4][4], uint4* rows, const uint4* table, int part, int warp, int lane) {
+    constexpr int kSteps = T::kSlots / 8;
+    const int unit = row_unit(warp, lane);
 #pragma unroll 4
-    for (int n = 0; n < kTilesPerGroup; n += 2) {
+    for (int n = 0; n < T::kRows / 4; n += 2) {
         float d[2][2][4] = {};
 #pragma unroll
         for (int s = 0; s < kSteps; s++) {
-            const uint4 b = table[((first + n) / 2 * kSteps + s) * 32 + lane];
+            const uint4 b = table[((part * (T::kRows / 4) + n) / 2 * kSteps + s) * 32 + lane];
 #pragma unroll
             for (int t = 0; t < 2; t++) {
                 matrix_multiply_add(d[0][t], x[2 * s][t], x[2 * s][2 + t], x[2 * s + 1][t], x[2 * s + 1][2 + t], b.x, b.y);
@@ -154,27 +177,35 @@ DEVICE void outer_forward(const u32 (&x)[T::kSlots / 4][4], uint4* rows, const u
         }
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const int row = 4 * (first + n + i) + lane % 4;
+            const int row = 4 * (n + i) + lane % 4;
             rows[row * (kRowPitch / 4) + unit] = make_uint4(pack(d[i][0][0], d[i][0][2]), pack(d[i][0][1], d[i][0][3]),
                                                              pack(d[i][1][0], d[i][1][2]), pack(d[i][1][1], d[i][1][3]));
         }
     }
 }
 
-// The inverse outer stage: y[n][t] holds (re, im) of the group's slot 4 n + q at columns a + t (first two) and a + 128 + t (last two).
-template <class T>
+// Sums of the inverse outer stage for one slot and one column pair: (re, im) at columns a + t and a + 128 + t. In half precision where there are
+// too many for the registers.
+struct SingleSums {
+    float d[4] = {};
+    DEVICE float re(int half) const { return d[2 * half]; }
+    DEVICE float im(int half) const { return d[2 * half + 1]; }
+};
+struct HalfSums {
+    u32 d[2] = {};
+    DEVICE float re(int half) const { return low_half(d[half]); }
+    DEVICE float im(int half) const { return high_half(d[half]); }
+};
+
+// The inverse outer stage: value[n][t] belongs to slot 4 n + q.
+template <class T, class Sums = SingleSums>
 struct OuterResult {
-    static constexpr int kTiles = T::kSlots / 4 / T::kGroups;
-    float value[kTiles][2][4];
+    static constexpr int kTiles = T::kSlots / 4;
+    Sums value[kTiles][2];
 
-    DEVICE static int slot(int n, int warp, int lane) { return 4 * (warp / 8 * kTiles + n) + lane % 4; }
-
-    DEVICE void transform(const uint4* rows, const uint4* table, int warp, int lane) {
-        const int first = warp / 8 * kTiles, unit = row_unit(warp, lane);
-#pragma unroll
-        for (int n = 0; n < kTiles; n++)
-            for (int t = 0; t < 2; t++)
-                for (int i = 0; i < 4; i++) value[n][t][i] = 0.f;
+    // What the rows of one part contribute.
+    DEVICE void add(const uint4* rows, const uint4* table, int part, int warp, int lane) {
+        const int unit = row_unit(warp, lane);
 #pragma unroll 4
         for (int s = 0; s < T::kRows / 8; s++) {
             const uint4 v = rows[(8 * s + lane % 4) * (kRowPitch / 4) + unit], w = rows[(8 * s + 4 + lane % 4) * (kRowPitch / 4) + unit];
@@ -182,34 +213,50 @@ struct OuterResult {
                                  {join_low(v.z, v.w), join_high(v.z, v.w), join_low(w.z, w.w), join_high(w.z, w.w)}};
 #pragma unroll
             for (int n = 0; n < kTiles; n += 2) {
-                const uint4 b = table[(s * (T::kSlots / 8) + (first + n) / 2) * 32 + lane];
+                const uint4 b = table[((part * (T::kRows / 8) + s) * (T::kSlots / 8) + n / 2) * 32 + lane];
 #pragma unroll
                 for (int t = 0; t < 2; t++) {
-                    matrix_multiply_add(value[n][t], a[t][0], a[t][1], a[t][2], a[t][3], b.x, b.y);
-                    matrix_multiply_add(value[n + 1][t], a[t][0], a[t][1], a[t][2], a[t][3], b.z, b.w);
+                    matrix_multiply_add(value[n][t].d, a[t][0], a[t][1], a[t][2], a[t][3], b.x, b.y);
+                    matrix_multiply_add(value[n + 1][t].d, a[t][0], a[t][1], a[t][2], a[t][3], b.z, b.w);
                 }
             }
         }
     }
+
+    // The first or the second sequence of the pair.
+    DEVICE Pair columns(int n, int half, int sequence) const {
+        return sequence == 0 ? Pair{value[n][0].re(half), value[n][1].re(half)} : Pair{value[n][0].im(half), value[n][1].im(half)};
+    }
 };
 
-// Where the constants of a transform lie. Those that every tile reads from the start are copied to shared memory; the row twiddles, as large as
-// the transform, stay in global memory and the L1 cache.
-template <class T>
+// Where the constants of a transform lie: in shared memory, for all teams of a block. The row twiddles, as large as the transform itself, join
+// them where there is room and else stay in global memory and the L1 cache.
+template <class T, bool kSharedTwiddles>
 struct Tables {
-    static constexpr int kOuterVectors = T::kRows / 8 * (T::kSlots / 8) * 32;
-    static constexpr int kSharedVectors = kInnerConstantVectors + 2 * kOuterVectors;
-    static constexpr int kSharedBytes = kSharedVectors * 16;
+    static constexpr int kOuterVectors = T::kAllRows / 8 * (T::kSlots / 8) * 32;
+    static constexpr int kFixedVectors = kInnerConstantVectors + 2 * kOuterVectors;
+    static constexpr int kMaxRadix = T::kMaxPairs == 1 ? T::kAllRows : T::kRows == 16 ? 1 : T::kRows / 2;
+    static constexpr int kSharedBytes = (kFixedVectors + (kSharedTwiddles ? kMaxRadix * 64 : 0)) * 16;
     const uint4 *inner, *outer, *outer_inverse, *twiddle;
 
-    // A block barrier must follow.
-    DEVICE Tables(const u32* words, char* memory) {
+    // They come asynchronously: a wait and a block barrier must follow.
+    DEVICE Tables(const u32* words, char* memory, int radix) {
         const uint4* global = reinterpret_cast<const uint4*>(words);
         uint4* shared = reinterpret_cast<uint4*>(memory);
-        for (int i = thread_index(); i < kSharedVectors; i += block_size()) shared[i] = load_table(global + i);
+        for (int i = thread_index(); i < kFixedVectors + (kSharedTwiddles ? radix * 64 : 0); i += block_size()) copy_async<16>(shared + i, global + i);
+        copy_async_commit();
         inner = shared;
         outer = inner + kInnerConstantVectors;
         outer_inverse = outer + kOuterVectors;
-        twiddle = global + kSharedVectors;
+        twiddle = (kSharedTwiddles ? shared : global) + kFixedVectors;
+    }
+
+    DEVICE RowFragment row_twiddles(int k1, int lane) const {
+        RowFragment twiddles;
+        if constexpr (kSharedTwiddles)
+            twiddles.load(twiddle + k1 * 64, lane);
+        else
+            twiddles.load_twiddles(twiddle + k1 * 64, lane);
+        return twiddles;
     }
 };

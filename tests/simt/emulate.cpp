@@ -3,7 +3,7 @@
 
 template <class T>
 int Launcher<T>::forward(const LaunchParams& params, void*) {
-    simt::launch(2 * ForwardPlan<T>::kBlocks, T::kThreads, ForwardPlan<T>::kSharedBytes, [&] { forward_tiles<T>(params); });
+    simt::launch(2, ForwardPlan<T>::kThreads, ForwardPlan<T>::kSharedBytes, [&] { Forward<T>(params).run(); });
     return 0;
 }
 

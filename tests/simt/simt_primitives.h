@@ -57,7 +57,7 @@ struct Warp {
 struct Block {
     std::vector<std::unique_ptr<Fiber>> fibers;
     std::vector<Warp> warps;
-    Rendezvous barrier, group_barriers[2];
+    Rendezvous barrier, named_barriers[16];
     std::vector<unsigned char> shared;
     int index = 0, count = 1;
     jmp_buf scheduler;
@@ -80,12 +80,16 @@ inline void resume(Fiber* fiber) {
     setcontext(&fiber->context);
 }
 
-inline void meet(Rendezvous& r, int participants) {
-    const long generation = r.generation;
+inline void arrive(Rendezvous& r, int participants) {
     if (++r.arrived == participants) {
         r.arrived = 0;
         r.generation++;
     }
+}
+
+inline void meet(Rendezvous& r, int participants) {
+    const long generation = r.generation;
+    arrive(r, participants);
     while (r.generation == generation) yield();
 }
 
@@ -144,7 +148,11 @@ inline int block_index() { return simt::block->index; }
 inline int block_count() { return simt::block->count; }
 inline void block_barrier() { simt::meet(simt::block->barrier, int(simt::block->fibers.size())); }
 inline int block_size() { return int(simt::block->fibers.size()); }
-inline void group_barrier(int group) { simt::meet(simt::block->group_barriers[group], 256); }
+template <int kThreads>
+void named_barrier(int number) { simt::meet(simt::block->named_barriers[number], kThreads); }
+template <int kThreads>
+void named_barrier_arrive(int number) { simt::arrive(simt::block->named_barriers[number], kThreads); }
+inline void group_barrier(int group) { named_barrier<256>(1 + group); }
 inline char* shared_memory() {
     const auto address = reinterpret_cast<uintptr_t>(simt::block->shared.data());
     return reinterpret_cast<char*>((address + 127) / 128 * 128);
@@ -182,6 +190,12 @@ inline void matrix_multiply_add(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u
         }
         d[i] += sum;
     }
+}
+
+inline void matrix_multiply_add(u32 (&d)[2], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    float sum[4] = {low_half(d[0]), high_half(d[0]), low_half(d[1]), high_half(d[1])};
+    matrix_multiply_add(sum, a0, a1, a2, a3, b0, b1);
+    d[0] = pack(sum[0], sum[1]), d[1] = pack(sum[2], sum[3]);
 }
 
 template <class X>
@@ -231,6 +245,8 @@ template <class Word>
 Word load_streaming(const Word* p) { return *p; }
 
 struct Pair { float x, y; };
+template <bool kFirst, class A, class B> struct Choose { using type = A; };
+template <class A, class B> struct Choose<false, A, B> { using type = B; };
 template <class X> struct RemoveConst { using type = X; };
 template <class X> struct RemoveConst<const X> { using type = X; };
 template <class Element> struct PairWord { using type = u32; };
@@ -250,3 +266,5 @@ inline void narrow_one(float16* p, float x) { p->bits = half_bits(x); }
 inline void narrow_one(float* p, float x) { *p = x; }
 template <class Element>
 void narrow_two(Element* p, float x, float y) { narrow_one(p, x), narrow_one(p + 1, y); }
+template <class Element>
+void narrow_two_if(bool really, Element* p, float x, float y) { if (really) narrow_two(p, x, y); }
