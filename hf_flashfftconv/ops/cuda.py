@@ -1,5 +1,6 @@
 """The `cuda` backend: which calls the kernels serve, and how a call of [`fft_conv`] becomes one launch."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -100,18 +101,14 @@ class _Call:
             spectrum = filters.prepare(k, skip, k_rev, length, fft_size, self.stream, precise)
         else:
             spectrum = _spectra.get(k, skip, k_rev, length, fft_size, self.stream, precise)
-        constants = tables.device_tables(*self.plan, u.device)
-        self.parameters = extension.Parameters(
-            tables=constants.data_ptr(),
-            spectrum=spectrum.words.data_ptr(),
-            spectrum_scale=spectrum.scale.data_ptr(),
-            batch=u.shape[0],
-            channels=u.shape[1],
-            length=length,
-            fft_size=fft_size,
-            element=extension.ELEMENTS[u.dtype],
-            half=self.plan.half,
-        )
+        constants = tables.device_tables(fft_size, self.plan.half, u.device)
+        self.parameters = parameters = extension.Parameters()
+        parameters.tables = constants.data_ptr()
+        parameters.spectrum = spectrum.words.data_ptr()
+        parameters.spectrum_scale = spectrum.scale.data_ptr()
+        parameters.batch, parameters.channels, parameters.length = u.shape
+        parameters.fft_size, parameters.half = self.plan
+        parameters.element = extension.ELEMENTS[u.dtype]
         # Memory that is given back before the launch may be given to another stream.
         self._alive: list[Any] = [spectrum, constants]
         self.operand("u", u)
@@ -127,7 +124,7 @@ class _Call:
             x = x.contiguous()
             batch_stride, channel_stride, _ = x.stride()
             self._alive.append(x)
-        setattr(self.parameters, name, (x.data_ptr(), batch_stride, channel_stride))
+        self.parameters.set_tensor(name, x.data_ptr(), batch_stride, channel_stride)
 
     def result(self, name: str) -> Tensor:
         """Adds an output of the shape and dtype of u."""
@@ -182,7 +179,15 @@ def _device_guard(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _current_stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
+    return _raw_stream(device.index)
+
+
+def _stream_object(index: int) -> int:
+    return torch.cuda.current_stream(index).cuda_stream
+
+
+# The number without the object that wraps it, where torch has a function for that, as it has for its own compiler.
+_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _stream_object)
 
 
 def _is_capturing() -> bool:

@@ -1,6 +1,7 @@
 """The shared library of the CUDA kernels, loaded at its first use by its C interface, csrc/fft_conv.h."""
 
 import ctypes
+import struct
 from functools import cache
 from pathlib import Path
 
@@ -54,6 +55,14 @@ class Parameters(ctypes.Structure):
         ("half", ctypes.c_int32),
     )
 
+    def set_tensor(self, name: str, data: int, batch_stride: int, channel_stride: int) -> None:
+        """Assigns to a [`TensorArgument`], in a third of the time that its own assignment takes."""
+        _TENSOR.pack_into(self, _OFFSETS[name], data, batch_stride, channel_stride)
+
+
+_TENSOR = struct.Struct("@Pqq")
+_OFFSETS = {name: getattr(Parameters, name).offset for name, kind in Parameters._fields_ if kind is TensorArgument}
+
 
 class FilterParameters(ctypes.Structure):
     """`fft_conv_filter_params`."""
@@ -101,7 +110,10 @@ def call(name: str, parameters: Parameters) -> int:
     Raises:
         BackendError: there is no library.
     """
-    return getattr(_library(), name)(ctypes.byref(parameters))
+    library = load()
+    if isinstance(library, str):
+        raise BackendError(library)
+    return getattr(library, name)(ctypes.byref(parameters))
 
 
 def launch(name: str, parameters: Parameters | FilterParameters, stream: int) -> None:
@@ -111,7 +123,9 @@ def launch(name: str, parameters: Parameters | FilterParameters, stream: int) ->
         MisfitError: the library does not fit the device or the driver.
         BackendError: there is no library, or CUDA reports any other error.
     """
-    library = _library()
+    library = load()
+    if isinstance(library, str):
+        raise BackendError(library)
     code = getattr(library, name)(ctypes.byref(parameters), ctypes.c_void_p(stream))
     if code == 0:
         return
@@ -121,10 +135,3 @@ def launch(name: str, parameters: Parameters | FilterParameters, stream: int) ->
     sizes = [field for field, kind in parameters._fields_ if kind is ctypes.c_int32]
     values = ", ".join(f"{field} {getattr(parameters, field)}" for field in sizes)
     raise BackendError(f"{name} failed: {text} (error {code}; {values})")
-
-
-def _library() -> ctypes.CDLL:
-    library = load()
-    if isinstance(library, str):
-        raise BackendError(library)
-    return library

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..errors import BackendError
 from . import cuda, reference
@@ -116,7 +117,9 @@ class _FFTConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:6])
-        gradients = iter(_FFTConvBackward.apply(dy, *ctx.saved_tensors, ctx.causal, ctx.backend, needs))
+        # Gradients are recorded only where second ones are asked for.
+        compute = _FFTConvBackward.apply if torch.is_grad_enabled() else _fft_conv_backward
+        gradients = iter(compute(dy, *ctx.saved_tensors, ctx.causal, ctx.backend, needs))
         return *(next(gradients) if need else None for need in needs), None, None
 
 
@@ -143,7 +146,12 @@ def fft_conv(
     backend: str,
 ) -> Tensor:
     """The differentiable operator; its arguments have been checked by `hf_flashfftconv.functional.fft_conv`."""
-    # The autograd machinery costs as much as the rest of the call: inference goes straight to the operator.
-    if torch.is_grad_enabled():
+    # The autograd machinery costs as much as the rest of the call: without gradients, go straight to the operator.
+    if torch.is_grad_enabled() and _is_differentiated(u, k, skip, pre_gate, post_gate, k_rev):
         return _FFTConv.apply(u, k, skip, pre_gate, post_gate, k_rev, causal, backend)
     return _fft_conv(u, k, skip, pre_gate, post_gate, k_rev, causal, backend)
+
+
+def _is_differentiated(*tensors: Tensor | None) -> bool:
+    # Forward-mode differentiation leaves no mark on the tensors that is cheap to find.
+    return forward_ad._current_level >= 0 or any(x is not None and x.requires_grad for x in tensors)
