@@ -61,6 +61,8 @@ class FakeLibrary:
         # Functions that ctypes would let one declare.
         self.fft_conv_backward_scratch = SimpleNamespace()
         self.fft_conv_error_string = lambda code: b"out of luck"
+        self.fft_conv_shared_bytes = lambda parameters, backward: 60_000 + 100_000 * backward
+        self.fft_conv_shared_limit = lambda device: 232_448
 
     def __getattr__(self, name: str) -> object:
         def launch(parameters: object, stream: ctypes.c_void_p) -> int:
@@ -84,8 +86,10 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeLibrar
     monkeypatch.setattr(cuda, "_current_stream", lambda _: 77)
     monkeypatch.setattr(cuda, "_is_capturing", lambda: False)
     extension.load.cache_clear()
+    cuda._lacks_memory.cache_clear()
     yield fake
     extension.load.cache_clear()
+    cuda._lacks_memory.cache_clear()
 
 
 def test_a_library_that_is_missing_broken_or_old_is_a_reason(
@@ -173,7 +177,7 @@ def test_float32_needs_permission_for_tf32(gpu: SimpleNamespace, switch: str) ->
 import torch
 from types import SimpleNamespace
 from hf_flashfftconv.ops import cuda
-cuda._verdict = lambda _: None
+cuda._verdict = cuda._lacks_memory = lambda *_: None
 u = SimpleNamespace(shape=(2, 3, 100), dtype=torch.float32, is_cuda=True, device=torch.device("cuda", 0))
 answers = [cuda.unsupported(u, torch.empty(3, 100), None, True)]
 {code}
@@ -206,6 +210,21 @@ def test_an_old_device_is_a_reason(gpu: SimpleNamespace) -> None:
     gpu.capability = (7, 5)
     assert why_not(on_gpu()) == "the device has compute capability 7.5, and the kernels need 8.0"
     assert gpu.tried == 0
+
+
+def test_a_device_with_less_shared_memory_is_a_reason(
+    fake: FakeLibrary, gpu: SimpleNamespace, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "_reasons_told", set())
+    fake.fft_conv_shared_limit = lambda device: 101_376 if device == 1 else 0
+    u, k = on_gpu(), torch.empty(3, 10)
+    reason = "backward kernel for an FFT of 256 points needs 160000 bytes of shared memory, and the device has 101376"
+    for _ in range(2):
+        assert library.use_kernels(u, k, None, True, "auto")
+        assert not library.use_kernels(u, k, None, True, "auto", backward=True)
+    assert len(caplog.records) == 1 and reason in caplog.text
+    with pytest.raises(BackendError, match=reason):
+        library.use_kernels(u, k, None, True, "cuda", backward=True)
 
 
 def test_a_missing_library_is_a_reason(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ _spectra = filters.SpectrumCache()
 _verdicts: dict[int, str | None] = {}
 
 
-def unsupported(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool) -> str | None:
-    """Why the kernels cannot serve a call, or None if they can."""
+def unsupported(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, backward: bool = False) -> str | None:
+    """Why the kernels cannot serve a call or, if `backward`, its gradients; None if they can."""
     if not u.is_cuda:
         return f"u is on the device {u.device}, not on a CUDA device"
     if u.dtype not in extension.ELEMENTS:
@@ -30,7 +31,9 @@ def unsupported(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool) -> str
     if (u.shape[0] + 1) // 2 * u.shape[1] > MAX_PAIRS:
         return f"u has the shape {tuple(u.shape)}, and the kernels take up to {MAX_PAIRS} pairs of sequences"
     chosen = _plan(u, k, k_rev, causal)
-    return chosen if isinstance(chosen, str) else _verdict(u.device)
+    if isinstance(chosen, str):
+        return chosen
+    return _verdict(u.device) or _lacks_memory(u.device, chosen, u.dtype, backward)
 
 
 def forward(
@@ -95,12 +98,11 @@ class _Call:
         self.plan: plan.Plan = _plan(u, k, k_rev, causal)
         self.stream = _current_stream(u.device)
         length, fft_size = u.shape[2], self.plan.fft_size
-        precise = u.dtype == torch.float16
         if _is_capturing():
             # The graph outlives the cache's entries, and its replays are to see what has become of the filter.
-            spectrum = filters.prepare(k, skip, k_rev, length, fft_size, self.stream, precise)
+            spectrum = filters.prepare(k, skip, k_rev, length, fft_size, self.stream)
         else:
-            spectrum = _spectra.get(k, skip, k_rev, length, fft_size, self.stream, precise)
+            spectrum = _spectra.get(k, skip, k_rev, length, fft_size, self.stream)
         constants = tables.device_tables(fft_size, self.plan.half, u.device)
         self.parameters = parameters = extension.Parameters()
         parameters.tables = constants.data_ptr()
@@ -163,6 +165,18 @@ def _verdict(device: torch.device) -> str | None:
         verdict = _try_out(device)
     _verdicts[index] = verdict
     return verdict
+
+
+@lru_cache(maxsize=1024)
+def _lacks_memory(device: torch.device, chosen: plan.Plan, dtype: torch.dtype, backward: bool) -> str | None:
+    """Why a kernel does not fit the device, or None. Only the shared memory of GPUs for data centres holds all."""
+    parameters = extension.Parameters(fft_size=chosen.fft_size, half=chosen.half, element=extension.ELEMENTS[dtype])
+    needed = extension.call("fft_conv_shared_bytes", parameters, backward)
+    available = extension.call("fft_conv_shared_limit", device.index)
+    if needed <= available:
+        return None
+    what = f"the {'backward' if backward else 'forward'} kernel for an FFT of {chosen.fft_size} points"
+    return f"{what} needs {needed} bytes of shared memory, and the device has {available}"
 
 
 def _try_out(device: torch.device) -> str | None:

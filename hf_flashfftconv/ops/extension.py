@@ -10,7 +10,7 @@ import torch
 from ..errors import BackendError
 
 PATH = Path(__file__).parent.parent / "lib" / "libhf_flashfftconv.so"
-VERSION = 1
+VERSION = 2
 
 ELEMENTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -71,7 +71,6 @@ class FilterParameters(ctypes.Structure):
         ("k", ctypes.c_void_p),
         ("k_rev", ctypes.c_void_p),
         ("skip", ctypes.c_void_p),
-        ("tables", ctypes.c_void_p),
         ("spectrum", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
         ("k_stride", ctypes.c_int64),
@@ -104,8 +103,8 @@ def load() -> ctypes.CDLL | str:
     return library
 
 
-def call(name: str, parameters: Parameters) -> int:
-    """Calls a function of the library that answers a question about a launch.
+def call(name: str, *arguments: Parameters | int) -> int:
+    """Calls a function of the library that answers a question.
 
     Raises:
         BackendError: there is no library.
@@ -113,7 +112,7 @@ def call(name: str, parameters: Parameters) -> int:
     library = load()
     if isinstance(library, str):
         raise BackendError(library)
-    return getattr(library, name)(ctypes.byref(parameters))
+    return getattr(library, name)(*(x if isinstance(x, int) else ctypes.byref(x) for x in arguments))
 
 
 def launch(name: str, parameters: Parameters | FilterParameters, stream: int) -> None:

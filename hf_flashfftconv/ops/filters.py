@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from . import extension
 from .pools import outside_of_pools
 from .reference import circle_taps
-from .tables import device_tables, spectrum_order, upload
+from .tables import spectrum_order, upload
 
 DEFAULT_STREAM = 0
 
@@ -80,7 +80,6 @@ def prepare(
         )
     if skip is not None:
         parameters.skip = skip.data_ptr()
-    parameters.tables = device_tables(fft_size, False, device).data_ptr()
     parameters.spectrum, parameters.scale = words.data_ptr(), scale.data_ptr()
     parameters.channels, parameters.fft_size = channels, fft_size
     extension.launch("fft_conv_filter_spectrum", parameters, stream)

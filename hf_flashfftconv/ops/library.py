@@ -23,15 +23,19 @@ _ARGUMENTS = "Tensor u, Tensor k, Tensor? skip, Tensor? pre_gate, Tensor? post_g
 _reasons_told: set[str] = set()
 
 
-def use_kernels(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, backend: str) -> bool:
-    """Whether the CUDA kernels serve this call. A fallback of "auto" is logged once for each reason.
+def use_kernels(
+    u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, backend: str, backward: bool = False
+) -> bool:
+    """Whether the CUDA kernels serve this call or, if `backward`, its gradients.
+
+    A fallback of "auto" is logged once for each reason.
 
     Raises:
         BackendError: `backend` is "cuda" and the kernels cannot serve the call; the message tells why.
     """
     if backend == "torch":
         return False
-    reason = cuda.unsupported(u, k, k_rev, causal)
+    reason = cuda.unsupported(u, k, k_rev, causal, backward)
     if reason is None:
         return True
     if backend == "cuda":
@@ -76,7 +80,7 @@ def _backward(
     gradients: Sequence[Tensor | None]
     if u.numel() == 0:
         gradients = [None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs]
-    elif use_kernels(u, k, k_rev, causal, backend):
+    elif use_kernels(u, k, k_rev, causal, backend, backward=True):
         gradients = cuda.backward(dy, *inputs, causal)
     else:
         gradients = reference.backward(dy, *inputs, causal, needs)
