@@ -97,16 +97,19 @@ def _fake_backward(dy: Tensor, *arguments: Any) -> list[Tensor]:
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in wanted]
 
 
-_library = torch.library.Library("hf_flashfftconv", "DEF")
+# Builds for the kernel Hub live beside the package, under names of their own.
+_NAMESPACE = __name__.partition(".")[0]
+_library = torch.library.Library(_NAMESPACE, "DEF")
 _library.define(f"fft_conv({_ARGUMENTS}, str backend) -> Tensor")
 _library.define(f"fft_conv_backward(Tensor dy, {_ARGUMENTS}, str backend, bool[] needs) -> Tensor[]")
 _library.impl("fft_conv", _forward, "CompositeExplicitAutograd")
 _library.impl("fft_conv_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("hf_flashfftconv::fft_conv", _fake_forward, lib=_library)
-torch.library.register_fake("hf_flashfftconv::fft_conv_backward", _fake_backward, lib=_library)
+torch.library.register_fake(f"{_NAMESPACE}::fft_conv", _fake_forward, lib=_library)
+torch.library.register_fake(f"{_NAMESPACE}::fft_conv_backward", _fake_backward, lib=_library)
 
-_fft_conv = torch.ops.hf_flashfftconv.fft_conv.default
-_fft_conv_backward = torch.ops.hf_flashfftconv.fft_conv_backward.default
+_operators = getattr(torch.ops, _NAMESPACE)
+_fft_conv = _operators.fft_conv.default
+_fft_conv_backward = _operators.fft_conv_backward.default
 
 
 class _FFTConv(torch.autograd.Function):
