@@ -13,6 +13,9 @@ static Divider divider(int divisor) {
 }
 
 static bool valid(const fft_conv_params& p) {
+    const int bytes = p.element == FFT_CONV_FLOAT32 ? 4 : 2;
+    for (const fft_conv_tensor* t : {&p.u, &p.pre_gate, &p.post_gate, &p.grad_output, &p.output, &p.grad_u, &p.grad_pre_gate, &p.grad_post_gate})
+        if (reinterpret_cast<uintptr_t>(t->data) % bytes != 0) return false;
     const int radix = p.fft_size / kColumns, reach = p.half ? p.fft_size / 2 : p.fft_size;
     return radix >= 1 && (radix & (radix - 1)) == 0 && radix * kColumns == p.fft_size && p.batch > 0 && p.channels > 0 && p.length > 0 && p.length <= reach;
 }

@@ -5,6 +5,7 @@ import gc
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_flashfftconv.errors import BackendError
-from hf_flashfftconv.ops import cuda, extension, filters, library, tables
+from hf_flashfftconv.ops import cuda, extension, filters, library, pools, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {"fft_conv_params": extension.Parameters, "fft_conv_filter_params": extension.FilterParameters}
@@ -33,6 +34,16 @@ def test_structures_are_those_of_the_header(name: str) -> None:
         for field in fields.split(","):
             declared.append((field.strip(" *"), ctypes.c_void_p if "*" in fields else types[kind]))
     assert declared == list(NAMES[name]._fields_)
+
+
+def test_tensors_are_written_where_the_structure_has_them() -> None:
+    written, assigned = extension.Parameters(batch=7), extension.Parameters(batch=7)
+    for number, (name, kind) in enumerate(extension.Parameters._fields_):
+        if kind is extension.TensorArgument:
+            values = (1 << 63) + number, -number, 3 << 40
+            written.set_tensor(name, *values)
+            setattr(assigned, name, values)
+    assert bytes(written) == bytes(assigned)
 
 
 def test_elements_are_those_of_the_header() -> None:
@@ -377,6 +388,43 @@ def test_a_dead_filter_drops_its_spectrum(fake: FakeLibrary, index: int) -> None
     tensors[index] = None
     gc.collect()
     assert not cuda._spectra._entries
+
+
+@pytest.mark.parametrize("stream, elsewhere", [(0, False), (77, True)])
+def test_what_is_kept_on_a_side_stream_is_allocated_by_another_thread(
+    fake: FakeLibrary, monkeypatch: pytest.MonkeyPatch, stream: int, elsewhere: bool
+) -> None:
+    """Private pools, such as that of a CUDA graph that warms up, take what the current thread allocates."""
+    threads = []
+    prepare = filters.prepare
+
+    def noted(*arguments: object) -> filters.Spectrum:
+        threads.append(threading.get_ident())
+        return prepare(*arguments)
+
+    monkeypatch.setattr(filters, "prepare", noted)
+    monkeypatch.setattr(cuda, "_current_stream", lambda _: stream)
+    forward(torch.randn(2, 8))
+    forward(torch.randn(2, 8).requires_grad_())
+    here = threading.get_ident()
+    assert [x != here for x in threads] == [elsewhere, False]
+
+
+def test_constants_are_allocated_by_another_thread() -> None:
+    threads = []
+
+    class Constant:
+        def to(self, device: torch.device) -> None:
+            threads.append(threading.get_ident())
+
+    tables.upload(Constant(), torch.device("cpu"))
+    assert threads != [threading.get_ident()]
+
+    def fail() -> None:
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        pools.outside_of_pools(fail, torch.device("cpu"))
 
 
 def test_each_stream_has_its_own_spectra(fake: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from kernel_cases import (
 from numerics import all_pass_filter, error, impulses, tones
 
 from hf_flashfftconv import fft_conv
+from hf_flashfftconv.errors import BackendError
 from hf_flashfftconv.ops import cuda, extension, filters
 from hf_flashfftconv.ops.plan import Plan
 
@@ -121,6 +122,14 @@ def test_lengths(length: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_any_layout_gives_the_same_bits(length: int, dtype: torch.dtype) -> None:
     check_layouts(make(length, length, GATES, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype, offset", [(torch.bfloat16, 1), (torch.float32, 2)], ids=str)
+def test_addresses_inside_an_element_are_refused(dtype: torch.dtype, offset: int) -> None:
+    u = torch.frombuffer(bytearray(1000), dtype=dtype, offset=offset, count=200).view(1, 1, 200)
+    assert u.data_ptr() % u.element_size()
+    with pytest.raises(BackendError, match="no kernel for these parameters"):
+        fft_conv(u, torch.randn(1, 200), backend="cuda")
 
 
 def test_expanded_inputs_and_gradients() -> None:
