@@ -209,9 +209,13 @@ def test_filter_spectra(size: int) -> None:
     taps[:, : k.shape[1]] = k
     taps[:, size - k_rev.shape[1] :] = k_rev.flip(1)
     taps[:, 0] += skip
-    actual = in_natural_order(filters.prepare(k, skip, k_rev, lengths["length"], size, 0))
-    # No more than rounding to half precision.
-    assert error(torch.view_as_real(actual), torch.view_as_real(torch.fft.fft(taps))) < 2.5e-4
+    expected = torch.view_as_real(torch.fft.fft(taps))
+    by_kernel = filters.prepare(k, skip, k_rev, lengths["length"], size, 0)
+    by_torch = filters._prepare_by_torch(k, skip, k_rev, lengths["length"], size)
+    for spectrum in (by_kernel, by_torch):
+        # No more than rounding to half precision.
+        assert error(torch.view_as_real(in_natural_order(spectrum)), expected) < 2.5e-4
+    assert torch.equal(by_kernel.scale, by_torch.scale)
 
 
 @pytest.mark.parametrize("basis", [impulses, tones])
