@@ -13,6 +13,9 @@ static Divider divider(int divisor) {
 }
 
 static bool valid(const fft_conv_params& p) {
+    const int bytes = p.element == FFT_CONV_FLOAT32 ? 4 : 2;
+    for (const fft_conv_tensor* t : {&p.u, &p.pre_gate, &p.post_gate, &p.grad_output, &p.output, &p.grad_u, &p.grad_pre_gate, &p.grad_post_gate})
+        if (reinterpret_cast<uintptr_t>(t->data) % bytes != 0) return false;
     const int radix = p.fft_size / kColumns, reach = p.half ? p.fft_size / 2 : p.fft_size;
     return radix >= 1 && (radix & (radix - 1)) == 0 && radix * kColumns == p.fft_size && p.batch > 0 && p.channels > 0 && p.length > 0 && p.length <= reach;
 }
@@ -50,10 +53,9 @@ extern "C" int fft_conv_forward(const fft_conv_params* params, void* stream) {
 extern "C" int fft_conv_filter_spectrum(const fft_conv_filter_params* params, void* stream) {
     FilterParams derived;
     static_cast<fft_conv_filter_params&>(derived) = *params;
-    derived.log_radix = log2_of(params->fft_size / kColumns);
-    auto launch = [&](auto tile) { return FilterLauncher<decltype(tile)>::filter(derived, stream); };
-    const int radix = params->fft_size / kColumns;
-    return radix == 64 ? launch(Tile<float, 64, false, 1>{}) : with_rows<float, false>(radix, launch);
+    derived.log_points = log2_of(params->fft_size);
+    if (params->fft_size < kColumns || params->fft_size > kMaximumFilterPoints || 1 << derived.log_points != params->fft_size) return kUnsupported;
+    return launch_filter(derived, stream);
 }
 
 extern "C" int fft_conv_backward(const fft_conv_params* params, void* stream) {
@@ -71,4 +73,12 @@ extern "C" int64_t fft_conv_backward_scratch(const fft_conv_params* params) {
     return int64_t(kMaximumBackwardBlocks) * with_tile(*params, [](auto tile) { return Launcher<decltype(tile)>::kSumBytes; });
 }
 
-extern "C" int fft_conv_version() { return 1; }
+extern "C" int fft_conv_shared_bytes(const fft_conv_params* params, int backward) {
+    const int bytes = with_tile(*params, [&](auto tile) {
+        using L = Launcher<decltype(tile)>;
+        return backward ? L::kBackwardSharedBytes : L::kForwardSharedBytes;
+    });
+    return bytes < 0 ? bytes : std::max(bytes, filter_shared_bytes(params->fft_size));
+}
+
+extern "C" int fft_conv_version() { return 2; }

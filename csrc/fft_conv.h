@@ -31,7 +31,6 @@ struct fft_conv_params {
 // Spectra of real filters on a circle of fft_size points: tap n < taps is k[n], tap fft_size - 1 - n for n < taps_rev is k_rev[n].
 struct fft_conv_filter_params {
     const float *k, *k_rev, *skip;  // (channels, taps), (channels, taps_rev) or null, (channels,) or null
-    const uint32_t* tables;         // of the full, not the half transform
     uint32_t* spectrum;
     float* scale;
     int64_t k_stride, k_rev_stride;
@@ -43,6 +42,10 @@ int fft_conv_forward(const struct fft_conv_params* params, void* stream);
 int fft_conv_backward(const struct fft_conv_params* params, void* stream);
 int fft_conv_backward_splits(const struct fft_conv_params* params);
 int64_t fft_conv_backward_scratch(const struct fft_conv_params* params);
+// The most shared memory that a block takes in a call of forward or backward, its filter spectra included; negative where there is no kernel.
+int fft_conv_shared_bytes(const struct fft_conv_params* params, int backward);
+// What a block may take on a device; negative if it cannot be asked.
+int fft_conv_shared_limit(int device);
 const char* fft_conv_error_string(int code);
 int fft_conv_version(void);
 

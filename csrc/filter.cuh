@@ -1,74 +1,177 @@
-// Spectra of filters for the other kernels: half precision, in kernel order, each with the scale that was taken out.
-// A filter is a real sequence on a circle of fft_size points: causal taps from the start, anticausal ones from the end, the skip weight added
-// at lag zero. It goes through the same stages as a sequence of the tile's first halves, with an imaginary part of zero.
+// Spectra of filters for the other kernels: half precision, in kernel order, each with the power of two that was taken out.
+// A filter is a real sequence of N points on a circle: causal taps from the start, anticausal ones from the end, the skip weight added at lag
+// zero. One block transforms it in single precision, in place in shared memory, as M = N / 2 complex points z[n] = x[2 n] + i x[2 n + 1]. What is
+// rounded to half precision is the result alone: rounded stages, as sequences go through, would cost a bfloat16 output of few positions too much.
 #pragma once
-#include "tile_io.cuh"
-#include "transform.cuh"
+#include "tile.cuh"
 
-template <class T>
-struct FilterPlan {
-    static constexpr int kSharedBytes = Tables<T, false>::kSharedBytes + T::kRowBytes + T::kEnergyBytes;
+constexpr int kFilterThreads = 256, kMaximumFilterPoints = 16384;
+
+struct Complex {
+    float re, im;
 };
+DEVICE Complex operator+(Complex x, Complex y) { return {x.re + y.re, x.im + y.im}; }
+DEVICE Complex operator-(Complex x, Complex y) { return {x.re - y.re, x.im - y.im}; }
+DEVICE Complex operator*(Complex x, Complex y) { return {x.re * y.re - x.im * y.im, x.re * y.im + x.im * y.re}; }
+DEVICE Complex conjugate(Complex x) { return {x.re, -x.im}; }
+
+// exp(-2 pi i index / 2^log_order), for indices below the order.
+DEVICE Complex unit_root(int index, int log_order) {
+    Complex root;
+    sine_cosine_pi(float(index) * power_of_two(1 - log_order), root.im, root.re);
+    return conjugate(root);
+}
+
+// x * exp(-2 pi i index / 8) for an index known at compile time.
+DEVICE Complex turn(Complex x, int index) {
+    constexpr float kDiagonal = 0.70710678118654752f;
+    if (index % 2 == 1) x = {(x.re + x.im) * kDiagonal, (x.im - x.re) * kDiagonal};
+    return index / 2 == 1 ? Complex{x.im, -x.re} : x;
+}
+
+// DFT of 2, 4 or 8 points in registers.
+template <int kPoints>
+DEVICE void small_transform(Complex (&x)[kPoints]) {
+    if constexpr (kPoints > 1) {
+        Complex even[kPoints / 2], odd[kPoints / 2];
+        for (int i = 0; i < kPoints / 2; i++) even[i] = x[2 * i], odd[i] = x[2 * i + 1];
+        small_transform(even);
+        small_transform(odd);
+        for (int i = 0; i < kPoints / 2; i++) {
+            const Complex turned = turn(odd[i], 8 / kPoints * i);
+            x[i] = even[i] + turned;
+            x[i + kPoints / 2] = even[i] - turned;
+        }
+    }
+}
 
 struct FilterParams : fft_conv_filter_params {
-    int log_radix;
+    int log_points;     // of N
 };
 
-// The taps of the tile's channels; lane 2 p knows the channel of pair p.
-template <class T>
-struct TapSource {
-    const FilterParams& params;
-    SlotMap<T> slots;
-    int channel;    // negative if there is none
-    bool present;
+// The points of one filter in shared memory, a free one after sixteen, against bank conflicts.
+struct FilterPoints {
+    Complex* memory;
+    int log_count;      // of M
 
-    DEVICE explicit operator bool() const { return present; }
+    HOST_DEVICE static constexpr int place(int index) { return index + index / 16; }
+    HOST_DEVICE static constexpr int bytes(int count) { return place(count) * 8; }
+    DEVICE Complex& operator[](int index) const { return memory[place(index)]; }
 
-    DEVICE float tap(int owner, int n) const {
-        float sum = 0.f;
-        if (n < params.taps) sum += params.k[owner * params.k_stride + n];
-        if (n >= params.fft_size - params.taps_rev) sum += params.k_rev[owner * params.k_rev_stride + params.fft_size - 1 - n];
-        return n == 0 && params.skip ? sum + params.skip[owner] : sum;
-    }
-
-    DEVICE Pair load(int sequence, int slot, int column) const {
-        const int64_t owner = shuffle(channel, 2 * slots.pair(slot));
-        const int n = slots.position(slot) + column;
-        return sequence != 0 || owner < 0 ? Pair{0.f, 0.f} : Pair{tap(owner, n), tap(owner, n + 1)};
-    }
-};
-
-template <class T>
-DEVICE void filter_tiles(const FilterParams& params) {
-    const int warp = thread_index() / 32, lane = thread_index() % 32;
-    const Tables<T, false> tables(params.tables, shared_memory(), 1 << params.log_radix);
-    char* const memory = shared_memory() + Tables<T, false>::kSharedBytes;
-    uint4* rows = reinterpret_cast<uint4*>(memory);
-    const int radix = 1 << params.log_radix, channels_per_tile = T::kRows >> params.log_radix;
-    const SlotMap<T> slots{params.log_radix};
-    SequenceScales<T> scales{reinterpret_cast<float*>(memory + T::kRowBytes), slots, 0, warp, lane};
-
-    copy_async_wait<0>();
-    block_barrier();
-    for (int tile = block_index(); tile * channels_per_tile < params.channels; tile += block_count()) {
-        int channel = tile * channels_per_tile + lane / 2;
-        if (channel >= params.channels || lane / 2 >= channels_per_tile) channel = -1;
-        u32 x[T::kSlots / 4][4];
-        const bool used = channel >= 0 && lane % 2 == 0;
-        scales.template pack_scaled<false>(x, TapSource<T>{params, slots, channel, true}, TapSource<T>{params, slots, channel, false}, used);
-        outer_forward<T>(x, rows, tables.outer, 0, warp, lane);
-        const InnerConstants constants(InnerTables{tables.inner, lane});
-        block_barrier();
-#pragma unroll 1
-        for (int row = warp; row < T::kRows; row += T::kWarps) {
-            const int64_t owner = shuffle(channel, 2 * (row >> params.log_radix));
-            const int k1 = row & (radix - 1);
-            RowFragment value;
-            value.load(rows + row * (kRowPitch / 4), lane);
-            value = inner_transform(value * tables.row_twiddles(k1, lane), constants);
-            if (owner >= 0) value.store(reinterpret_cast<uint4*>(params.spectrum) + (owner * radix + k1) * 64, lane);
+    // One stage of decimation in frequency: the frequencies q + kPoints f' of each group of 2^log_size points go to its q-th part.
+    template <int kLogPoints>
+    DEVICE void stage(int log_size) const {
+        constexpr int kPoints = 1 << kLogPoints;
+        const int log_stride = log_size - kLogPoints;
+        for (int i = thread_index(); i < 1 << (log_count - kLogPoints); i += kFilterThreads) {
+            const int column = i & ((1 << log_stride) - 1), first = (i >> log_stride << log_size) + column;
+            Complex x[kPoints];
+            for (int t = 0; t < kPoints; t++) x[t] = (*this)[first + (t << log_stride)];
+            small_transform(x);
+            const Complex root = unit_root(column, log_size);
+            Complex twiddle = root;
+            (*this)[first] = x[0];
+            for (int q = 1; q < kPoints; q++) {
+                (*this)[first + (q << log_stride)] = x[q] * twiddle;
+                twiddle = twiddle * root;
+            }
         }
-        if (warp == 0 && used) params.scale[channel] = scales.up * square_root(float(params.fft_size));
         block_barrier();
     }
+
+    DEVICE void transform() const {
+        int log_size = log_count;
+        for (; log_size >= 3; log_size -= 3) stage<3>(log_size);
+        if (log_size == 2) stage<2>(2);
+        if (log_size == 1) stage<1>(1);
+    }
+
+    // Where the stages leave a frequency.
+    DEVICE int index_of(int frequency) const {
+        int index = 0;
+        for (int left = log_count; left > 0;) {
+            const int log_points = left < 3 ? left : 3;
+            left -= log_points;
+            index += (frequency & ((1 << log_points) - 1)) << left;
+            frequency >>= log_points;
+        }
+        return index;
+    }
+};
+
+struct FilterSpectrum {
+    const FilterParams& params;
+    FilterPoints points;
+    u32* largest;
+
+    DEVICE float tap(int channel, int n) const {
+        float sum = 0.f;
+        if (n < params.taps) sum += params.k[channel * params.k_stride + n];
+        if (n >= params.fft_size - params.taps_rev) sum += params.k_rev[channel * params.k_rev_stride + params.fft_size - 1 - n];
+        return n == 0 && params.skip ? sum + params.skip[channel] : sum;
+    }
+
+    // From the transform Z of z to that of the real sequence, X, in place: X[f] = E[f] + w_N^f O[f] with E and O the transforms of the even and
+    // of the odd positions. Of X[0 ... M] the first and the last, both real, share a place. Notes the largest magnitude.
+    DEVICE void unpack() const {
+        const int count = 1 << points.log_count;
+        u32 magnitude = 0;
+        for (int f = thread_index(); f <= count / 2; f += kFilterThreads) {
+            Complex &at = points[points.index_of(f)], &mirrored = points[points.index_of((count - f) & (count - 1))];
+            const Complex z = at, w = conjugate(mirrored);
+            const Complex even = {0.5f * (z.re + w.re), 0.5f * (z.im + w.im)}, odd = {0.5f * (z.im - w.im), 0.5f * (w.re - z.re)};
+            const Complex turned = odd * unit_root(f, params.log_points), x = even + turned, y = even - turned;
+            mirrored = conjugate(y);
+            at = f == 0 ? Complex{x.re, y.re} : x;
+            for (float value : {x.re, x.im, y.re, y.im}) {
+                const u32 bits = bits_from_float(value) & 0x7fffffffu;
+                magnitude = bits > magnitude ? bits : magnitude;
+            }
+        }
+        magnitude = warp_maximum(magnitude);
+        if (thread_index() % 32 == 0) atomic_maximum(largest, magnitude);
+    }
+
+    // X[f] and X[f + M] for f below M.
+    DEVICE void at(int frequency, Complex& x, Complex& y) const {
+        const int count = 1 << points.log_count;
+        x = points[points.index_of(frequency)];
+        y = conjugate(points[points.index_of((count - frequency) & (count - 1))]);
+        if (frequency == 0) x = {x.re, 0.f}, y = {-y.im, 0.f};
+    }
+
+    DEVICE void store(int channel) const {
+        const u32 exponent = *largest >> 23;
+        const bool finite = exponent != 255;
+        const float scale = float_from_bits((exponent == 0 ? 1 : exponent) << 23);
+        uint2* words = reinterpret_cast<uint2*>(params.spectrum + int64_t(channel) * params.fft_size);
+        for (int i = thread_index(); i < params.fft_size / 2; i += kFilterThreads) {
+            // Row, fragment, lane and point of a row that its words belong to (hf_flashfftconv/ops/tables.py, spectrum_order).
+            const int k1 = i / 128, fragment = i / 64 % 2, lane = i / 2 % 32;
+            Complex x, y;
+            at(k1 + (params.fft_size / kColumns) * (2 * (lane / 4) + i % 2 + 16 * (lane % 4 + 4 * fragment)), x, y);
+            words[i] = finite ? uint2{pack(x.re / scale, y.re / scale), pack(x.im / scale, y.im / scale)} : uint2{0, 0};
+        }
+        if (thread_index() == 0) params.scale[channel] = finite ? scale : float_from_bits(0x7fc00000u);
+    }
+
+    DEVICE void run() const {
+        for (int channel = block_index(); channel < params.channels; channel += block_count()) {
+            for (int i = thread_index(); i < 1 << points.log_count; i += kFilterThreads) points[i] = {tap(channel, 2 * i), tap(channel, 2 * i + 1)};
+            if (thread_index() == 0) *largest = 0;
+            block_barrier();
+            points.transform();
+            unpack();
+            block_barrier();
+            store(channel);
+            block_barrier();
+        }
+    }
+};
+
+constexpr int filter_shared_bytes(int fft_size) { return FilterPoints::bytes(fft_size / 2) + 16; }
+
+DEVICE void filter_spectra(const FilterParams& params) {
+    u32* const largest = reinterpret_cast<u32*>(shared_memory());
+    FilterSpectrum{params, {reinterpret_cast<Complex*>(shared_memory() + 16), params.log_points - 1}, largest}.run();
 }

@@ -1,5 +1,6 @@
 // Launches of the kernels for one tile type.
 #pragma once
+#include <atomic>
 #include <cuda_runtime.h>
 
 #include "launch.h"
@@ -14,20 +15,41 @@ __global__ void __launch_bounds__(BackwardPlan<T>::kThreads, 1) backward_kernel(
     Backward<T>(params).run();
 }
 
-// Blocks for a persistent grid: one on every multiprocessor, or as many as there is work for.
-inline int grid_size(int64_t work, int* error) {
-    int device = 0, processors = 0;
-    *error = cudaGetDevice(&device);
-    if (*error == 0) *error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    return int(std::min<int64_t>(processors, work));
+// What is asked or set once, for each of the first devices: the calls cost as much as a launch. Threads that race write the same.
+constexpr int kKnownDevices = 64;
+using Prepared = std::atomic<bool>[kKnownDevices];
+
+// Blocks for a persistent grid: every multiprocessor full, or one block a tile where there are fewer.
+inline int grid_size(int device, int64_t tiles, int blocks_per_processor, int* error) {
+    static std::atomic<int> known[kKnownDevices];
+    int processors = device < kKnownDevices ? known[device].load(std::memory_order_relaxed) : 0;
+    if (processors == 0) {
+        *error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+        if (device < kKnownDevices && *error == 0) known[device].store(processors, std::memory_order_relaxed);
+    }
+    return int(std::min<int64_t>(processors, (tiles + blocks_per_processor - 1) / blocks_per_processor)) * blocks_per_processor;
 }
 
+// Allows a kernel the shared memory of its largest launch.
 template <class Params>
-int launch(void (*kernel)(Params), int64_t work, int threads, int shared_bytes, const Params& params, void* stream) {
-    int error = 0;
-    const int grid = grid_size(work, &error);
-    if (error == 0) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error == 0) kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
+int prepare(void (*kernel)(Params), Prepared& prepared, int device, int maximum_shared_bytes) {
+    if (device < kKnownDevices && prepared[device].load(std::memory_order_relaxed)) return 0;
+    const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, maximum_shared_bytes);
+    if (device < kKnownDevices && error == 0) prepared[device].store(true, std::memory_order_relaxed);
+    return error;
+}
+
+struct Grid {
+    int64_t tiles;
+    int blocks_per_processor, threads, shared_bytes, maximum_shared_bytes;
+};
+
+template <class Params>
+int launch(void (*kernel)(Params), Prepared& prepared, const Grid& grid, const Params& params, void* stream) {
+    int device = 0, error = cudaGetDevice(&device);
+    const int blocks = error == 0 ? grid_size(device, grid.tiles, grid.blocks_per_processor, &error) : 0;
+    if (error == 0) error = prepare(kernel, prepared, device, grid.maximum_shared_bytes);
+    if (error == 0) kernel<<<blocks, grid.threads, grid.shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
     const int launch_error = cudaGetLastError();
     return error ? error : launch_error;
 }
@@ -35,14 +57,18 @@ int launch(void (*kernel)(Params), int64_t work, int threads, int shared_bytes, 
 template <class T>
 int Launcher<T>::forward(const LaunchParams& params, void* stream) {
     using Plan = ForwardPlan<T>;
-    return launch(forward_kernel<T>, tile_count<T>(params), Plan::kThreads, Plan::kSharedBytes, params, stream);
+    static Prepared prepared;
+    const Grid grid{tile_count<T>(params), 1, Plan::kThreads, Plan::kSharedBytes, Plan::kSharedBytes};
+    return launch(forward_kernel<T>, prepared, grid, params, stream);
 }
 
 template <class T>
 int Launcher<T>::backward(const LaunchParams& params, void* stream) {
     using B = BackwardTile<T>;
     using Plan = BackwardPlan<B>;
-    return launch(backward_kernel<B>, std::min(BackwardUnits<B>(params).count, kMaximumBackwardBlocks), Plan::kThreads, Plan::kSharedBytes, params, stream);
+    static Prepared prepared;
+    const int64_t units = std::min(BackwardUnits<B>(params).count, kMaximumBackwardBlocks);
+    return launch(backward_kernel<B>, prepared, {units, 1, Plan::kThreads, Plan::kSharedBytes, Plan::kSharedBytes}, params, stream);
 }
 
 #define INSTANTIATE_TILES(...)                        \

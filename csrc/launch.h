@@ -14,14 +14,11 @@ template <class T>
 struct Launcher {
     static int forward(const LaunchParams& params, void* stream);
     static int backward(const LaunchParams& params, void* stream);
+    static constexpr int kForwardSharedBytes = ForwardPlan<T>::kSharedBytes, kBackwardSharedBytes = BackwardPlan<BackwardTile<T>>::kSharedBytes;
     static constexpr int kSumBytes = BackwardPlan<BackwardTile<T>>::kSumBytes;
 };
 
-// Filters are always transformed in full and in single precision.
-template <class T>
-struct FilterLauncher {
-    static int filter(const FilterParams& params, void* stream);
-};
+int launch_filter(const FilterParams& params, void* stream);
 
 constexpr int kUnsupported = -1;
 // Also what the batch is split for where there are few channels; a constant, so that results do not depend on the device.

@@ -108,6 +108,7 @@ DEVICE float float_from_bits(u32 x) { return __uint_as_float(x); }
 DEVICE u32 bits_from_float(float x) { return __float_as_uint(x); }
 
 DEVICE float square_root(float x) { return sqrtf(x); }
+DEVICE void sine_cosine_pi(float x, float& sine, float& cosine) { sincospif(x, &sine, &cosine); }
 DEVICE float power_of_two(int exponent) { return __uint_as_float(u32(exponent + 127) << 23); }
 
 struct Pair { float x, y; };

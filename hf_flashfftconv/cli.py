@@ -80,6 +80,7 @@ def measure(options: argparse.Namespace) -> str:
         channels=options.channels,
         dtype=getattr(torch, options.dtype),
         gated=not options.plain,
+        long=options.long,
         quick=options.quick,
     )
     if options.json:
@@ -191,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--channels", type=_positive, default=768, metavar="H")
     command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     command.add_argument("--plain", action="store_true", help="without gates")
+    command.add_argument("--long", action="store_true", help="lengths from 65536 to 4194304, unless given")
     command.add_argument("--quick", action="store_true", help="two lengths only, unless given, and fewer repetitions")
     command.add_argument("--json", metavar="FILE", help="write the results there, too")
     command.add_argument("--plot", metavar="FILE", help="draw time over length there; needs matplotlib")

@@ -65,29 +65,31 @@ def fft_conv(
     if backend not in library.BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; supported: {', '.join(map(repr, library.BACKENDS))}")
     _check_tensor("u", u)
-    if u.dim() != 3 or u.shape[2] == 0:
-        raise ValueError(f"u must have shape (batch, channels, length) with length at least 1, got {tuple(u.shape)}")
-    _check_filter("k", k, u)
+    # Read once: each access to a tensor's attributes makes an object.
+    shape, device = u.shape, u.device
+    if len(shape) != 3 or shape[2] == 0:
+        raise ValueError(f"u must have shape (batch, channels, length) with length at least 1, got {tuple(shape)}")
+    _check_filter("k", k, shape, device)
     if k_rev is not None:
-        _check_filter("k_rev", k_rev, u)
+        _check_filter("k_rev", k_rev, shape, device)
     if skip is not None:
-        _check_tensor("skip", skip, (u.shape[1],), u.device)
-    if not causal and k_rev is not None:
-        raise ValueError("k_rev needs causal=True; a circular filter has its negative lags at its end")
-    if not causal and k.shape[1] > u.shape[2]:
-        raise ValueError(f"a circular filter cannot be longer than u: got {k.shape[1]} taps for length {u.shape[2]}")
+        _check_tensor("skip", skip, shape[1:2], device)
+    if not causal:
+        _check_circular(k, k_rev, shape[2])
     if pre_gate is not None:
-        _check_tensor("pre_gate", pre_gate, u.shape, u.device)
+        _check_tensor("pre_gate", pre_gate, shape, device)
     if post_gate is not None:
-        _check_tensor("post_gate", post_gate, u.shape, u.device)
+        _check_tensor("post_gate", post_gate, shape, device)
 
+    kind = device.type
     # The meta device knows no autocast, and asking is an error.
-    if not u.is_meta and torch.is_autocast_enabled(u.device.type):
-        dtype = torch.get_autocast_dtype(u.device.type)
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
         u, pre_gate, post_gate = _autocast(u, dtype), _autocast(pre_gate, dtype), _autocast(post_gate, dtype)
-    for name, gate in (("pre_gate", pre_gate), ("post_gate", post_gate)):
-        if gate is not None and gate.dtype != u.dtype:
-            raise TypeError(f"{name} must have the dtype of u, {u.dtype}, got {gate.dtype}")
+    if pre_gate is not None and pre_gate.dtype != u.dtype:
+        raise TypeError(f"pre_gate must have the dtype of u, {u.dtype}, got {pre_gate.dtype}")
+    if post_gate is not None and post_gate.dtype != u.dtype:
+        raise TypeError(f"post_gate must have the dtype of u, {u.dtype}, got {post_gate.dtype}")
     return library.fft_conv(u, k, skip, pre_gate, post_gate, k_rev, causal, backend)
 
 
@@ -102,10 +104,18 @@ def _check_tensor(name: str, x: Any, shape: tuple[int, ...] | None = None, devic
         raise ValueError(f"{name} must be on the device of u, {device}, got {x.device}")
 
 
-def _check_filter(name: str, x: Any, u: Tensor) -> None:
-    _check_tensor(name, x, device=u.device)
-    if x.dim() != 2 or x.shape[0] != u.shape[1] or x.shape[1] == 0:
-        raise ValueError(f"{name} must have shape ({u.shape[1]}, taps >= 1) to fit u, got {tuple(x.shape)}")
+def _check_filter(name: str, x: Any, shape: torch.Size, device: torch.device) -> None:
+    _check_tensor(name, x, device=device)
+    taps = x.shape
+    if len(taps) != 2 or taps[0] != shape[1] or taps[1] == 0:
+        raise ValueError(f"{name} must have shape ({shape[1]}, taps >= 1) to fit u, got {tuple(taps)}")
+
+
+def _check_circular(k: Tensor, k_rev: Tensor | None, length: int) -> None:
+    if k_rev is not None:
+        raise ValueError("k_rev needs causal=True; a circular filter has its negative lags at its end")
+    if k.shape[1] > length:
+        raise ValueError(f"a circular filter cannot be longer than u: got {k.shape[1]} taps for length {length}")
 
 
 def _autocast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:

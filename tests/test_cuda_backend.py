@@ -5,6 +5,7 @@ import gc
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_flashfftconv.errors import BackendError
-from hf_flashfftconv.ops import cuda, extension, filters, library, tables
+from hf_flashfftconv.ops import cuda, extension, filters, library, pools, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {"fft_conv_params": extension.Parameters, "fft_conv_filter_params": extension.FilterParameters}
@@ -33,6 +34,16 @@ def test_structures_are_those_of_the_header(name: str) -> None:
         for field in fields.split(","):
             declared.append((field.strip(" *"), ctypes.c_void_p if "*" in fields else types[kind]))
     assert declared == list(NAMES[name]._fields_)
+
+
+def test_tensors_are_written_where_the_structure_has_them() -> None:
+    written, assigned = extension.Parameters(batch=7), extension.Parameters(batch=7)
+    for number, (name, kind) in enumerate(extension.Parameters._fields_):
+        if kind is extension.TensorArgument:
+            values = (1 << 63) + number, -number, 3 << 40
+            written.set_tensor(name, *values)
+            setattr(assigned, name, values)
+    assert bytes(written) == bytes(assigned)
 
 
 def test_elements_are_those_of_the_header() -> None:
@@ -61,6 +72,8 @@ class FakeLibrary:
         # Functions that ctypes would let one declare.
         self.fft_conv_backward_scratch = SimpleNamespace()
         self.fft_conv_error_string = lambda code: b"out of luck"
+        self.fft_conv_shared_bytes = lambda parameters, backward: 60_000 + 100_000 * backward
+        self.fft_conv_shared_limit = lambda device: 232_448
 
     def __getattr__(self, name: str) -> object:
         def launch(parameters: object, stream: ctypes.c_void_p) -> int:
@@ -84,8 +97,10 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeLibrar
     monkeypatch.setattr(cuda, "_current_stream", lambda _: 77)
     monkeypatch.setattr(cuda, "_is_capturing", lambda: False)
     extension.load.cache_clear()
+    cuda._lacks_memory.cache_clear()
     yield fake
     extension.load.cache_clear()
+    cuda._lacks_memory.cache_clear()
 
 
 def test_a_library_that_is_missing_broken_or_old_is_a_reason(
@@ -173,7 +188,7 @@ def test_float32_needs_permission_for_tf32(gpu: SimpleNamespace, switch: str) ->
 import torch
 from types import SimpleNamespace
 from hf_flashfftconv.ops import cuda
-cuda._verdict = lambda _: None
+cuda._verdict = cuda._lacks_memory = lambda *_: None
 u = SimpleNamespace(shape=(2, 3, 100), dtype=torch.float32, is_cuda=True, device=torch.device("cuda", 0))
 answers = [cuda.unsupported(u, torch.empty(3, 100), None, True)]
 {code}
@@ -206,6 +221,21 @@ def test_an_old_device_is_a_reason(gpu: SimpleNamespace) -> None:
     gpu.capability = (7, 5)
     assert why_not(on_gpu()) == "the device has compute capability 7.5, and the kernels need 8.0"
     assert gpu.tried == 0
+
+
+def test_a_device_with_less_shared_memory_is_a_reason(
+    fake: FakeLibrary, gpu: SimpleNamespace, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "_reasons_told", set())
+    fake.fft_conv_shared_limit = lambda device: 101_376 if device == 1 else 0
+    u, k = on_gpu(), torch.empty(3, 10)
+    reason = "backward kernel for an FFT of 256 points needs 160000 bytes of shared memory, and the device has 101376"
+    for _ in range(2):
+        assert library.use_kernels(u, k, None, True, "auto")
+        assert not library.use_kernels(u, k, None, True, "auto", backward=True)
+    assert len(caplog.records) == 1 and reason in caplog.text
+    with pytest.raises(BackendError, match=reason):
+        library.use_kernels(u, k, None, True, "cuda", backward=True)
 
 
 def test_a_missing_library_is_a_reason(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,6 +388,43 @@ def test_a_dead_filter_drops_its_spectrum(fake: FakeLibrary, index: int) -> None
     tensors[index] = None
     gc.collect()
     assert not cuda._spectra._entries
+
+
+@pytest.mark.parametrize("stream, elsewhere", [(0, False), (77, True)])
+def test_what_is_kept_on_a_side_stream_is_allocated_by_another_thread(
+    fake: FakeLibrary, monkeypatch: pytest.MonkeyPatch, stream: int, elsewhere: bool
+) -> None:
+    """Private pools, such as that of a CUDA graph that warms up, take what the current thread allocates."""
+    threads = []
+    prepare = filters.prepare
+
+    def noted(*arguments: object) -> filters.Spectrum:
+        threads.append(threading.get_ident())
+        return prepare(*arguments)
+
+    monkeypatch.setattr(filters, "prepare", noted)
+    monkeypatch.setattr(cuda, "_current_stream", lambda _: stream)
+    forward(torch.randn(2, 8))
+    forward(torch.randn(2, 8).requires_grad_())
+    here = threading.get_ident()
+    assert [x != here for x in threads] == [elsewhere, False]
+
+
+def test_constants_are_allocated_by_another_thread() -> None:
+    threads = []
+
+    class Constant:
+        def to(self, device: torch.device) -> None:
+            threads.append(threading.get_ident())
+
+    tables.upload(Constant(), torch.device("cpu"))
+    assert threads != [threading.get_ident()]
+
+    def fail() -> None:
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        pools.outside_of_pools(fail, torch.device("cpu"))
 
 
 def test_each_stream_has_its_own_spectra(fake: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,6 +161,21 @@ def test_compiled(mode: str) -> None:
     torch._dynamo.reset()
 
 
+def test_nothing_stays_in_a_private_pool() -> None:
+    """First calls, whose constants and spectra are kept, on a side stream as when a compiled function warms up."""
+    arguments = gated(3000)
+    tables.device_tables.cache_clear()
+    cuda._spectra.clear()
+    pool, stream = torch.cuda.MemPool(), torch.cuda.Stream()
+    with torch.cuda.stream(stream), torch.cuda.use_mem_pool(pool):
+        y = run(arguments)
+        stream.synchronize()
+        del y
+        blocks = [block for segment in pool.snapshot() for block in segment["blocks"]]
+    assert blocks and not [block for block in blocks if block["state"] == "active_allocated"]
+    assert len(cuda._spectra._entries) == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype: torch.dtype) -> None:
     arguments = make(1000, 1000, (*GATES, "skip"), dtype=torch.float32, channels=16, device="cuda")

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from hf_flashfftconv import fft_conv
@@ -47,6 +48,32 @@ def test_gradcheck(length: int, names: tuple[str, ...]) -> None:
 def test_gradcheck_circular() -> None:
     u, k = make(7, ("u", "k"), torch.float64).values()
     assert torch.autograd.gradcheck(lambda u, k: fft_conv(u, k[:, :5], causal=False), (u, k))
+
+
+@pytest.mark.parametrize("transform", ["dual", "jvp", "grad"])
+def test_other_kinds_of_differentiation_are_refused(transform: str) -> None:
+    """Tensors that need no gradient go straight to the operator; these derivatives must not get lost that way."""
+    u, k = (x.detach() for x in make(names=("u", "k")).values())
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"autograd\.Function"):
+        if transform == "dual":
+            with forward_ad.dual_level():
+                fft_conv(forward_ad.make_dual(u, torch.ones_like(u)), k)
+        elif transform == "jvp":
+            torch.func.jvp(lambda u: fft_conv(u, k), (u,), (u,))
+        else:
+            torch.func.grad(lambda u: fft_conv(u, k).sum())(u)
+
+
+def test_only_gradients_cost_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library._FFTConv, "apply", lambda *_: "recorded")
+    arguments = make()
+    assert fft_conv(**arguments) == "recorded"
+    constants = {name: x.detach() for name, x in arguments.items()}
+    assert isinstance(fft_conv(**constants), Tensor)
+    for name in NAMES:
+        assert fft_conv(**{**constants, name: arguments[name]}) == "recorded"
+    with torch.no_grad():
+        assert isinstance(fft_conv(**arguments), Tensor)
 
 
 @pytest.mark.parametrize("linear", [True, False])
@@ -156,7 +183,7 @@ class Kernels:
     def __init__(self, limit: int) -> None:
         self.limit, self.calls = limit, []
 
-    def unsupported(self, u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool) -> str | None:
+    def unsupported(self, u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, backward: bool) -> str | None:
         return None if u.shape[-1] <= self.limit else f"length {u.shape[-1]} is above {self.limit}"
 
     def forward(self, *arguments: object) -> Tensor:

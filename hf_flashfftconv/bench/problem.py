@@ -1,6 +1,7 @@
 """What is measured: a causal convolution with filters as long as the sequences, with or without gates."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +31,16 @@ class Problem:
         tensors = inputs + 1 + (2 * inputs + 1 if backward else 0)
         return tensors * self.batch * self.channels * self.length * self.dtype.itemsize
 
+    @property
+    def sequences(self) -> int:
+        return self.batch * self.channels
+
+    def smaller(self) -> "Problem | None":
+        """Half the channels or, where there is one, half the batch, which filters and pairs of sequences share."""
+        if self.channels > 1:
+            return replace(self, channels=self.channels // 2)
+        return replace(self, batch=self.batch // 2) if self.batch > 1 else None
+
     def operands(self) -> dict[str, Tensor]:
         """Arguments of [`fft_conv`] on the current device: normal sequences, filters that decay."""
         shape = (self.batch, self.channels, self.length)
@@ -40,9 +51,27 @@ class Problem:
         return operands
 
     def error(self, y: Tensor, operands: dict[str, Tensor]) -> float:
-        """Relative L2 error against float64, of a few rows and channels."""
-        rows = torch.tensor(sorted({0, y.shape[0] - 1}))[:, None]
-        channels = torch.tensor(sorted({0, 1 % y.shape[1], y.shape[1] // 2, y.shape[1] - 1}))
-        part = {name: x[rows, channels] if x.dim() == 3 else x[channels] for name, x in operands.items()}
-        reference = fft_conv_float64(**part)
-        return ((y[rows, channels].double() - reference).norm() / reference.norm()).item()
+        """Relative L2 error of an output against float64, of a few rows and channels."""
+        part, choose = self._part(operands)
+        return _relative_error(choose(y), fft_conv_float64(**part))
+
+    def gradient_error(self, du: Tensor, dy: Tensor, operands: dict[str, Tensor]) -> float:
+        """The same for the gradient of u."""
+        part, choose = self._part(operands)
+        u = part["u"].detach().double().requires_grad_()
+        y = fft_conv_float64(**{**part, "u": u})
+        (reference,) = torch.autograd.grad(y, u, choose(dy).double())
+        return _relative_error(choose(du), reference)
+
+    def _part(self, operands: dict[str, Tensor]) -> tuple[dict[str, Tensor], Callable[[Tensor], Tensor]]:
+        rows = torch.tensor(sorted({0, self.batch - 1}))[:, None]
+        channels = torch.tensor(sorted({0, 1 % self.channels, self.channels // 2, self.channels - 1}))
+
+        def choose(x: Tensor) -> Tensor:
+            return x.detach()[rows, channels]
+
+        return {name: choose(x) if x.dim() == 3 else x.detach()[channels] for name, x in operands.items()}, choose
+
+
+def _relative_error(actual: Tensor, reference: Tensor) -> float:
+    return ((actual.double() - reference).norm() / reference.norm()).item()

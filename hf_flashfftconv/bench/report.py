@@ -20,7 +20,8 @@ class Result:
         floor_ms (`float`): The least time that the memory allows.
         ms (`float`, *optional*): The median time; None where the contender does not serve the problem.
         extra_bytes (`int`, *optional*): Memory at the peak, beyond the inputs.
-        error (`float`, *optional*): Relative L2 error of the output against float64.
+        error (`float`, *optional*): Relative L2 error against float64, of the output or, with backward, of the gradient
+            of the input.
         note (`str`): What a reader must know, or why there is no time.
     """
 

@@ -15,9 +15,10 @@ from tqdm.auto import tqdm
 from .contenders import CONTENDERS, Forward, Unavailable
 from .problem import Problem
 from .report import Report, Result
-from .timing import Stopwatch, copy_bandwidth, host_seconds, peak_extra_bytes
+from .timing import Stopwatch, copy_bandwidth, device_memory, host_seconds, peak_extra_bytes
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+LONG_LENGTHS = (65536, 131072, 262144, 524288, 1048576, 2097152, 4194304)
 QUICK_LENGTHS = (1024, 8192)
 
 
@@ -28,6 +29,7 @@ def bench(
     channels: int = 768,
     dtype: torch.dtype = torch.bfloat16,
     gated: bool = True,
+    long: bool = False,
     quick: bool = False,
 ) -> Report:
     """Measures this package and all rivals that are installed on the current GPU.
@@ -36,11 +38,13 @@ def bench(
 
     Args:
         lengths (`Sequence[int]`, *optional*): Lengths of the sequences and of their filters; by default 256 to 32768.
-        batch (`int`, *optional*, defaults to 64): Sequences of a channel. Where the memory does not suffice, a
-            contender is measured with fewer of them and its time scaled up; the table says so.
-        channels (`int`, *optional*, defaults to 768): Channels, each with its own filter.
+        batch (`int`, *optional*, defaults to 64): Sequences of a channel.
+        channels (`int`, *optional*, defaults to 768): Channels, each with its own filter. Where the memory does not
+            suffice, a contender is measured with fewer sequences, and time and memory are scaled up by their number;
+            the table says so.
         dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): Of the sequences.
         gated (`bool`, *optional*, defaults to `True`): Whether to multiply input and output by gates.
+        long (`bool`, *optional*, defaults to `False`): Measure lengths from 65536 to 4194304, unless given.
         quick (`bool`, *optional*, defaults to `False`): Measure two lengths only, and shorter.
 
     Returns:
@@ -53,7 +57,7 @@ def bench(
         raise ValueError("the benchmark needs a CUDA device, and torch finds none")
     stopwatch = Stopwatch(0.05, (3, 20)) if quick else Stopwatch()
     bandwidth = copy_bandwidth(stopwatch)
-    lengths = lengths or (QUICK_LENGTHS if quick else LENGTHS)
+    lengths = lengths or (LONG_LENGTHS if long else QUICK_LENGTHS if quick else LENGTHS)
     results: list[Result] = []
     progress = tqdm([(length, name) for length in lengths for name in CONTENDERS], leave=False)
     for length, name in progress:
@@ -71,30 +75,33 @@ def _measure(name: str, problem: Problem, backward: bool, stopwatch: Stopwatch, 
     result = Result(name, problem.length, backward, problem.floor_bytes(backward) / bandwidth * 1e3)
     if backward and not has_gradients:
         return replace(result, note="forward only")
-    measured = problem
-    while True:
+    measured: Problem | None = problem
+    while measured is not None:
+        # What must be there at the same time is known beforehand; what a contender takes beyond it is not.
+        if measured.floor_bytes(backward) > device_memory() // 2:
+            measured = measured.smaller()
+            continue
         try:
-            numbers = _numbers(make(measured), measured, backward, stopwatch)
+            seconds, extra_bytes, error = _numbers(make(measured), measured, backward, stopwatch)
             break
         except torch.OutOfMemoryError:
-            if measured.batch == 1:
-                return replace(result, note="out of memory")
-            measured = replace(measured, batch=measured.batch // 2)
+            measured = measured.smaller()
         except (Unavailable, RuntimeError, ValueError, AssertionError, NotImplementedError) as reason:
             # Rivals refuse what they cannot do in their own ways; the first line says enough.
             return replace(result, note=str(reason).partition("\n")[0][:80])
         finally:
             gc.collect()
             torch.cuda.empty_cache()
-    seconds, extra_bytes, error = numbers
-    scale = problem.batch / measured.batch
-    note = "" if scale == 1 else f"measured with batch {measured.batch}"
+    if measured is None:
+        return replace(result, note="out of memory")
+    scale = problem.sequences / measured.sequences
+    note = "" if scale == 1 else f"measured with {measured.batch} x {measured.channels} sequences"
     return replace(result, ms=seconds * scale * 1e3, extra_bytes=int(extra_bytes * scale), error=error, note=note)
 
 
 def _numbers(
     forward: Forward, problem: Problem, backward: bool, stopwatch: Stopwatch
-) -> tuple[float, int, float | None]:
+) -> tuple[float, int, float]:
     operands = problem.operands()
     if not backward:
         with torch.no_grad():
@@ -107,8 +114,8 @@ def _numbers(
     def step() -> Any:
         return torch.autograd.grad(forward(**operands), leaves, dy)
 
-    step()
-    return stopwatch.seconds(step), peak_extra_bytes(step), None
+    error = problem.gradient_error(step()[0], dy, operands)
+    return stopwatch.seconds(step), peak_extra_bytes(step), error
 
 
 def _environment(bandwidth: float) -> dict[str, Any]:

@@ -51,6 +51,11 @@ def copy_bandwidth(stopwatch: Stopwatch) -> float:
     return 2 * _COPY_BYTES / stopwatch.seconds(lambda: target.copy_(source))
 
 
+def device_memory() -> int:
+    """Bytes of memory of the current GPU."""
+    return torch.cuda.mem_get_info()[1]
+
+
 def peak_extra_bytes(work: Callable[[], Any]) -> int:
     """Device memory that `work` takes at its peak beyond what is there before, its results included."""
     torch.cuda.synchronize()

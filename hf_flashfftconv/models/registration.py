@@ -14,12 +14,15 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from ..kernel_repository import offer_kernels
 from .configuration_hyena_lm import HyenaLMConfig
 from .configuration_hyenadna import HyenaDNAConfig
 from .configuration_m2_bert import M2BertConfig
+from .hyena import HyenaOperator
 from .modeling_hyena_lm import HyenaLMForCausalLM, HyenaLMModel
 from .modeling_hyenadna import HyenaDNAForCausalLM, HyenaDNAForSequenceClassification, HyenaDNAModel
 from .modeling_m2_bert import M2BertForMaskedLM, M2BertForSequenceClassification, M2BertModel
+from .monarch import MonarchMixerSequenceMixing
 from .tokenization_hyenadna import HyenaDNATokenizer
 
 logger = logging.getLogger(__name__)
@@ -50,6 +53,7 @@ def register() -> None:
             logger.info("model_type %r is already registered for %r", model_type, CONFIG_MAPPING[model_type])
     for auto_class, config_class, model_class in _MODELS:
         auto_class.register(config_class, model_class, exist_ok=True)
+    offer_kernels(HyenaOperator, MonarchMixerSequenceMixing)
     AutoTokenizer.register(HyenaDNAConfig, slow_tokenizer_class=_yielding(HyenaDNATokenizer), exist_ok=True)
 
 

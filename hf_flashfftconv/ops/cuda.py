@@ -1,6 +1,8 @@
 """The `cuda` backend: which calls the kernels serve, and how a call of [`fft_conv`] becomes one launch."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,8 +20,8 @@ _spectra = filters.SpectrumCache()
 _verdicts: dict[int, str | None] = {}
 
 
-def unsupported(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool) -> str | None:
-    """Why the kernels cannot serve a call, or None if they can."""
+def unsupported(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, backward: bool = False) -> str | None:
+    """Why the kernels cannot serve a call or, if `backward`, its gradients; None if they can."""
     if not u.is_cuda:
         return f"u is on the device {u.device}, not on a CUDA device"
     if u.dtype not in extension.ELEMENTS:
@@ -29,7 +31,9 @@ def unsupported(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool) -> str
     if (u.shape[0] + 1) // 2 * u.shape[1] > MAX_PAIRS:
         return f"u has the shape {tuple(u.shape)}, and the kernels take up to {MAX_PAIRS} pairs of sequences"
     chosen = _plan(u, k, k_rev, causal)
-    return chosen if isinstance(chosen, str) else _verdict(u.device)
+    if isinstance(chosen, str):
+        return chosen
+    return _verdict(u.device) or _lacks_memory(u.device, chosen, u.dtype, backward)
 
 
 def forward(
@@ -94,24 +98,19 @@ class _Call:
         self.plan: plan.Plan = _plan(u, k, k_rev, causal)
         self.stream = _current_stream(u.device)
         length, fft_size = u.shape[2], self.plan.fft_size
-        precise = u.dtype == torch.float16
         if _is_capturing():
             # The graph outlives the cache's entries, and its replays are to see what has become of the filter.
-            spectrum = filters.prepare(k, skip, k_rev, length, fft_size, self.stream, precise)
+            spectrum = filters.prepare(k, skip, k_rev, length, fft_size, self.stream)
         else:
-            spectrum = _spectra.get(k, skip, k_rev, length, fft_size, self.stream, precise)
-        constants = tables.device_tables(*self.plan, u.device)
-        self.parameters = extension.Parameters(
-            tables=constants.data_ptr(),
-            spectrum=spectrum.words.data_ptr(),
-            spectrum_scale=spectrum.scale.data_ptr(),
-            batch=u.shape[0],
-            channels=u.shape[1],
-            length=length,
-            fft_size=fft_size,
-            element=extension.ELEMENTS[u.dtype],
-            half=self.plan.half,
-        )
+            spectrum = _spectra.get(k, skip, k_rev, length, fft_size, self.stream)
+        constants = tables.device_tables(fft_size, self.plan.half, u.device)
+        self.parameters = parameters = extension.Parameters()
+        parameters.tables = constants.data_ptr()
+        parameters.spectrum = spectrum.words.data_ptr()
+        parameters.spectrum_scale = spectrum.scale.data_ptr()
+        parameters.batch, parameters.channels, parameters.length = u.shape
+        parameters.fft_size, parameters.half = self.plan
+        parameters.element = extension.ELEMENTS[u.dtype]
         # Memory that is given back before the launch may be given to another stream.
         self._alive: list[Any] = [spectrum, constants]
         self.operand("u", u)
@@ -127,7 +126,7 @@ class _Call:
             x = x.contiguous()
             batch_stride, channel_stride, _ = x.stride()
             self._alive.append(x)
-        setattr(self.parameters, name, (x.data_ptr(), batch_stride, channel_stride))
+        self.parameters.set_tensor(name, x.data_ptr(), batch_stride, channel_stride)
 
     def result(self, name: str) -> Tensor:
         """Adds an output of the shape and dtype of u."""
@@ -168,6 +167,18 @@ def _verdict(device: torch.device) -> str | None:
     return verdict
 
 
+@lru_cache(maxsize=1024)
+def _lacks_memory(device: torch.device, chosen: plan.Plan, dtype: torch.dtype, backward: bool) -> str | None:
+    """Why a kernel does not fit the device, or None. Only the shared memory of GPUs for data centres holds all."""
+    parameters = extension.Parameters(fft_size=chosen.fft_size, half=chosen.half, element=extension.ELEMENTS[dtype])
+    needed = extension.call("fft_conv_shared_bytes", parameters, backward)
+    available = extension.call("fft_conv_shared_limit", device.index)
+    if needed <= available:
+        return None
+    what = f"the {'backward' if backward else 'forward'} kernel for an FFT of {chosen.fft_size} points"
+    return f"{what} needs {needed} bytes of shared memory, and the device has {available}"
+
+
 def _try_out(device: torch.device) -> str | None:
     u = torch.zeros(1, 1, 1, dtype=torch.float16, device=device)
     try:
@@ -182,7 +193,15 @@ def _device_guard(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _current_stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
+    return _raw_stream(device.index)
+
+
+def _stream_object(index: int) -> int:
+    return torch.cuda.current_stream(index).cuda_stream
+
+
+# The number without the object that wraps it, where torch has a function for that, as it has for its own compiler.
+_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _stream_object)
 
 
 def _is_capturing() -> bool:

@@ -1,8 +1,8 @@
 """The fused kernels' arithmetic in plain PyTorch: the sharp yardstick of the numerical tests.
 
 It rounds where the kernels round and nowhere else: float16 operands, unitary DFT stages with float32 sums, two batch
-rows packed as one complex sequence, power-of-two scales undone in float32 at the output, and filters that go through
-the same stages, with the skip weight added at lag zero.
+rows packed as one complex sequence, power-of-two scales undone in float32 at the output, and filters, with the skip
+weight added at lag zero, whose spectra are computed in float32 and then rounded.
 """
 
 import math
@@ -70,9 +70,11 @@ def _circle(k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int, s
 
 
 def _filter_spectrum(taps: Tensor, radices: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The spectrum in the order of the stages, of root mean square near one, and the scales (H, 1) to undo that."""
-    scale = _power_of_two(taps.square().mean(-1).sqrt())[:, None]
-    return _transform(_half(taps / scale).to(torch.complex64), radices), scale * math.sqrt(taps.shape[1])
+    """The spectrum in the order of the stages, with values below two, and the scales (H, 1) to undo that."""
+    order = torch.arange(taps.shape[1], device=taps.device).view(*reversed(radices))
+    spectrum = torch.fft.fft(taps)[:, order.permute(*reversed(range(len(radices)))).flatten()]
+    scale = _power_of_two(torch.view_as_real(spectrum).abs().amax((1, 2)))[:, None]
+    return _half(spectrum / scale), scale
 
 
 def _transform(x: Tensor, radices: Sequence[int]) -> Tensor:

@@ -1,6 +1,7 @@
 """The shared library of the CUDA kernels, loaded at its first use by its C interface, csrc/fft_conv.h."""
 
 import ctypes
+import struct
 from functools import cache
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from ..errors import BackendError
 
 PATH = Path(__file__).parent.parent / "lib" / "libhf_flashfftconv.so"
-VERSION = 1
+VERSION = 2
 
 ELEMENTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -54,6 +55,14 @@ class Parameters(ctypes.Structure):
         ("half", ctypes.c_int32),
     )
 
+    def set_tensor(self, name: str, data: int, batch_stride: int, channel_stride: int) -> None:
+        """Assigns to a [`TensorArgument`], in a third of the time that its own assignment takes."""
+        _TENSOR.pack_into(self, _OFFSETS[name], data, batch_stride, channel_stride)
+
+
+_TENSOR = struct.Struct("@Pqq")
+_OFFSETS = {name: getattr(Parameters, name).offset for name, kind in Parameters._fields_ if kind is TensorArgument}
+
 
 class FilterParameters(ctypes.Structure):
     """`fft_conv_filter_params`."""
@@ -62,7 +71,6 @@ class FilterParameters(ctypes.Structure):
         ("k", ctypes.c_void_p),
         ("k_rev", ctypes.c_void_p),
         ("skip", ctypes.c_void_p),
-        ("tables", ctypes.c_void_p),
         ("spectrum", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
         ("k_stride", ctypes.c_int64),
@@ -95,13 +103,16 @@ def load() -> ctypes.CDLL | str:
     return library
 
 
-def call(name: str, parameters: Parameters) -> int:
-    """Calls a function of the library that answers a question about a launch.
+def call(name: str, *arguments: Parameters | int) -> int:
+    """Calls a function of the library that answers a question.
 
     Raises:
         BackendError: there is no library.
     """
-    return getattr(_library(), name)(ctypes.byref(parameters))
+    library = load()
+    if isinstance(library, str):
+        raise BackendError(library)
+    return getattr(library, name)(*(x if isinstance(x, int) else ctypes.byref(x) for x in arguments))
 
 
 def launch(name: str, parameters: Parameters | FilterParameters, stream: int) -> None:
@@ -111,7 +122,9 @@ def launch(name: str, parameters: Parameters | FilterParameters, stream: int) ->
         MisfitError: the library does not fit the device or the driver.
         BackendError: there is no library, or CUDA reports any other error.
     """
-    library = _library()
+    library = load()
+    if isinstance(library, str):
+        raise BackendError(library)
     code = getattr(library, name)(ctypes.byref(parameters), ctypes.c_void_p(stream))
     if code == 0:
         return
@@ -121,10 +134,3 @@ def launch(name: str, parameters: Parameters | FilterParameters, stream: int) ->
     sizes = [field for field, kind in parameters._fields_ if kind is ctypes.c_int32]
     values = ", ".join(f"{field} {getattr(parameters, field)}" for field in sizes)
     raise BackendError(f"{name} failed: {text} (error {code}; {values})")
-
-
-def _library() -> ctypes.CDLL:
-    library = load()
-    if isinstance(library, str):
-        raise BackendError(library)
-    return library

@@ -4,7 +4,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,13 +12,17 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import extension
+from .plan import MAX_FFT_SIZE
+from .pools import outside_of_pools
 from .reference import circle_taps
-from .tables import device_tables, spectrum_order, upload
+from .tables import spectrum_order, upload
+
+DEFAULT_STREAM = 0
 
 # Bound on the spectra kept for each device.
 CACHE_BYTES = 256 << 20
 
-# Bound on what is alive at a time while precise spectra are made: float32 taps, their float32 spectrum, the same
+# Bound on what is alive at a time while torch.fft makes spectra: float32 taps, their float32 spectrum, the same
 # scaled, and both copies in half precision.
 WORKSPACE_BYTES = 256 << 20
 _WORKSPACE_PER_POINT = 4 + 4 + 4 + 2 + 4
@@ -49,34 +53,24 @@ def prepare(
     length: int,
     fft_size: int,
     stream: int,
-    precise: bool = False,
 ) -> Spectrum:
     """The spectra of the filters of [`fft_conv`], by one launch on the given, current stream.
 
     On a circle of `fft_size` points the causal taps lie at the start, the anticausal ones at the end. The skip
     connection is one more weight of the tap at lag zero.
 
-    The kernel works in half precision inside, with an error of about 6e-4. `precise` spectra are made in single
-    precision by `torch.fft`, which takes several times as long: float16 outputs are accurate enough to tell.
+    The kernel computes in single precision and rounds the result. Beyond its sizes `torch.fft` does the same, which
+    takes several times as long.
     """
-    if precise:
-        return _prepare_precisely(k, skip, k_rev, length, fft_size)
-    channels = k.shape[0]
-    spectrum = Spectrum(
-        torch.empty(channels, fft_size, dtype=torch.int32, device=k.device),
-        torch.empty(channels, dtype=torch.float32, device=k.device),
-    )
+    if fft_size > MAX_FFT_SIZE:
+        return _prepare_by_torch(k, skip, k_rev, length, fft_size)
+    channels, device = k.shape[0], k.device
+    words = torch.empty((channels, fft_size), dtype=torch.int32, device=device)
+    scale = torch.empty((channels,), dtype=torch.float32, device=device)
     k = _taps(k, length)
-    parameters = extension.FilterParameters(
-        k=k.data_ptr(),
-        k_stride=k.stride(0),
-        tables=device_tables(fft_size, False, k.device).data_ptr(),
-        spectrum=spectrum.words.data_ptr(),
-        scale=spectrum.scale.data_ptr(),
-        channels=channels,
-        taps=k.shape[1],
-        fft_size=fft_size,
-    )
+    skip = None if skip is None else skip.float().contiguous()
+    parameters = extension.FilterParameters()
+    parameters.k, parameters.k_stride, parameters.taps = k.data_ptr(), k.stride(0), k.shape[1]
     if k_rev is not None:
         k_rev = _taps(k_rev, length - 1)
         parameters.k_rev, parameters.k_rev_stride, parameters.taps_rev = (
@@ -85,24 +79,25 @@ def prepare(
             k_rev.shape[1],
         )
     if skip is not None:
-        skip = skip.float().contiguous()
         parameters.skip = skip.data_ptr()
+    parameters.spectrum, parameters.scale = words.data_ptr(), scale.data_ptr()
+    parameters.channels, parameters.fft_size = channels, fft_size
     extension.launch("fft_conv_filter_spectrum", parameters, stream)
-    return spectrum
+    return Spectrum(words, scale)
 
 
-def _prepare_precisely(k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int, fft_size: int) -> Spectrum:
+def _prepare_by_torch(k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int, fft_size: int) -> Spectrum:
     """A block of channels at a time, to bound the memory."""
     block = max(1, WORKSPACE_BYTES // (_WORKSPACE_PER_POINT * fft_size))
     parts = []
     for start in range(0, k.shape[0], block):
         channels = slice(start, start + block)
         part_skip, part_rev = None if skip is None else skip[channels], None if k_rev is None else k_rev[channels]
-        parts.append(_precise_spectrum(circle_taps(k[channels], part_skip, part_rev, length, fft_size)))
+        parts.append(_spectrum_by_torch(circle_taps(k[channels], part_skip, part_rev, length, fft_size)))
     return parts[0] if len(parts) == 1 else Spectrum(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def _precise_spectrum(taps: Tensor) -> Spectrum:
+def _spectrum_by_torch(taps: Tensor) -> Spectrum:
     spectrum = torch.view_as_real(torch.fft.rfft(taps))
     largest = torch.linalg.vector_norm(spectrum, torch.inf, (1, 2))
     # The exponent's bits alone are the power of two below, infinite where the filter is not finite.
@@ -150,13 +145,16 @@ def tap_gradients(
 
 
 def _taps(k: Tensor, count: int) -> Tensor:
-    k = k[:, :count].float()
+    if k.shape[1] > count:
+        k = k[:, :count]
+    if k.dtype != torch.float32:
+        k = k.float()
     return k if k.stride(1) == 1 else k.contiguous()
 
 
 class _Entry(NamedTuple):
     spectrum: Spectrum
-    stamp: list[tuple[bool, int, int, int]]
+    stamp: tuple[Hashable, ...]
     # Of the tensors and, so that no other storage takes over their identity, of their storages.
     references: list[Any]
 
@@ -187,21 +185,24 @@ class SpectrumCache:
         length: int,
         fft_size: int,
         stream: int,
-        precise: bool = False,
     ) -> Spectrum:
         """[`prepare`], or what it returned on this stream as long as the filters have not changed since."""
-        tensors = [x for x in (k, skip, k_rev) if x is not None]
         reverse_taps = 0 if k_rev is None else min(k_rev.shape[1], length - 1)
-        key = (id(k), id(skip), id(k_rev), min(k.shape[1], length), reverse_taps, fft_size, stream, precise)
+        key = (id(k), id(skip), id(k_rev), min(k.shape[1], length), reverse_taps, fft_size, stream)
+        stamp = _stamp(k), skip is not None and _stamp(skip), k_rev is not None and _stamp(k_rev)
         with self._lock:
             entry = self._entries.get(key)
-            if entry is not None and entry.stamp == _stamp(tensors):
+            if entry is not None and entry.stamp == stamp:
                 self._entries.move_to_end(key)
                 return entry.spectrum
-        stamp = _stamp(tensors) if all(map(_is_constant, tensors)) else None
-        spectrum = prepare(k, skip, k_rev, length, fft_size, stream, precise)
         self._drop(key)
-        if stamp is not None and spectrum.bytes <= self.max_bytes:
+        tensors = [x for x in (k, skip, k_rev) if x is not None]
+        if not all(map(_is_constant, tensors)):
+            return prepare(k, skip, k_rev, length, fft_size, stream)
+        make = partial(prepare, k, skip, k_rev, length, fft_size, stream)
+        # Compiled functions warm their CUDA graphs up on another stream, and allocate in a pool of the graph.
+        spectrum = make() if stream == DEFAULT_STREAM else outside_of_pools(make, k.device)
+        if spectrum.bytes <= self.max_bytes:
             references = [weakref.ref(x, lambda _: self._drop(key)) for x in tensors]
             references += [StorageWeakRef(x.untyped_storage()) for x in tensors]
             with self._lock:
@@ -229,8 +230,9 @@ class SpectrumCache:
             excess -= size
 
 
-def _stamp(tensors: list[Tensor]) -> list[tuple[bool, int, int, int]]:
-    return [(x.requires_grad, x._version, x.data_ptr(), x.untyped_storage()._cdata) for x in tensors]
+def _stamp(x: Tensor) -> tuple[Hashable, ...]:
+    # Inference tensors have no version; they are never kept.
+    return x.requires_grad, None if x.is_inference() else x._version, x.data_ptr(), x.untyped_storage()._cdata
 
 
 def _is_constant(x: Tensor) -> bool:

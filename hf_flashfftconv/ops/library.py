@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..errors import BackendError
 from . import cuda, reference
@@ -22,15 +23,19 @@ _ARGUMENTS = "Tensor u, Tensor k, Tensor? skip, Tensor? pre_gate, Tensor? post_g
 _reasons_told: set[str] = set()
 
 
-def use_kernels(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, backend: str) -> bool:
-    """Whether the CUDA kernels serve this call. A fallback of "auto" is logged once for each reason.
+def use_kernels(
+    u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, backend: str, backward: bool = False
+) -> bool:
+    """Whether the CUDA kernels serve this call or, if `backward`, its gradients.
+
+    A fallback of "auto" is logged once for each reason.
 
     Raises:
         BackendError: `backend` is "cuda" and the kernels cannot serve the call; the message tells why.
     """
     if backend == "torch":
         return False
-    reason = cuda.unsupported(u, k, k_rev, causal)
+    reason = cuda.unsupported(u, k, k_rev, causal, backward)
     if reason is None:
         return True
     if backend == "cuda":
@@ -75,7 +80,7 @@ def _backward(
     gradients: Sequence[Tensor | None]
     if u.numel() == 0:
         gradients = [None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs]
-    elif use_kernels(u, k, k_rev, causal, backend):
+    elif use_kernels(u, k, k_rev, causal, backend, backward=True):
         gradients = cuda.backward(dy, *inputs, causal)
     else:
         gradients = reference.backward(dy, *inputs, causal, needs)
@@ -92,16 +97,19 @@ def _fake_backward(dy: Tensor, *arguments: Any) -> list[Tensor]:
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in wanted]
 
 
-_library = torch.library.Library("hf_flashfftconv", "DEF")
+# Builds for the kernel Hub live beside the package, under names of their own.
+_NAMESPACE = __name__.partition(".")[0]
+_library = torch.library.Library(_NAMESPACE, "DEF")
 _library.define(f"fft_conv({_ARGUMENTS}, str backend) -> Tensor")
 _library.define(f"fft_conv_backward(Tensor dy, {_ARGUMENTS}, str backend, bool[] needs) -> Tensor[]")
 _library.impl("fft_conv", _forward, "CompositeExplicitAutograd")
 _library.impl("fft_conv_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("hf_flashfftconv::fft_conv", _fake_forward, lib=_library)
-torch.library.register_fake("hf_flashfftconv::fft_conv_backward", _fake_backward, lib=_library)
+torch.library.register_fake(f"{_NAMESPACE}::fft_conv", _fake_forward, lib=_library)
+torch.library.register_fake(f"{_NAMESPACE}::fft_conv_backward", _fake_backward, lib=_library)
 
-_fft_conv = torch.ops.hf_flashfftconv.fft_conv.default
-_fft_conv_backward = torch.ops.hf_flashfftconv.fft_conv_backward.default
+_operators = getattr(torch.ops, _NAMESPACE)
+_fft_conv = _operators.fft_conv.default
+_fft_conv_backward = _operators.fft_conv_backward.default
 
 
 class _FFTConv(torch.autograd.Function):
@@ -116,7 +124,9 @@ class _FFTConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:6])
-        gradients = iter(_FFTConvBackward.apply(dy, *ctx.saved_tensors, ctx.causal, ctx.backend, needs))
+        # Gradients are recorded only where second ones are asked for.
+        compute = _FFTConvBackward.apply if torch.is_grad_enabled() else _fft_conv_backward
+        gradients = iter(compute(dy, *ctx.saved_tensors, ctx.causal, ctx.backend, needs))
         return *(next(gradients) if need else None for need in needs), None, None
 
 
@@ -143,7 +153,12 @@ def fft_conv(
     backend: str,
 ) -> Tensor:
     """The differentiable operator; its arguments have been checked by `hf_flashfftconv.functional.fft_conv`."""
-    # The autograd machinery costs as much as the rest of the call: inference goes straight to the operator.
-    if torch.is_grad_enabled():
+    # The autograd machinery costs as much as the rest of the call: without gradients, go straight to the operator.
+    if torch.is_grad_enabled() and _is_differentiated(u, k, skip, pre_gate, post_gate, k_rev):
         return _FFTConv.apply(u, k, skip, pre_gate, post_gate, k_rev, causal, backend)
     return _fft_conv(u, k, skip, pre_gate, post_gate, k_rev, causal, backend)
+
+
+def _is_differentiated(*tensors: Tensor | None) -> bool:
+    # Forward-mode differentiation leaves no mark on the tensors that is cheap to find.
+    return forward_ad._current_level >= 0 or any(x is not None and x.requires_grad for x in tensors)

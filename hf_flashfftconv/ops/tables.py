@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendError
+from .pools import outside_of_pools
 
 COLUMNS = 256
 _LANE = torch.arange(32, device="cpu")
@@ -129,14 +130,14 @@ def spectrum_order(fft_size: int) -> Tensor:
 
 
 def upload(constant: Tensor, device: torch.device) -> Tensor:
-    """Copies a constant to a device.
+    """Copies a constant to a device, where it stays.
 
     Raises:
         BackendError: a CUDA graph is being captured.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise BackendError("the first call of its kind cannot be captured in a CUDA graph: make one before the capture")
-    return constant.to(device)
+    return outside_of_pools(lambda: constant.to(device), device)
 
 
 # Never dropped: captured graphs keep the addresses.

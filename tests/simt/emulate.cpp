@@ -14,10 +14,11 @@ int Launcher<T>::backward(const LaunchParams& params, void*) {
     return 0;
 }
 
-template <class T>
-int FilterLauncher<T>::filter(const FilterParams& params, void*) {
-    simt::launch(2, T::kThreads, FilterPlan<T>::kSharedBytes, [&] { filter_tiles<T>(params); });
+int launch_filter(const FilterParams& params, void*) {
+    simt::launch(2, kFilterThreads, filter_shared_bytes(params.fft_size), [&] { filter_spectra(params); });
     return 0;
 }
 
 extern "C" const char* fft_conv_error_string(int code) { return code == kUnsupported ? "no kernel for these parameters" : "emulated"; }
+
+extern "C" int fft_conv_shared_limit(int) { return kSharedLimit; }

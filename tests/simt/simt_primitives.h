@@ -161,6 +161,7 @@ inline char* shared_memory() {
 inline float float_from_bits(u32 x) { float f; std::memcpy(&f, &x, 4); return f; }
 inline u32 bits_from_float(float x) { u32 u; std::memcpy(&u, &x, 4); return u; }
 inline float square_root(float x) { return std::sqrt(x); }
+inline void sine_cosine_pi(float x, float& sine, float& cosine) { sine = float(std::sin(M_PI * x)), cosine = float(std::cos(M_PI * x)); }
 inline float power_of_two(int exponent) { return float_from_bits(u32(exponent + 127) << 23); }
 
 inline uint16_t half_bits(float x) { const _Float16 h = static_cast<_Float16>(x); uint16_t b; std::memcpy(&b, &h, 2); return b; }
