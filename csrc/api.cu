@@ -40,6 +40,30 @@ static LaunchParams derive(const fft_conv_params& p) {
     return derived;
 }
 
+static bool valid_long(const fft_conv_params& p) {
+    const int radix = p.fft_size / kLongPoints, slots = p.half ? p.outer_radix / 2 : p.outer_radix, rest = radix / std::max(p.outer_radix, 1);
+    const bool shapes = radix * kLongPoints == p.fft_size && (p.fft_size & (p.fft_size - 1)) == 0 && p.fft_size <= kLongMaximum && rest * p.outer_radix == radix;
+    return shapes && (rest == 1 || rest == kLongMiddleRadix) && p.outer_radix >= 2 && slots <= 32 && p.outer_radix <= (slots <= 8 ? 16 : 64) && p.batch > 0 &&
+           p.channels > 0 && p.length > 0 && p.length <= (p.half ? p.fft_size / 2 : p.fft_size) && p.group_pairs > 0 && p.ring > 0 && p.period > 0;
+}
+
+static LongParams derive_long(const fft_conv_params& p) {
+    LongParams derived;
+    static_cast<LaunchParams&>(derived) = derive(p);
+    derived.radix = p.fft_size / kLongPoints;
+    derived.outer_slots = p.half ? p.outer_radix / 2 : p.outer_radix;
+    derived.subs = derived.has_middle() ? p.outer_radix : 1;
+    derived.pair_count = (p.batch + 1) / 2 * p.channels;
+    derived.groups = (derived.pair_count + p.group_pairs - 1) / p.group_pairs;
+    return derived;
+}
+
+extern "C" int fft_conv_long_forward(const fft_conv_params* params, void* stream) {
+    if (!valid_long(*params)) return kUnsupported;
+    const LongParams derived = derive_long(*params);
+    return with_long(*params, derived.outer_slots, [&](auto launcher) { return decltype(launcher)::forward(derived, stream); });
+}
+
 extern "C" int fft_conv_forward(const fft_conv_params* params, void* stream) {
     if (!valid(*params)) return kUnsupported;
     const LaunchParams derived = derive(*params);
@@ -70,4 +94,4 @@ extern "C" int64_t fft_conv_backward_scratch(const fft_conv_params* params) {
     return int64_t(kMaximumBackwardBlocks) * with_tile(*params, [](auto tile) { return Launcher<decltype(tile)>::kSumBytes; });
 }
 
-extern "C" int fft_conv_version() { return 1; }
+extern "C" int fft_conv_version() { return 2; }

@@ -14,6 +14,11 @@ __global__ void __launch_bounds__(BackwardPlan<T>::kThreads, 1) backward_kernel(
     Backward<T>(params).run();
 }
 
+template <class Element, int kSlots>
+__global__ void __launch_bounds__(LongPlan<Element, kSlots>::kThreads, LongPlan<Element, kSlots>::kBlocks) long_forward_kernel(const __grid_constant__ LongParams params) {
+    LongForward<Element, kSlots>(params).run();
+}
+
 // Blocks for a persistent grid: every multiprocessor full, or one block a tile where there are fewer.
 inline int grid_size(int64_t tiles, int blocks_per_processor, int* error) {
     int device = 0, processors = 0;
@@ -44,6 +49,17 @@ int Launcher<T>::backward(const LaunchParams& params, void* stream) {
     using Plan = BackwardPlan<B>;
     return launch(backward_kernel<B>, std::min(BackwardUnits<B>(params).count, kMaximumBackwardBlocks), 1, Plan::kThreads, Plan::kSharedBytes, params, stream);
 }
+
+template <class Element, int kSlots>
+int LongLauncher<Element, kSlots>::forward(const LongParams& params, void* stream) {
+    using Plan = LongPlan<Element, kSlots>;
+    return launch(long_forward_kernel<Element, kSlots>, params.tickets, Plan::kBlocks, Plan::kThreads, Plan::kSharedBytes, params, stream);
+}
+
+#define INSTANTIATE_LONG(slots)                  \
+    template struct LongLauncher<bfloat16, slots>; \
+    template struct LongLauncher<float16, slots>;  \
+    template struct LongLauncher<float, slots>;
 
 #define INSTANTIATE_TILES(...)                        \
     template struct Launcher<Tile<bfloat16, __VA_ARGS__>>; \

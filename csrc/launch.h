@@ -5,6 +5,7 @@
 #include "backward.cuh"
 #include "filter.cuh"
 #include "forward.cuh"
+#include "long_forward.cuh"
 
 // The tile of a backward pass: one group of warps covers its outer stage.
 template <class T>
@@ -21,6 +22,12 @@ struct Launcher {
 template <class T>
 struct FilterLauncher {
     static int filter(const FilterParams& params, void* stream);
+};
+
+// Long sequences, by the slots that the outer pass has room for.
+template <class Element, int kSlots>
+struct LongLauncher {
+    static int forward(const LongParams& params, void* stream);
 };
 
 constexpr int kUnsupported = -1;
@@ -56,6 +63,21 @@ int with_tile(const fft_conv_params& p, Function function) {
         case FFT_CONV_BFLOAT16: return p.half ? with_rows<bfloat16, true>(radix, function) : with_rows<bfloat16, false>(radix, function);
         case FFT_CONV_FLOAT16: return p.half ? with_rows<float16, true>(radix, function) : with_rows<float16, false>(radix, function);
         case FFT_CONV_FLOAT32: return p.half ? with_rows<float, true>(radix, function) : with_rows<float, false>(radix, function);
+        default: return kUnsupported;
+    }
+}
+
+// Calls function(LongLauncher<...>{}) with the one for an outer pass of so many slots.
+template <class Function>
+int with_long(const fft_conv_params& p, int slots, Function function) {
+    auto with_element = [&](auto element) {
+        using Element = decltype(element);
+        return slots <= 8 ? function(LongLauncher<Element, 8>{}) : function(LongLauncher<Element, 32>{});
+    };
+    switch (p.element) {
+        case FFT_CONV_BFLOAT16: return with_element(bfloat16{});
+        case FFT_CONV_FLOAT16: return with_element(float16{});
+        case FFT_CONV_FLOAT32: return with_element(float{});
         default: return kUnsupported;
     }
 }

@@ -134,14 +134,14 @@ DEVICE RowFragment inner_transform(const RowFragment& x, const InnerConstants& c
 // lanes read them, so that neither side has bank conflicts.
 DEVICE int row_unit(int warp, int lane) { return warp % 8 / 4 * 32 + lane / 4 * 4 + warp % 4; }
 
-// The outer stage for 32 columns a warp: lane (r, q) holds the columns a, a + 1, a + 128, a + 129 with a = 16 warp + 2 r.
-// x[j][c]: (re, im) of slot 4 j + q at column c. Writes the group's share of the rows.
-template <class T>
-DEVICE void outer_forward(const u32 (&x)[T::kSlots / 4][4], uint4* rows, const uint4* table, int warp, int lane) {
-    constexpr int kTilesPerGroup = T::kRows / 4 / T::kGroups, kSteps = T::kSlots / 8;
-    const int first = warp / 8 * kTilesPerGroup, unit = row_unit(warp, lane);
+// Contracts kSlots values of each of a warp's 32 columns to 4 `tiles` outputs: lane (r, q) holds the columns a, a + 1, a + 128, a + 129 with
+// a = 16 warp + 2 r, and x[j][c] is (re, im) of slot 4 j + q at column c. emit(n, d) gets output 4 n + q: (re, im) at columns a + t (first
+// two of d[t]) and a + 128 + t (last two).
+template <int kSlots, class Emit>
+DEVICE void contract(const u32 (&x)[kSlots / 4][4], const uint4* table, int first, int tiles, int lane, Emit emit) {
+    constexpr int kSteps = kSlots / 8;
 #pragma unroll 4
-    for (int n = 0; n < kTilesPerGroup; n += 2) {
+    for (int n = 0; n < tiles; n += 2) {
         float d[2][2][4] = {};
 #pragma unroll
         for (int s = 0; s < kSteps; s++) {
@@ -153,12 +153,42 @@ DEVICE void outer_forward(const u32 (&x)[T::kSlots / 4][4], uint4* rows, const u
             }
         }
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int row = 4 * (first + n + i) + lane % 4;
-            rows[row * (kRowPitch / 4) + unit] = make_uint4(pack(d[i][0][0], d[i][0][2]), pack(d[i][0][1], d[i][0][3]),
-                                                             pack(d[i][1][0], d[i][1][2]), pack(d[i][1][1], d[i][1][3]));
+        for (int i = 0; i < 2; i++) emit(first + n + i, d[i]);
+    }
+}
+
+// The same to 4 kTiles outputs that stay in registers, value[n] being what emit(n, .) gets above, from inputs that come in steps of eight:
+// load(s, a) brings those of step s as operands, a[t] for the columns a + t and a + 128 + t. `table` holds `pairs_per_step` pairs of tiles a step.
+template <int kTiles, class Load>
+DEVICE void contract_steps(float (&value)[kTiles][2][4], const uint4* table, int pairs_per_step, int steps, int lane, Load load) {
+#pragma unroll
+    for (int n = 0; n < kTiles; n++)
+        for (int t = 0; t < 2; t++)
+            for (int i = 0; i < 4; i++) value[n][t][i] = 0.f;
+#pragma unroll 4
+    for (int s = 0; s < steps; s++) {
+        u32 a[2][4];
+        load(s, a);
+#pragma unroll
+        for (int n = 0; n < kTiles; n += 2) {
+            const uint4 b = table[(s * pairs_per_step + n / 2) * 32 + lane];
+#pragma unroll
+            for (int t = 0; t < 2; t++) {
+                matrix_multiply_add(value[n][t], a[t][0], a[t][1], a[t][2], a[t][3], b.x, b.y);
+                matrix_multiply_add(value[n + 1][t], a[t][0], a[t][1], a[t][2], a[t][3], b.z, b.w);
+            }
         }
     }
+}
+
+// The outer stage: writes the group's share of the rows.
+template <class T>
+DEVICE void outer_forward(const u32 (&x)[T::kSlots / 4][4], uint4* rows, const uint4* table, int warp, int lane) {
+    constexpr int kTilesPerGroup = T::kRows / 4 / T::kGroups;
+    const int unit = row_unit(warp, lane);
+    contract<T::kSlots>(x, table, warp / 8 * kTilesPerGroup, kTilesPerGroup, lane, [&](int n, const float (&d)[2][4]) {
+        rows[(4 * n + lane % 4) * (kRowPitch / 4) + unit] = make_uint4(pack(d[0][0], d[0][2]), pack(d[0][1], d[0][3]), pack(d[1][0], d[1][2]), pack(d[1][1], d[1][3]));
+    });
 }
 
 // The inverse outer stage: y[n][t] holds (re, im) of the group's slot 4 n + q at columns a + t (first two) and a + 128 + t (last two).
@@ -170,26 +200,12 @@ struct OuterResult {
     DEVICE static int slot(int n, int warp, int lane) { return 4 * (warp / 8 * kTiles + n) + lane % 4; }
 
     DEVICE void transform(const uint4* rows, const uint4* table, int warp, int lane) {
-        const int first = warp / 8 * kTiles, unit = row_unit(warp, lane);
-#pragma unroll
-        for (int n = 0; n < kTiles; n++)
-            for (int t = 0; t < 2; t++)
-                for (int i = 0; i < 4; i++) value[n][t][i] = 0.f;
-#pragma unroll 4
-        for (int s = 0; s < T::kRows / 8; s++) {
+        const int unit = row_unit(warp, lane);
+        contract_steps<kTiles>(value, table + warp / 8 * kTiles / 2 * 32, T::kSlots / 8, T::kRows / 8, lane, [&](int s, u32 (&a)[2][4]) {
             const uint4 v = rows[(8 * s + lane % 4) * (kRowPitch / 4) + unit], w = rows[(8 * s + 4 + lane % 4) * (kRowPitch / 4) + unit];
-            const u32 a[2][4] = {{join_low(v.x, v.y), join_high(v.x, v.y), join_low(w.x, w.y), join_high(w.x, w.y)},
-                                 {join_low(v.z, v.w), join_high(v.z, v.w), join_low(w.z, w.w), join_high(w.z, w.w)}};
-#pragma unroll
-            for (int n = 0; n < kTiles; n += 2) {
-                const uint4 b = table[(s * (T::kSlots / 8) + (first + n) / 2) * 32 + lane];
-#pragma unroll
-                for (int t = 0; t < 2; t++) {
-                    matrix_multiply_add(value[n][t], a[t][0], a[t][1], a[t][2], a[t][3], b.x, b.y);
-                    matrix_multiply_add(value[n + 1][t], a[t][0], a[t][1], a[t][2], a[t][3], b.z, b.w);
-                }
-            }
-        }
+            a[0][0] = join_low(v.x, v.y), a[0][1] = join_high(v.x, v.y), a[0][2] = join_low(w.x, w.y), a[0][3] = join_high(w.x, w.y);
+            a[1][0] = join_low(v.z, v.w), a[1][1] = join_high(v.z, v.w), a[1][2] = join_low(w.z, w.w), a[1][3] = join_high(w.z, w.w);
+        });
     }
 };
 

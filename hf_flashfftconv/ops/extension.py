@@ -9,7 +9,7 @@ import torch
 from ..errors import BackendError
 
 PATH = Path(__file__).parent.parent / "lib" / "libhf_flashfftconv.so"
-VERSION = 1
+VERSION = 2
 
 ELEMENTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -46,12 +46,24 @@ class Parameters(ctypes.Structure):
         ("spectrum_scale", ctypes.c_void_p),
         ("grad_filter", ctypes.c_void_p),
         ("scratch", ctypes.c_void_p),
+        ("schedule", ctypes.c_void_p),
+        ("counters", ctypes.c_void_p),
+        ("energies", ctypes.c_void_p),
         ("batch", ctypes.c_int32),
         ("channels", ctypes.c_int32),
         ("length", ctypes.c_int32),
         ("fft_size", ctypes.c_int32),
         ("element", ctypes.c_int32),
         ("half", ctypes.c_int32),
+        ("outer_radix", ctypes.c_int32),
+        ("group_pairs", ctypes.c_int32),
+        ("ring", ctypes.c_int32),
+        ("part_count", ctypes.c_int32),
+        ("column_items", ctypes.c_int32),
+        ("middle_items", ctypes.c_int32),
+        ("row_pairs", ctypes.c_int32),
+        ("period", ctypes.c_int32),
+        ("tickets", ctypes.c_int32),
     )
 
 

@@ -14,6 +14,13 @@ int Launcher<T>::backward(const LaunchParams& params, void*) {
     return 0;
 }
 
+template <class Element, int kSlots>
+int LongLauncher<Element, kSlots>::forward(const LongParams& params, void*) {
+    using Plan = LongPlan<Element, kSlots>;
+    simt::launch(2, Plan::kThreads, Plan::kSharedBytes, [&] { LongForward<Element, kSlots>(params).run(); });
+    return 0;
+}
+
 template <class T>
 int FilterLauncher<T>::filter(const FilterParams& params, void*) {
     simt::launch(2, T::kThreads, FilterPlan<T>::kSharedBytes, [&] { filter_tiles<T>(params); });
