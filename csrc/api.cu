@@ -44,23 +44,24 @@ static bool valid_long(const fft_conv_params& p) {
     const int radix = p.fft_size / kLongPoints, slots = p.half ? p.outer_radix / 2 : p.outer_radix, rest = radix / std::max(p.outer_radix, 1);
     const bool shapes = radix * kLongPoints == p.fft_size && (p.fft_size & (p.fft_size - 1)) == 0 && p.fft_size <= kLongMaximum && rest * p.outer_radix == radix;
     return shapes && (rest == 1 || rest == kLongMiddleRadix) && p.outer_radix >= 2 && slots <= 32 && p.outer_radix <= (slots <= 8 ? 16 : 64) && p.batch > 0 &&
-           p.channels > 0 && p.length > 0 && p.length <= (p.half ? p.fft_size / 2 : p.fft_size) && p.group_pairs > 0 && p.ring > 0 && p.period > 0;
+           p.channels > 0 && p.length > 0 && p.length <= (p.half ? p.fft_size / 2 : p.fft_size) && p.group_pairs > 0 && p.group_channels > 0 && p.channel_splits > 0 && p.ring > 0 && p.period > 0;
 }
 
-static LongParams derive_long(const fft_conv_params& p) {
+static LongParams derive_long(const fft_conv_params& p, int operands) {
     LongParams derived;
     static_cast<LaunchParams&>(derived) = derive(p);
     derived.radix = p.fft_size / kLongPoints;
     derived.outer_slots = p.half ? p.outer_radix / 2 : p.outer_radix;
     derived.subs = derived.has_middle() ? p.outer_radix : 1;
+    derived.operands = operands;
     derived.pair_count = (p.batch + 1) / 2 * p.channels;
-    derived.groups = (derived.pair_count + p.group_pairs - 1) / p.group_pairs;
+    derived.groups = p.channel_splits > 1 ? p.channels * p.channel_splits : (derived.pair_count + p.group_pairs - 1) / p.group_pairs;
     return derived;
 }
 
 extern "C" int fft_conv_long_forward(const fft_conv_params* params, void* stream) {
     if (!valid_long(*params)) return kUnsupported;
-    const LongParams derived = derive_long(*params);
+    const LongParams derived = derive_long(*params, 1);
     return with_long(*params, derived.outer_slots, [&](auto launcher) { return decltype(launcher)::forward(derived, stream); });
 }
 
@@ -77,6 +78,12 @@ extern "C" int fft_conv_filter_spectrum(const fft_conv_filter_params* params, vo
     auto launch = [&](auto tile) { return FilterLauncher<decltype(tile)>::filter(derived, stream); };
     const int radix = params->fft_size / kColumns;
     return radix == 64 ? launch(Tile<float, 64, false, 1>{}) : with_rows<float, false>(radix, launch);
+}
+
+extern "C" int fft_conv_long_backward(const fft_conv_params* params, void* stream) {
+    if (!valid_long(*params)) return kUnsupported;
+    const LongParams derived = derive_long(*params, 2);
+    return with_long(*params, derived.outer_slots, [&](auto launcher) { return decltype(launcher)::backward(derived, stream); });
 }
 
 extern "C" int fft_conv_backward(const fft_conv_params* params, void* stream) {

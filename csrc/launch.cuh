@@ -15,8 +15,13 @@ __global__ void __launch_bounds__(BackwardPlan<T>::kThreads, 1) backward_kernel(
 }
 
 template <class Element, int kSlots>
-__global__ void __launch_bounds__(LongPlan<Element, kSlots>::kThreads, LongPlan<Element, kSlots>::kBlocks) long_forward_kernel(const __grid_constant__ LongParams params) {
+__global__ void __launch_bounds__(LongForwardPlan<Element, kSlots>::kThreads, 2) long_forward_kernel(const __grid_constant__ LongParams params) {
     LongForward<Element, kSlots>(params).run();
+}
+
+template <class Element, int kSlots>
+__global__ void __launch_bounds__(LongBackwardPlan<Element, kSlots>::kThreads, 1) long_backward_kernel(const __grid_constant__ LongParams params) {
+    LongBackward<Element, kSlots>(params).run();
 }
 
 // Blocks for a persistent grid: every multiprocessor full, or one block a tile where there are fewer.
@@ -52,8 +57,14 @@ int Launcher<T>::backward(const LaunchParams& params, void* stream) {
 
 template <class Element, int kSlots>
 int LongLauncher<Element, kSlots>::forward(const LongParams& params, void* stream) {
-    using Plan = LongPlan<Element, kSlots>;
+    using Plan = LongForwardPlan<Element, kSlots>;
     return launch(long_forward_kernel<Element, kSlots>, params.tickets, Plan::kBlocks, Plan::kThreads, Plan::kSharedBytes, params, stream);
+}
+
+template <class Element, int kSlots>
+int LongLauncher<Element, kSlots>::backward(const LongParams& params, void* stream) {
+    using Plan = LongBackwardPlan<Element, kSlots>;
+    return launch(long_backward_kernel<Element, kSlots>, params.tickets, 1, Plan::kThreads, Plan::kSharedBytes, params, stream);
 }
 
 #define INSTANTIATE_LONG(slots)                  \

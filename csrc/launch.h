@@ -5,6 +5,7 @@
 #include "backward.cuh"
 #include "filter.cuh"
 #include "forward.cuh"
+#include "long_backward.cuh"
 #include "long_forward.cuh"
 
 // The tile of a backward pass: one group of warps covers its outer stage.
@@ -28,6 +29,7 @@ struct FilterLauncher {
 template <class Element, int kSlots>
 struct LongLauncher {
     static int forward(const LongParams& params, void* stream);
+    static int backward(const LongParams& params, void* stream);
 };
 
 constexpr int kUnsupported = -1;

@@ -18,17 +18,23 @@
 constexpr int kLongPoints = 8192, kLongMiddleRadix = 32, kLongMaximum = 1 << 24;
 constexpr int kPartPositions = 16384;       // positions of a sequence whose energy one item sums up
 
-enum LongKind { kScale, kOuter, kMiddle, kRows, kMiddleBack, kInverse };
+enum LongKind { kScale, kOuter, kMiddle, kRows, kMiddleBack, kInverse, kTaps };
 
 struct LongParams : LaunchParams {
     int radix;          // R
     int outer_slots;    // slots of the outer pass that carry data
-    int subs;           // parts of a pair that the middle passes work on: Ra, or one without middle passes
+    int subs;           // parts of a sheet that the middle passes work on: Ra, or one without middle passes
+    int operands;       // of the passes to frequencies: pre_gate * u, in the backward pass also post_gate * grad_output
     int pair_count, groups;
 
     HOST_DEVICE bool has_middle() const { return radix > outer_radix; }
     HOST_DEVICE int column_chunks() const { return fft_size / outer_radix / kColumns; }
     HOST_DEVICE int natural_k0(int row) const { return has_middle() ? row / kLongMiddleRadix + outer_radix * (row % kLongMiddleRadix) : row; }
+    // A sheet is the intermediate of one transform: first those of the group's pairs, then those of the gradients of its channels' taps.
+    HOST_DEVICE int pair_sheets() const { return group_pairs * operands; }
+    HOST_DEVICE int sheets() const { return pair_sheets() + (operands == 2 ? group_channels : 0); }
+    HOST_DEVICE int row_splits() const { return (group_pairs / group_channels + row_pairs - 1) / row_pairs; }
+    HOST_DEVICE int row_items() const { return group_channels * row_splits(); }
 };
 
 // The transform of 8,192 points that the row pass does on chip.
@@ -52,15 +58,37 @@ struct LongItem {
     }
 };
 
-// How many items of each pass over a group are done: the ticket counter, then for each group the passes over whole pairs and those over parts.
+// How many items of each pass over a group are done: the ticket counter, then for each group the passes over whole sheets and those over parts.
 struct LongCounters {
-    enum { kScaled, kColumns, kReturned, kInverted, kWhole };
     const LongParams& params;
 
     DEVICE u32* ticket() const { return params.counters; }
-    DEVICE u32* whole(int group, int pass) const { return params.counters + 1 + int64_t(group) * (kWhole + 2 * params.subs) + pass; }
-    DEVICE u32* middle(int group, int sub) const { return whole(group, kWhole) + sub; }
-    DEVICE u32* rows(int group, int sub) const { return whole(group, kWhole) + params.subs + sub; }
+    DEVICE u32* scaled(int group) const { return of_group(group); }
+    DEVICE u32* columns(int group) const { return of_group(group) + 1; }
+    DEVICE u32* returned(int group) const { return of_group(group) + 2; }
+    DEVICE u32* inverted(int group) const { return of_group(group) + 3; }
+    DEVICE u32* middle(int group, int sub) const { return of_group(group) + 4 + sub; }
+    DEVICE u32* rows(int group, int sub) const { return of_group(group) + 4 + params.subs + sub; }
+    DEVICE u32* taps(int group, int sub) const { return of_group(group) + 4 + 2 * params.subs + sub; }
+
+    DEVICE void wait_for_scales(int group) const { wait(scaled(group), params.pair_sheets() * params.part_count); }
+    DEVICE void wait_for_inverse(int group) const { wait(inverted(group), params.sheets() * params.column_items); }
+    DEVICE void wait_for_columns(int group) const { wait(columns(group), params.pair_sheets() * params.column_items); }
+    // What the rows of a part need.
+    DEVICE void wait_for_part(int group, int sub) const {
+        params.has_middle() ? wait(middle(group, sub), params.pair_sheets() * params.middle_items) : wait_for_columns(group);
+    }
+    DEVICE void wait_for_rows(int group, int sub) const { wait(rows(group, sub), params.radix / params.subs * params.row_items()); }
+    DEVICE void wait_for_taps(int group, int sub) const { wait(taps(group, sub), params.radix / params.subs * params.group_channels); }
+    DEVICE void wait_for_return(int group, bool of_taps) const {
+        if (params.has_middle())
+            wait(returned(group), params.subs * params.sheets() * params.middle_items);
+        else
+            of_taps ? wait_for_taps(group, 0) : wait_for_rows(group, 0);
+    }
+
+private:
+    DEVICE u32* of_group(int group) const { return params.counters + 1 + int64_t(group) * (4 + 3 * params.subs); }
 
     // All threads of the block.
     DEVICE static void wait(const u32* counter, int count) {

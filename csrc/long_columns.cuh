@@ -22,13 +22,15 @@ DEVICE void load_units(u32 (&x)[kSlots / 4][4], const uint4* from, int stride, i
 struct UnitLoader {
     const uint4* from;
     int stride, count, lane;
+    u32 flip;   // 0x80008000 changes the signs of odd rows
 
     DEVICE void operator()(int s, u32 (&a)[2][4]) const {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const int row = 8 * s + 4 * i + lane % 4;
             const uint4 v = row < count ? load_shared_by_blocks(from + int64_t(row) * stride) : make_uint4(0, 0, 0, 0);
-            a[0][2 * i] = v.x, a[0][2 * i + 1] = v.z, a[1][2 * i] = v.y, a[1][2 * i + 1] = v.w;
+            const u32 sign = lane % 2 ? flip : 0;
+            a[0][2 * i] = v.x ^ sign, a[0][2 * i + 1] = v.z ^ sign, a[1][2 * i] = v.y ^ sign, a[1][2 * i + 1] = v.w ^ sign;
         }
     }
 };
@@ -75,13 +77,14 @@ DEVICE void middle_pass(const uint4* matrix, uint4* part, int first, int last) {
     }
 }
 
-// From the intermediate back to positions: calls store(value, chunk) with the slots' results.
+// From the intermediate back to positions: calls store(value, chunk) with the slots' results. Half transforms have those of the second half by
+// the shift theorem: with `flip` the signs of odd rows change.
 template <int kSlots, class Store>
-DEVICE void inverse_pass(const LongParams& params, const uint4* matrix, const uint4* from, int first, int last, Store store) {
+DEVICE void inverse_pass(const LongParams& params, const uint4* matrix, const uint4* from, int first, int last, u32 flip, Store store) {
     const int warp = thread_index() / 32, lane = thread_index() % 32, stride = params.fft_size / params.outer_radix;
     for (int chunk = first + warp / 8; chunk < last; chunk += block_size() / 256) {
         float value[kSlots / 4][2][4];
-        const UnitLoader load{from + chunk * 64 + column_unit(warp, lane), stride / 4, params.outer_radix, lane};
+        const UnitLoader load{from + chunk * 64 + column_unit(warp, lane), stride / 4, params.outer_radix, lane, flip};
         contract_steps<kSlots / 4>(value, matrix, kSlots / 8, (params.outer_radix + 7) / 8, lane, load);
         store(value, chunk);
     }

@@ -34,10 +34,10 @@ struct PairScales {
             for (int mask = 1; mask < 32; mask *= 2) sum = sum + Energy{shuffle_xor(sum.value, mask), shuffle_xor(sum.exponent, mask)};
             finite[c] = sum.value == sum.value;
             const int exponent = int(bits_from_float(sum.value / float(length)) >> 23) - 127;
-            root[c] = sum.value > 0.f ? sum.exponent + (exponent >> 1) : 0;
-            if (sum.value > 0.f && root[c] < -126) root[c] = -126;
+            const int wanted = sum.value > 0.f ? sum.exponent + (exponent >> 1) : -126;
+            root[c] = wanted < -126 ? -126 : wanted > 126 ? 126 : wanted;
         }
-        if (common) root[0] = root[1] = finite[0] && (!finite[1] || root[0] > root[1]) ? root[0] : root[1];
+        if (common) root[0] = root[1] = root[0] > root[1] ? root[0] : root[1];
         for (int c = 0; c < 2; c++) {
             down[c] = finite[c] ? power_of_two(-root[c]) : 0.f;
             up[c] = finite[c] ? power_of_two(root[c]) : float_from_bits(0x7fc00000u);

@@ -74,6 +74,8 @@ def backward(
 ) -> Gradients:
     """Gradients (du, dk, dskip, dpre, dpost, dk_rev) of a supported call, each in its operand's dtype."""
     with _device_guard(u.device):
+        if _plan(u, k, k_rev, causal).is_long:
+            return _long_backward(dy, u, k, skip, pre_gate, post_gate, k_rev, causal)
         call = _Call(u, k, skip, pre_gate, post_gate, k_rev, causal)
         call.operand("grad_output", dy)
         du = call.result("grad_u")
@@ -90,6 +92,41 @@ def backward(
     return du, dk, dskip, dpre, dpost, dk_rev
 
 
+def _long_backward(
+    dy: Tensor,
+    u: Tensor,
+    k: Tensor,
+    skip: Tensor | None,
+    pre_gate: Tensor | None,
+    post_gate: Tensor | None,
+    k_rev: Tensor | None,
+    causal: bool,
+) -> Gradients:
+    """The same for long sequences, some channels at a time."""
+
+    def like(x: Tensor | None) -> Tensor | None:
+        return None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    results = {"grad_u": like(u), "grad_pre_gate": like(pre_gate), "grad_post_gate": like(post_gate)}
+    taps: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
+    for channels, tensors in _blocks(u, k, skip, pre_gate, post_gate, k_rev, causal):
+        call = _Call(*tensors, causal, backward=True)
+        call.operand("grad_output", dy[:, channels])
+        for name, x in results.items():
+            if x is not None:
+                call.operand(name, x[:, channels])
+        # Anticausal taps lie at the end of the circle, the second half of it.
+        halves = 2 if call.plan.half and k_rev is not None else 1
+        size = call.plan.fft_size * halves // (2 if call.plan.half else 1)
+        call.parameters.tap_halves = halves
+        _, part_k, part_skip, _, _, part_rev = tensors
+        total = call.buffer("grad_filter", (part_k.shape[0], size), torch.float32)
+        call.launch("backward")
+        taps.append(filters.tap_gradients(total, part_k, part_skip, part_rev, u.shape[2]))
+    dk, dskip, dk_rev = (None if parts[0] is None else torch.cat(parts) for parts in zip(*taps, strict=True))
+    return results["grad_u"], dk, dskip, results["grad_pre_gate"], results["grad_post_gate"], dk_rev
+
+
 class _Call:
     """The parameters of one launch on the current stream, and the tensors that they point to."""
 
@@ -102,6 +139,7 @@ class _Call:
         post_gate: Tensor | None,
         k_rev: Tensor | None,
         causal: bool,
+        backward: bool = False,
     ) -> None:
         self.u = u
         self.plan: plan.Plan = _plan(u, k, k_rev, causal)
@@ -134,12 +172,13 @@ class _Call:
         if post_gate is not None:
             self.operand("post_gate", post_gate)
         if long:
-            self._lay_out()
+            self._lay_out(backward)
 
-    def _lay_out(self) -> None:
+    def _lay_out(self, backward: bool) -> None:
         """Adds the layout of a long transform and its memory."""
-        layout = long_plan.lay_out(*self.plan, self.u.shape[2], (self.u.shape[0] + 1) // 2 * self.u.shape[1])
-        items = _device_schedule(self.plan.fft_size, layout, self.u.device)
+        batch, channels, length = self.u.shape
+        layout = long_plan.lay_out(*self.plan, length, batch, channels, backward)
+        items = _device_schedule(self.plan.fft_size, layout, backward, self.u.device)
         self._alive.append(items)
         self.parameters.schedule, self.parameters.period = items.data_ptr(), items.shape[0]
         for name in _LAYOUT_FIELDS:
@@ -148,9 +187,10 @@ class _Call:
         self.buffer("counters", (layout.counter_bytes,), torch.uint8).zero_()
         try:
             self.buffer("scratch", (layout.scratch_bytes,), torch.uint8)
+            self.buffer("sums", (layout.sums_bytes,), torch.uint8)
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(
-                f"a convolution by FFTs of {self.plan.fft_size} points needs {layout.scratch_bytes} bytes of scratch "
+                f"a convolution by FFTs of {self.plan.fft_size} points needs {layout.scratch_bytes + layout.sums_bytes} bytes of scratch "
                 f"memory beside its output, and {4 * self.plan.fft_size} for a single pair of sequences: {error}"
             ) from error
 
@@ -217,9 +257,9 @@ def _blocks(
 
 # Never dropped: captured graphs keep the addresses.
 @cache
-def _device_schedule(fft_size: int, layout: long_plan.LongPlan, device: torch.device) -> Tensor:
+def _device_schedule(fft_size: int, layout: long_plan.LongPlan, backward: bool, device: torch.device) -> Tensor:
     """The schedule as the kernels read it: four bits for the kind, four for the delay, the rest for the index."""
-    items = long_plan.schedule(fft_size, layout)
+    items = long_plan.schedule(fft_size, layout, backward)
     with torch.device("cpu"):
         entries = torch.tensor([kind | delay << 4 | index << 8 for kind, delay, index in items], dtype=torch.int32)
     return tables.upload(entries, device)

@@ -49,6 +49,7 @@ class Parameters(ctypes.Structure):
         ("schedule", ctypes.c_void_p),
         ("counters", ctypes.c_void_p),
         ("energies", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
         ("batch", ctypes.c_int32),
         ("channels", ctypes.c_int32),
         ("length", ctypes.c_int32),
@@ -64,6 +65,9 @@ class Parameters(ctypes.Structure):
         ("row_pairs", ctypes.c_int32),
         ("period", ctypes.c_int32),
         ("tickets", ctypes.c_int32),
+        ("group_channels", ctypes.c_int32),
+        ("channel_splits", ctypes.c_int32),
+        ("tap_halves", ctypes.c_int32),
     )
 
 

@@ -21,27 +21,34 @@ RING = 2
 _ITEM_POINTS = 16384
 _DISTANCE = 320
 
-SCALE, OUTER, MIDDLE, ROWS, MIDDLE_BACK, INVERSE = range(6)
+SCALE, OUTER, MIDDLE, ROWS, MIDDLE_BACK, INVERSE, TAPS = range(7)
 
 
 class LongPlan(NamedTuple):
-    """The layout of one launch: fields of `fft_conv_params`, and `schedule`.
+    """The layout of one launch: fields of `fft_conv_params`, and bytes of memory.
 
     Args:
         outer_radix (`int`): Radix of the first pass; the FFT has this times 8192 points, or 32 times as many.
         group_pairs (`int`): Pairs of sequences that go through the passes together.
+        group_channels (`int`): In a backward pass, channels that these pairs are all pairs of, or one; else one.
+        channel_splits (`int`): Groups that the pairs of a channel are split into, in a backward pass.
         ring (`int`): Groups whose intermediates have a place in memory.
         part_count (`int`): Partial energies of a sequence.
         column_items, middle_items (`int`): Items of an outer pass over a pair, of a middle pass over a part of a pair.
         row_pairs (`int`): Pairs of an item of the row pass.
         tickets (`int`): Items of the launch, with some at its ends that are empty.
-        scratch_bytes (`int`): Intermediates: 4 bytes a point of the pairs in the ring, at most 16 MiB or two pairs.
-        energy_bytes (`int`): Partial energies: 8 bytes for each 16,384 positions.
+        scratch_bytes (`int`):
+            Intermediates, 4 bytes a point: of a pair in a forward pass, of each of its two operands and of a channel
+            in a backward one. They take up to 16 MiB, in a backward pass a half more, or two pairs if these take more.
+        sums_bytes (`int`): Sums over the batch, 8 bytes a point of the channels in the ring and of their splits.
+        energy_bytes (`int`): Partial energies, 8 bytes for each 16,384 positions of an operand.
         counter_bytes (`int`): Counters of what is done.
     """
 
     outer_radix: int
     group_pairs: int
+    group_channels: int
+    channel_splits: int
     ring: int
     part_count: int
     column_items: int
@@ -49,6 +56,7 @@ class LongPlan(NamedTuple):
     row_pairs: int
     tickets: int
     scratch_bytes: int
+    sums_bytes: int
     energy_bytes: int
     counter_bytes: int
 
@@ -60,74 +68,101 @@ def outer_radix(fft_size: int, half: bool) -> int:
 
 
 @lru_cache(maxsize=256)
-def lay_out(fft_size: int, half: bool, length: int, pairs: int) -> LongPlan:
-    """The layout for `pairs` pairs of sequences of `length` positions."""
-    outer = outer_radix(fft_size, half)
-    group_pairs = max(1, min(pairs, GROUP_BYTES // (4 * fft_size)))
-    groups = -(-pairs // group_pairs)
+def lay_out(fft_size: int, half: bool, length: int, batch: int, channels: int, backward: bool) -> LongPlan:
+    """The layout for sequences (batch, channels, length)."""
+    radix, outer = fft_size // ROW_POINTS, outer_radix(fft_size, half)
+    subs = outer if radix > outer else 1
+    operands = 2 if backward else 1
+    channel_pairs = (batch + 1) // 2
+    pairs = channel_pairs * channels
+
+    room = max(1, GROUP_BYTES // (4 * fft_size * operands))
+    group_channels = channel_splits = 1
+    if not backward:
+        group_pairs = min(room, pairs)
+        row_pairs = 2 if group_pairs >= 8 else 1
+    elif room >= channel_pairs:
+        group_channels = min(room // channel_pairs, channels)
+        group_pairs = group_channels * channel_pairs
+        row_pairs = min(4, channel_pairs)
+    else:
+        channel_splits = -(-channel_pairs // room)
+        group_pairs = row_pairs = -(-channel_pairs // channel_splits)
+        row_pairs = min(4, group_pairs)
+    groups = channels * channel_splits if channel_splits > 1 else -(-pairs // group_pairs)
     ring = min(RING, groups)
+
     parts = -(-length // PART_POSITIONS)
-    chunks = fft_size // outer // 256
-    column_items = chunks // max(1, _ITEM_POINTS // 256 // outer)
-    subs = outer if fft_size > outer * ROW_POINTS else 1
-    row_pairs = 2 if group_pairs >= 8 else 1
+    sheets = group_pairs * operands + (group_channels if backward else 0)
+    sums = ring * group_channels * -(-group_pairs // group_channels // row_pairs) * radix
     plan = LongPlan(
         outer_radix=outer,
         group_pairs=group_pairs,
+        group_channels=group_channels,
+        channel_splits=channel_splits,
         ring=ring,
         part_count=parts,
-        column_items=column_items,
+        column_items=fft_size // outer // 256 // max(1, _ITEM_POINTS // 256 // outer),
         middle_items=16,
         row_pairs=row_pairs,
         tickets=0,
-        scratch_bytes=4 * fft_size * group_pairs * ring,
-        energy_bytes=8 * pairs * 2 * parts,
-        counter_bytes=4 * (1 + groups * (4 + 2 * subs)),
+        scratch_bytes=4 * fft_size * sheets * ring,
+        sums_bytes=sums * (8 * ROW_POINTS + 8) + 8 * channels if backward else 0,
+        energy_bytes=8 * pairs * operands * 2 * parts,
+        counter_bytes=4 * (1 + groups * (4 + 3 * subs)),
     )
-    return plan._replace(tickets=len(schedule(fft_size, plan)) * (groups + _DELAYS))
+    return plan._replace(tickets=len(schedule(fft_size, plan, backward)) * (groups + DELAYS))
 
 
 # Periods from the first item of a group to its last, less one.
-_DELAYS = 3
+DELAYS = 3
 
 
-def schedule(fft_size: int, plan: LongPlan) -> list[tuple[int, int, int]]:
+def schedule(fft_size: int, plan: LongPlan, backward: bool) -> list[tuple[int, int, int]]:
     """The items of one period: (kind, delay, index). In period t, an item works on group t - delay.
 
     Passes follow each other so that what an item waits for was handed out long before: the way back of the last but one
     group, the row pass, with the sums of energies amid it, of the group before, the outer pass of this one. So at most
     two groups have intermediates, and inputs come from memory shortly before their second use.
     """
-    rows = _rows_with_middle(fft_size, plan) if fft_size > plan.outer_radix * ROW_POINTS else _rows(fft_size, plan)
-    columns = range(plan.group_pairs * plan.column_items)
+    operands = 2 if backward else 1
+    taps = plan.group_channels if backward else 0
+    sheets = plan.group_pairs * operands
+    radix = fft_size // ROW_POINTS
+    items = []
+    if radix > plan.outer_radix:
+        rows = _rows_with_middle(plan, sheets, taps)
+    else:
+        rows = [(ROWS, index) for index in range(radix * _row_items(plan))]
+        items += [(TAPS, 3, index) for index in range(radix * taps)]
     middle = len(rows) // 2
-    items = [(INVERSE, 3, index) for index in columns]
+    items += [(INVERSE, 3, index) for index in range((sheets + taps) * plan.column_items)]
     items += [(kind, 2, index) for kind, index in rows[:middle]]
-    items += [(SCALE, 1, index) for index in range(plan.group_pairs * plan.part_count)]
+    items += [(SCALE, 1, index) for index in range(sheets * plan.part_count)]
     items += [(kind, 2, index) for kind, index in rows[middle:]]
-    return items + [(OUTER, 1, index) for index in columns]
+    return items + [(OUTER, 1, index) for index in range(sheets * plan.column_items)]
 
 
 def _row_items(plan: LongPlan) -> int:
-    return -(-plan.group_pairs // plan.row_pairs)
+    return plan.group_channels * -(-plan.group_pairs // plan.group_channels // plan.row_pairs)
 
 
-def _rows(fft_size: int, plan: LongPlan) -> list[tuple[int, int]]:
-    return [(ROWS, index) for index in range(fft_size // ROW_POINTS * _row_items(plan))]
-
-
-def _rows_with_middle(fft_size: int, plan: LongPlan) -> list[tuple[int, int]]:
-    """Part after part through the three passes, each `behind` parts behind the one before."""
-    counts = {
-        MIDDLE: plan.group_pairs * plan.middle_items,
-        ROWS: MIDDLE_RADIX * _row_items(plan),
-        MIDDLE_BACK: plan.group_pairs * plan.middle_items,
-    }
-    behind = -(-_DISTANCE // sum(counts.values()))
+def _rows_with_middle(plan: LongPlan, sheets: int, taps: int) -> list[tuple[int, int]]:
+    """Part after part through the passes, each `behind` parts behind the one before."""
+    back = (sheets + taps) * plan.middle_items
+    # Of each pass: how many passes come before, items of a part, which of them.
+    passes = [
+        (MIDDLE, 0, sheets * plan.middle_items, range(sheets * plan.middle_items)),
+        (ROWS, 1, MIDDLE_RADIX * _row_items(plan), range(MIDDLE_RADIX * _row_items(plan))),
+        (TAPS, 2, MIDDLE_RADIX * taps, range(MIDDLE_RADIX * taps)),
+        (MIDDLE_BACK, 2, back, range(sheets * plan.middle_items)),
+        (MIDDLE_BACK, 3, back, range(sheets * plan.middle_items, back)),
+    ]
+    behind = -(-_DISTANCE // sum(len(which) for *_, which in passes))
     items = []
-    for step in range(plan.outer_radix + 2 * behind):
-        for n, (kind, count) in enumerate(counts.items()):
-            part = step - n * behind
+    for step in range(plan.outer_radix + 3 * behind):
+        for kind, before, count, which in passes:
+            part = step - before * behind
             if 0 <= part < plan.outer_radix:
-                items += [(kind, part * count + index) for index in range(count)]
+                items += [(kind, part * count + index) for index in which]
     return items

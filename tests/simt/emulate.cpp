@@ -16,8 +16,15 @@ int Launcher<T>::backward(const LaunchParams& params, void*) {
 
 template <class Element, int kSlots>
 int LongLauncher<Element, kSlots>::forward(const LongParams& params, void*) {
-    using Plan = LongPlan<Element, kSlots>;
+    using Plan = LongForwardPlan<Element, kSlots>;
     simt::launch(2, Plan::kThreads, Plan::kSharedBytes, [&] { LongForward<Element, kSlots>(params).run(); });
+    return 0;
+}
+
+template <class Element, int kSlots>
+int LongLauncher<Element, kSlots>::backward(const LongParams& params, void*) {
+    using Plan = LongBackwardPlan<Element, kSlots>;
+    simt::launch(1, Plan::kThreads, Plan::kSharedBytes, [&] { LongBackward<Element, kSlots>(params).run(); });
     return 0;
 }
 
