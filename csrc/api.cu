@@ -54,6 +54,8 @@ static LongParams derive_long(const fft_conv_params& p, int operands) {
     derived.outer_slots = p.half ? p.outer_radix / 2 : p.outer_radix;
     derived.subs = derived.has_middle() ? p.outer_radix : 1;
     derived.operands = operands;
+    const int inner = 2 * stage_exponent(16) + stage_exponent(32), middle = derived.has_middle() ? stage_exponent(kLongMiddleRadix) : 0;
+    derived.spectrum_unit = float(1 << (inner + middle + stage_exponent(p.outer_radix)));
     derived.pair_count = (p.batch + 1) / 2 * p.channels;
     derived.groups = p.channel_splits > 1 ? p.channels * p.channel_splits : (derived.pair_count + p.group_pairs - 1) / p.group_pairs;
     return derived;

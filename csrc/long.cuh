@@ -27,6 +27,8 @@ struct LongParams : LaunchParams {
     int operands;       // of the passes to frequencies: pre_gate * u, in the backward pass also post_gate * grad_output
     int pair_count, groups;
 
+    float spectrum_unit;    // what a transform as the passes scale it has to be multiplied by to be one
+
     HOST_DEVICE bool has_middle() const { return radix > outer_radix; }
     HOST_DEVICE int column_chunks() const { return fft_size / outer_radix / kColumns; }
     HOST_DEVICE int natural_k0(int row) const { return has_middle() ? row / kLongMiddleRadix + outer_radix * (row % kLongMiddleRadix) : row; }
@@ -134,17 +136,25 @@ DEVICE void root_of_unity(int index, int order, float* re, float* im) {
     *im = -*im;
 }
 
+// Stages are scaled by powers of two, the way there and back by 1 / radix together: 1 / sqrt(radix) is mostly no half-precision number, and its
+// error would be the same in all outputs.
+HOST_DEVICE int stage_exponent(int radix) {
+    int exponent = 0;
+    for (; radix > 1; radix /= 4) exponent++;
+    return exponent;
+}
+
 // The stage of `radix` with `slots` slots in use after stages of radix `previous` that left the index `offset`, and its transpose, which is the
 // stage back. Both are padded with zeros, to kInputs slots and at least eight outputs.
 template <int kInputs>
 DEVICE void fill_stage(MatrixOperand forward, MatrixOperand back, int slots, int radix, int previous, int offset) {
-    const float scale = 1.f / square_root(float(radix));
+    const float down = power_of_two(-stage_exponent(radix)), up = 1.f / (float(radix) * down);
     for (int i = thread_index(); i < kInputs * (radix < 8 ? 8 : radix); i += block_size()) {
         const int slot = i % kInputs, output = i / kInputs;
         float re = 0.f, im = 0.f;
         if (slot < slots && output < radix) root_of_unity(slot * (offset + previous * output), radix * previous, &re, &im);
-        forward.set(slot, output, re * scale, im * scale);
-        back.set(output, slot, re * scale, im * scale);
+        forward.set(slot, output, re * down, im * down);
+        back.set(output, slot, re * up, im * up);
     }
 }
 

@@ -143,7 +143,7 @@ struct LongBackward : LongPasses<Element, kSlots> {
         const uint4* const from = Base::intermediate(item.group, sheet);
         if (of_taps) {
             const int channel = Base::channel_number(item.group, sheet - params.pair_sheets());
-            const float factor = float_from_bits(load_shared_by_blocks(taps_scale(channel)).x) * square_root(float(params.fft_size));
+            const float factor = float_from_bits(load_shared_by_blocks(taps_scale(channel)).x) * params.spectrum_unit;
             const int half_size = params.outer_slots * (params.fft_size / params.outer_radix);
             for (int half = 0; half < params.tap_halves; half++) {
                 float* const taps = params.grad_filter + (int64_t(channel) * params.tap_halves + half) * half_size;

@@ -178,7 +178,7 @@ class _Call:
         """Adds the layout of a long transform and its memory."""
         batch, channels, length = self.u.shape
         layout = long_plan.lay_out(*self.plan, length, batch, channels, backward)
-        items = _device_schedule(self.plan.fft_size, layout, backward, self.u.device)
+        items = _device_schedule(self.plan.fft_size, layout.period_key(), backward, self.u.device)
         self._alive.append(items)
         self.parameters.schedule, self.parameters.period = items.data_ptr(), items.shape[0]
         for name in _LAYOUT_FIELDS:
@@ -189,8 +189,9 @@ class _Call:
             self.buffer("scratch", (layout.scratch_bytes,), torch.uint8)
             self.buffer("sums", (layout.sums_bytes,), torch.uint8)
         except torch.OutOfMemoryError as error:
+            needed = layout.scratch_bytes + layout.sums_bytes
             raise torch.OutOfMemoryError(
-                f"a convolution by FFTs of {self.plan.fft_size} points needs {layout.scratch_bytes + layout.sums_bytes} bytes of scratch "
+                f"a convolution by FFTs of {self.plan.fft_size} points needs {needed} bytes of scratch "
                 f"memory beside its output, and {4 * self.plan.fft_size} for a single pair of sequences: {error}"
             ) from error
 

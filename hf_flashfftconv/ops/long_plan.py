@@ -60,6 +60,11 @@ class LongPlan(NamedTuple):
     energy_bytes: int
     counter_bytes: int
 
+    def period_key(self) -> "LongPlan":
+        """The layout without what its schedule does not depend on."""
+        rest = {"channel_splits": 0, "ring": 0, "tickets": 0}
+        return self._replace(**rest, scratch_bytes=0, sums_bytes=0, energy_bytes=0, counter_bytes=0)
+
 
 def outer_radix(fft_size: int, half: bool) -> int:
     """The radix of the outer pass: all beyond a row, if its 32 slots can take that, or what a middle pass leaves."""

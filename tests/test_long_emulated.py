@@ -1,0 +1,123 @@
+"""The kernels for long sequences without a GPU; see test_kernels_emulated.py. Here one block takes all tickets."""
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from kernel_cases import ALL, GATES, check, check_not_finite, check_values, gradients, make
+from test_kernels_emulated import emulation, library
+
+from hf_flashfftconv import fft_conv
+from hf_flashfftconv.ops import cuda, filters, long_plan
+from hf_flashfftconv.ops.plan import Plan
+
+__all__ = ["emulation", "library"]
+
+
+def planned(arguments: dict[str, torch.Tensor], causal: bool = True) -> Plan:
+    return cuda._plan(arguments["u"], arguments["k"], arguments.get("k_rev"), causal)
+
+
+def test_half() -> None:
+    arguments = make(8193, 8200, ALL, reverse_taps=8192, batch=3, channels=1)
+    assert planned(arguments) == Plan(32768, True)
+    check(arguments)
+
+
+def test_second_half_in_use() -> None:
+    arguments = make(12001, 4000, (*GATES, "k_rev"), reverse_taps=300, batch=2, channels=1)
+    assert planned(arguments) == Plan(16384, False)
+    check(arguments)
+
+
+@pytest.mark.parametrize("size, dtype", [(16384, torch.float32), (131072, torch.bfloat16)])
+def test_circular(size: int, dtype: torch.dtype) -> None:
+    arguments = make(size, size, ("skip", "pre_gate"), batch=1, channels=1, dtype=dtype)
+    assert planned(arguments, False) == Plan(size, False)
+    check(arguments, causal=False)
+
+
+def test_three_stages_outside_of_the_rows() -> None:
+    arguments = make(1 << 19, 64, batch=1, channels=1, dtype=torch.float16)
+    assert long_plan.outer_radix(1 << 19, False) * long_plan.MIDDLE_RADIX == (1 << 19) // long_plan.ROW_POINTS
+    check(arguments, causal=False)
+
+
+@pytest.fixture
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two pairs of the smallest long transform a group in a forward pass, one in a backward pass."""
+    monkeypatch.setattr(long_plan, "GROUP_BYTES", 2 * 4 * 16384)
+    long_plan.lay_out.cache_clear()
+    yield
+    long_plan.lay_out.cache_clear()
+
+
+@pytest.mark.usefixtures("small_groups")
+def test_batches_in_several_groups() -> None:
+    arguments = make(9000, 100, (*GATES, "skip"), batch=7, channels=2, dtype=torch.float16)
+    layout = long_plan.lay_out(*planned(arguments), 9000, 7, 2, True)
+    assert layout.channel_splits == 4 and layout.ring == 2
+    check(arguments)
+
+
+def test_channels_in_blocks_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = make(9000, 60, ALL, reverse_taps=40, batch=1, channels=3)
+    dy = torch.randn(arguments["u"].shape).bfloat16()
+    y, expected = gradients(arguments, dy)
+    monkeypatch.setattr(cuda, "SPECTRUM_BYTES", 2 * 4 * 16384)
+    made = []
+    monkeypatch.setattr(cuda._spectra, "get", lambda k, *_: made.append(k.shape[0]) or filters.prepare(k, *_))
+    actual, grads = gradients(arguments, dy)
+    assert made == [2, 1, 2, 1]
+    assert torch.equal(actual, y) and all(torch.equal(grads[name], expected[name]) for name in arguments)
+
+
+@pytest.mark.parametrize("scaled", ["u", "pre_gate"])
+@pytest.mark.parametrize("dtype, exponent", [(torch.bfloat16, -90), (torch.bfloat16, 90), (torch.float16, -12)])
+def test_scales_and_unequal_pairs(scaled: str, dtype: torch.dtype, exponent: int) -> None:
+    arguments = make(9000, 200, GATES, batch=4, channels=1, dtype=dtype)
+    # The first pair: both scaled; the second: one of them, and a sequence that is all in one spike.
+    arguments[scaled][:3] *= 2.0**exponent
+    arguments["u"][3] *= torch.where(torch.arange(9000) == 77, 1.0, 2.0**-9)
+    check_values(fft_conv(**arguments, backend="cuda"), arguments)
+
+
+@pytest.mark.parametrize("name, value", [("pre_gate", math.inf), ("dy", math.nan)])
+def test_not_finite_rows_keep_to_themselves(name: str, value: float) -> None:
+    check_not_finite(make(8500, 30, GATES, batch=4, channels=3), name, value)
+
+
+def test_zeros() -> None:
+    arguments = make(8500, 30, GATES, batch=3, channels=1)
+    y = fft_conv(**arguments, backend="cuda")
+    arguments["u"][2] = 0
+    actual = fft_conv(**arguments, backend="cuda")
+    assert (actual[2] == 0).all() and torch.equal(actual[:2], y[:2])
+
+
+@pytest.mark.parametrize("length", [8500, 8501])
+def test_any_layout_gives_the_same_bits(length: int) -> None:
+    arguments = make(length, 30, GATES, batch=2, channels=2)
+    y = fft_conv(**arguments, backend="cuda")
+    for name in ("u", *GATES):
+        x = arguments[name]
+        memory = torch.full((4 * (length + 3) + 1,), math.nan, dtype=x.dtype)
+        arguments[name] = memory[1:].view(2, 2, length + 3)[..., :length].copy_(x)
+        assert torch.equal(fft_conv(**arguments, backend="cuda"), y), name
+    arguments["u"] = arguments["u"].movedim(2, 0).contiguous().movedim(0, 2)
+    assert torch.equal(fft_conv(**arguments, backend="cuda"), y)
+
+
+def test_scratch_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = make(9000, 60, batch=1, channels=1)
+    buffer = cuda._Call.buffer
+
+    def failing(call: cuda._Call, name: str, *rest: object) -> torch.Tensor:
+        if name == "scratch":
+            raise torch.OutOfMemoryError("out of memory")
+        return buffer(call, name, *rest)
+
+    monkeypatch.setattr(cuda._Call, "buffer", failing)
+    with pytest.raises(torch.OutOfMemoryError, match="FFTs of 16384 points needs 65536 bytes of scratch"):
+        fft_conv(**arguments, backend="cuda")
