@@ -242,6 +242,8 @@ SPILL_LIMITS = {
     r"forward_kernel.*IfLi32ELb1": 0,
     r"backward_kernel.*Li32ELb1": 48,
     r"backward_kernel.*(bfloat16|half)Li64ELb1": 256,
+    r"long_forward_kernel.*(bfloat16|half)": 256,
+    r"long_backward_kernel.*(bfloat16|half)": 512,
 }
 
 
