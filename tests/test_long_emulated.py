@@ -90,6 +90,17 @@ def test_channels_one_by_one_give_the_same_bits(monkeypatch: pytest.MonkeyPatch)
     assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
 
 
+def test_gradients_that_are_not_needed() -> None:
+    arguments = make(9000, 60, GATES, batch=1, channels=1)
+    u, k, pre, post = (arguments[name] for name in ("u", "k", *GATES))
+    operands = (u, u, k, None, pre, post, None, True)
+    du, dk, _, dpre, dpost, _ = cuda.backward(*operands)
+    for needed in (0, 1, 3, 4):
+        actual = cuda.backward(*operands, [n == needed for n in range(6)])
+        assert torch.equal(actual[needed], (du, dk, None, dpre, dpost)[needed])
+        assert all(actual[n] is None for n in (0, 3, 4) if n != needed)
+
+
 @pytest.mark.parametrize("scaled", ["u", "pre_gate"])
 @pytest.mark.parametrize("dtype, exponent", [(torch.bfloat16, -90), (torch.bfloat16, 90), (torch.float16, -12)])
 def test_scales_and_unequal_pairs(scaled: str, dtype: torch.dtype, exponent: int) -> None:

@@ -1,6 +1,6 @@
 """The `cuda` backend: which calls the kernels serve, and how a call of [`fft_conv`] becomes one launch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -71,11 +71,15 @@ def backward(
     post_gate: Tensor | None,
     k_rev: Tensor | None,
     causal: bool,
+    needs: Sequence[bool] = (True,) * 6,
 ) -> Gradients:
-    """Gradients (du, dk, dskip, dpre, dpost, dk_rev) of a supported call, each in its operand's dtype."""
+    """Gradients (du, dk, dskip, dpre, dpost, dk_rev) of a supported call, each in its operand's dtype.
+
+    Of long sequences, gradients of u and the gates that are not in `needs` are None and cost no pass back.
+    """
     with _device_guard(u.device):
         if _plan(u, k, k_rev, causal).is_long:
-            return _long_backward(dy, u, k, skip, pre_gate, post_gate, k_rev, causal)
+            return _long_backward(dy, u, k, skip, pre_gate, post_gate, k_rev, causal, needs)
         call = _Call(u, k, skip, pre_gate, post_gate, k_rev, causal)
         call.operand("grad_output", dy)
         du = call.result("grad_u")
@@ -101,13 +105,18 @@ def _long_backward(
     post_gate: Tensor | None,
     k_rev: Tensor | None,
     causal: bool,
+    needs: Sequence[bool],
 ) -> Gradients:
     """The same for long sequences, some channels at a time."""
 
-    def like(x: Tensor | None) -> Tensor | None:
-        return None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    def like(x: Tensor | None, need: bool) -> Tensor | None:
+        return torch.empty_like(x, memory_format=torch.contiguous_format) if x is not None and need else None
 
-    results = {"grad_u": like(u), "grad_pre_gate": like(pre_gate), "grad_post_gate": like(post_gate)}
+    results = {
+        "grad_u": like(u, needs[0]),
+        "grad_pre_gate": like(pre_gate, needs[3]),
+        "grad_post_gate": like(post_gate, needs[4]),
+    }
     taps: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
     for channels, tensors in _blocks(u, k, skip, pre_gate, post_gate, k_rev, causal):
         call = _Call(*tensors, causal, backward=True)
