@@ -235,7 +235,7 @@ def compiled(build: ModuleType) -> tuple[Path, list[dict[str, str | int]]]:
 
 # Bytes of spill stores and loads that a hot kernel may have, by its mangled name: the half transforms,
 # which serve causal and bidirectional convolutions. The backward ones park a register around the rare second packing
-# of a tile's inputs, once a tile.
+# of a tile's inputs, once a tile. The long ones have all their passes in one kernel, which shares its registers.
 SPILL_LIMITS = {
     r"filter_kernel": 0,
     r"forward_kernel.*(bfloat16|half)Li(32|64)ELb1": 0,
