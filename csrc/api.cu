@@ -44,6 +44,33 @@ static LaunchParams derive(const fft_conv_params& p) {
     return derived;
 }
 
+static bool valid_long(const fft_conv_params& p) {
+    const int radix = p.fft_size / kLongPoints, slots = p.half ? p.outer_radix / 2 : p.outer_radix, rest = radix / std::max(p.outer_radix, 1);
+    const bool shapes = radix * kLongPoints == p.fft_size && (p.fft_size & (p.fft_size - 1)) == 0 && p.fft_size <= kLongMaximum && rest * p.outer_radix == radix;
+    return shapes && (rest == 1 || rest == kLongMiddleRadix) && p.outer_radix >= 2 && slots <= 32 && p.outer_radix <= (slots <= 8 ? 16 : 64) && p.batch > 0 &&
+           p.channels > 0 && p.length > 0 && p.length <= (p.half ? p.fft_size / 2 : p.fft_size) && p.group_pairs > 0 && p.group_channels > 0 && p.channel_splits > 0 && p.ring > 0 && p.period > 0;
+}
+
+static LongParams derive_long(const fft_conv_params& p, int operands) {
+    LongParams derived;
+    static_cast<LaunchParams&>(derived) = derive(p);
+    derived.radix = p.fft_size / kLongPoints;
+    derived.outer_slots = p.half ? p.outer_radix / 2 : p.outer_radix;
+    derived.subs = derived.has_middle() ? p.outer_radix : 1;
+    derived.operands = operands;
+    const int inner = 2 * stage_exponent(16) + stage_exponent(32), middle = derived.has_middle() ? stage_exponent(kLongMiddleRadix) : 0;
+    derived.spectrum_unit = float(1 << (inner + middle + stage_exponent(p.outer_radix)));
+    derived.pair_count = (p.batch + 1) / 2 * p.channels;
+    derived.groups = p.channel_splits > 1 ? p.channels * p.channel_splits : (derived.pair_count + p.group_pairs - 1) / p.group_pairs;
+    return derived;
+}
+
+extern "C" int fft_conv_long_forward(const fft_conv_params* params, void* stream) {
+    if (!valid_long(*params)) return kUnsupported;
+    const LongParams derived = derive_long(*params, 1);
+    return with_long(*params, derived.outer_slots, [&](auto launcher) { return decltype(launcher)::forward(derived, stream); });
+}
+
 extern "C" int fft_conv_forward(const fft_conv_params* params, void* stream) {
     if (!valid(*params)) return kUnsupported;
     const LaunchParams derived = derive(*params);
@@ -56,6 +83,12 @@ extern "C" int fft_conv_filter_spectrum(const fft_conv_filter_params* params, vo
     derived.log_points = log2_of(params->fft_size);
     if (params->fft_size < kColumns || params->fft_size > kMaximumFilterPoints || 1 << derived.log_points != params->fft_size) return kUnsupported;
     return launch_filter(derived, stream);
+}
+
+extern "C" int fft_conv_long_backward(const fft_conv_params* params, void* stream) {
+    if (!valid_long(*params)) return kUnsupported;
+    const LongParams derived = derive_long(*params, 2);
+    return with_long(*params, derived.outer_slots, [&](auto launcher) { return decltype(launcher)::backward(derived, stream); });
 }
 
 extern "C" int fft_conv_backward(const fft_conv_params* params, void* stream) {
@@ -74,10 +107,9 @@ extern "C" int64_t fft_conv_backward_scratch(const fft_conv_params* params) {
 }
 
 extern "C" int fft_conv_shared_bytes(const fft_conv_params* params, int backward) {
-    const int bytes = with_tile(*params, [&](auto tile) {
-        using L = Launcher<decltype(tile)>;
-        return backward ? L::kBackwardSharedBytes : L::kForwardSharedBytes;
-    });
+    auto bytes_of = [&](auto launcher) { return backward ? decltype(launcher)::kBackwardSharedBytes : decltype(launcher)::kForwardSharedBytes; };
+    if (params->outer_radix > 0) return with_long(*params, params->half ? params->outer_radix / 2 : params->outer_radix, bytes_of);
+    const int bytes = with_tile(*params, [&](auto tile) { return bytes_of(Launcher<decltype(tile)>{}); });
     return bytes < 0 ? bytes : std::max(bytes, filter_shared_bytes(params->fft_size));
 }
 

@@ -25,7 +25,14 @@ struct fft_conv_params {
     const float* spectrum_scale;    // (channels,) what the spectrum was divided by
     float* grad_filter;             // (fft_conv_backward_splits, channels, fft_size) partial sums of the gradient of the taps
     void* scratch;                  // fft_conv_backward_scratch bytes
+    // Of the fft_conv_long functions (hf_flashfftconv/ops/long_plan.py): how the work is laid out, and memory that it needs besides `scratch`.
+    const uint32_t* schedule;       // (period,) kind, delay in groups and index of each ticket
+    uint32_t* counters;             // all zero
+    void* energies;                 // (pairs, operands, 2, part_count) of eight bytes
+    void* sums;                     // of the backward pass
     int32_t batch, channels, length, fft_size, element, half;
+    int32_t outer_radix, group_pairs, ring, part_count, column_items, middle_items, row_pairs, period, tickets;
+    int32_t group_channels, channel_splits, tap_halves;
 };
 
 // Spectra of real filters on a circle of fft_size points: tap n < taps is k[n], tap fft_size - 1 - n for n < taps_rev is k_rev[n].
@@ -39,7 +46,9 @@ struct fft_conv_filter_params {
 
 int fft_conv_filter_spectrum(const struct fft_conv_filter_params* params, void* stream);
 int fft_conv_forward(const struct fft_conv_params* params, void* stream);
+int fft_conv_long_forward(const struct fft_conv_params* params, void* stream);
 int fft_conv_backward(const struct fft_conv_params* params, void* stream);
+int fft_conv_long_backward(const struct fft_conv_params* params, void* stream);
 int fft_conv_backward_splits(const struct fft_conv_params* params);
 int64_t fft_conv_backward_scratch(const struct fft_conv_params* params);
 // The most shared memory that a block takes in a call of forward or backward, its filter spectra included; negative where there is no kernel.

@@ -15,6 +15,16 @@ __global__ void __launch_bounds__(BackwardPlan<T>::kThreads, 1) backward_kernel(
     Backward<T>(params).run();
 }
 
+template <class Element, int kSlots>
+__global__ void __launch_bounds__(LongForwardPlan<Element, kSlots>::kThreads, 2) long_forward_kernel(const __grid_constant__ LongParams params) {
+    LongForward<Element, kSlots>(params).run();
+}
+
+template <class Element, int kSlots>
+__global__ void __launch_bounds__(LongBackwardPlan<Element, kSlots>::kThreads, 1) long_backward_kernel(const __grid_constant__ LongParams params) {
+    LongBackward<Element, kSlots>(params).run();
+}
+
 // What is asked or set once, for each of the first devices: the calls cost as much as a launch. Threads that race write the same.
 constexpr int kKnownDevices = 64;
 using Prepared = std::atomic<bool>[kKnownDevices];
@@ -70,6 +80,27 @@ int Launcher<T>::backward(const LaunchParams& params, void* stream) {
     const int64_t units = std::min(BackwardUnits<B>(params).count, kMaximumBackwardBlocks);
     return launch(backward_kernel<B>, prepared, {units, 1, Plan::kThreads, Plan::kSharedBytes, Plan::kSharedBytes}, params, stream);
 }
+
+template <class Element, int kSlots>
+int LongLauncher<Element, kSlots>::forward(const LongParams& params, void* stream) {
+    using Plan = LongForwardPlan<Element, kSlots>;
+    static Prepared prepared;
+    const Grid grid{params.tickets, Plan::kBlocks, Plan::kThreads, Plan::kSharedBytes, Plan::kSharedBytes};
+    return launch(long_forward_kernel<Element, kSlots>, prepared, grid, params, stream);
+}
+
+template <class Element, int kSlots>
+int LongLauncher<Element, kSlots>::backward(const LongParams& params, void* stream) {
+    using Plan = LongBackwardPlan<Element, kSlots>;
+    static Prepared prepared;
+    const Grid grid{params.tickets, 1, Plan::kThreads, Plan::kSharedBytes, Plan::kSharedBytes};
+    return launch(long_backward_kernel<Element, kSlots>, prepared, grid, params, stream);
+}
+
+#define INSTANTIATE_LONG(slots)                  \
+    template struct LongLauncher<bfloat16, slots>; \
+    template struct LongLauncher<float16, slots>;  \
+    template struct LongLauncher<float, slots>;
 
 #define INSTANTIATE_TILES(...)                        \
     template struct Launcher<Tile<bfloat16, __VA_ARGS__>>; \

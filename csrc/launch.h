@@ -5,6 +5,8 @@
 #include "backward.cuh"
 #include "filter.cuh"
 #include "forward.cuh"
+#include "long_backward.cuh"
+#include "long_forward.cuh"
 
 // The tile of a backward pass, which works on all rows at a time.
 template <class T>
@@ -19,6 +21,14 @@ struct Launcher {
 };
 
 int launch_filter(const FilterParams& params, void* stream);
+
+// Long sequences, by the slots that the outer pass has room for.
+template <class Element, int kSlots>
+struct LongLauncher {
+    static int forward(const LongParams& params, void* stream);
+    static int backward(const LongParams& params, void* stream);
+    static constexpr int kForwardSharedBytes = LongForwardPlan<Element, kSlots>::kSharedBytes, kBackwardSharedBytes = LongBackwardPlan<Element, kSlots>::kSharedBytes;
+};
 
 constexpr int kUnsupported = -1;
 // Also what the batch is split for where there are few channels; a constant, so that results do not depend on the device.
@@ -53,6 +63,21 @@ int with_tile(const fft_conv_params& p, Function function) {
         case FFT_CONV_BFLOAT16: return p.half ? with_rows<bfloat16, true>(radix, function) : with_rows<bfloat16, false>(radix, function);
         case FFT_CONV_FLOAT16: return p.half ? with_rows<float16, true>(radix, function) : with_rows<float16, false>(radix, function);
         case FFT_CONV_FLOAT32: return p.half ? with_rows<float, true>(radix, function) : with_rows<float, false>(radix, function);
+        default: return kUnsupported;
+    }
+}
+
+// Calls function(LongLauncher<...>{}) with the one for an outer pass of so many slots.
+template <class Function>
+int with_long(const fft_conv_params& p, int slots, Function function) {
+    auto with_element = [&](auto element) {
+        using Element = decltype(element);
+        return slots <= 8 ? function(LongLauncher<Element, 8>{}) : function(LongLauncher<Element, 32>{});
+    };
+    switch (p.element) {
+        case FFT_CONV_BFLOAT16: return with_element(bfloat16{});
+        case FFT_CONV_FLOAT16: return with_element(float16{});
+        case FFT_CONV_FLOAT32: return with_element(float{});
         default: return kUnsupported;
     }
 }

@@ -104,6 +104,35 @@ DEVICE uint4 load_spectrum(const uint4* p) {
     return v;
 }
 
+// What other blocks of the same launch have written lies in the L2 cache; the L1 cache may hold older values.
+DEVICE uint4 load_shared_by_blocks(const uint4* p) {
+    uint4 v;
+    asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+    return v;
+}
+DEVICE uint2 load_shared_by_blocks(const uint2* p) {
+    uint2 v;
+    asm volatile("ld.global.cg.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
+    return v;
+}
+DEVICE void store_for_blocks(uint4* p, uint4 v) {
+    asm volatile("st.global.cg.v4.u32 [%0], {%1,%2,%3,%4};" :: "l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+// Counters by which the blocks of a launch wait for each other's results.
+DEVICE u32 take_ticket(u32* counter) { return atomicAdd(counter, 1u); }
+DEVICE void add_release(u32* counter) {
+    asm volatile("fence.acq_rel.gpu; red.release.gpu.global.add.u32 [%0], 1;" :: "l"(counter) : "memory");
+}
+DEVICE void wait_acquire(const u32* counter, u32 count) {
+    for (;;) {
+        u32 v;
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(counter) : "memory");
+        if (v >= count) return;
+        __nanosleep(64);
+    }
+}
+
 DEVICE float float_from_bits(u32 x) { return __uint_as_float(x); }
 DEVICE u32 bits_from_float(float x) { return __float_as_uint(x); }
 

@@ -157,35 +157,8 @@ DEVICE RowFragment inner_transform(const RowFragment& x, const Constants& consta
 // lanes read them, so that neither side has bank conflicts.
 DEVICE int row_unit(int warp, int lane) { return warp % 8 / 4 * 32 + lane / 4 * 4 + warp % 4; }
 
-// The outer stage for 32 columns a warp: lane (r, q) holds the columns a, a + 1, a + 128, a + 129 with a = 16 warp + 2 r.
-// x[j][c]: (re, im) of slot 4 j + q at column c. Writes the rows of one part.
-template <class T>
-DEVICE void outer_forward(const u32 (&x)[T::kSlots / 4][4], uint4* rows, const uint4* table, int part, int warp, int lane) {
-    constexpr int kSteps = T::kSlots / 8;
-    const int unit = row_unit(warp, lane);
-#pragma unroll 4
-    for (int n = 0; n < T::kRows / 4; n += 2) {
-        float d[2][2][4] = {};
-#pragma unroll
-        for (int s = 0; s < kSteps; s++) {
-            const uint4 b = table[((part * (T::kRows / 4) + n) / 2 * kSteps + s) * 32 + lane];
-#pragma unroll
-            for (int t = 0; t < 2; t++) {
-                matrix_multiply_add(d[0][t], x[2 * s][t], x[2 * s][2 + t], x[2 * s + 1][t], x[2 * s + 1][2 + t], b.x, b.y);
-                matrix_multiply_add(d[1][t], x[2 * s][t], x[2 * s][2 + t], x[2 * s + 1][t], x[2 * s + 1][2 + t], b.z, b.w);
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int row = 4 * (n + i) + lane % 4;
-            rows[row * (kRowPitch / 4) + unit] = make_uint4(pack(d[i][0][0], d[i][0][2]), pack(d[i][0][1], d[i][0][3]),
-                                                             pack(d[i][1][0], d[i][1][2]), pack(d[i][1][1], d[i][1][3]));
-        }
-    }
-}
-
-// Sums of the inverse outer stage for one slot and one column pair: (re, im) at columns a + t and a + 128 + t. In half precision where there are
-// too many for the registers.
+// Sums of an outer stage for one slot and one column pair: (re, im) at columns a + t and a + 128 + t. In half precision where there are too many
+// for the registers.
 struct SingleSums {
     float d[4] = {};
     DEVICE float re(int half) const { return d[2 * half]; }
@@ -197,6 +170,59 @@ struct HalfSums {
     DEVICE float im(int half) const { return high_half(d[half]); }
 };
 
+// Contracts kSlots values of each of a warp's 32 columns to 4 `tiles` outputs: lane (r, q) holds the columns a, a + 1, a + 128, a + 129 with
+// a = 16 warp + 2 r, and x[j][c] is (re, im) of slot 4 j + q at column c. emit(n, d) gets output 4 n + q.
+template <int kSlots, class Emit>
+DEVICE void contract(const u32 (&x)[kSlots / 4][4], const uint4* table, int first, int tiles, int lane, Emit emit) {
+    constexpr int kSteps = kSlots / 8;
+#pragma unroll 4
+    for (int n = 0; n < tiles; n += 2) {
+        SingleSums d[2][2];
+#pragma unroll
+        for (int s = 0; s < kSteps; s++) {
+            const uint4 b = table[((first + n) / 2 * kSteps + s) * 32 + lane];
+#pragma unroll
+            for (int t = 0; t < 2; t++) {
+                matrix_multiply_add(d[0][t].d, x[2 * s][t], x[2 * s][2 + t], x[2 * s + 1][t], x[2 * s + 1][2 + t], b.x, b.y);
+                matrix_multiply_add(d[1][t].d, x[2 * s][t], x[2 * s][2 + t], x[2 * s + 1][t], x[2 * s + 1][2 + t], b.z, b.w);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) emit(first + n + i, d[i]);
+    }
+}
+
+// The same to 4 kTiles outputs that stay in registers, value[n] being what emit(n, .) gets above, from inputs that come in steps of eight:
+// load(s, a) brings those of step s as operands, a[t] for the columns a + t and a + 128 + t. `table` holds `pairs_per_step` pairs of tiles a step.
+template <int kTiles, class Sums, class Load>
+DEVICE void contract_steps(Sums (&value)[kTiles][2], const uint4* table, int pairs_per_step, int steps, int lane, Load load) {
+#pragma unroll 4
+    for (int s = 0; s < steps; s++) {
+        u32 a[2][4];
+        load(s, a);
+#pragma unroll
+        for (int n = 0; n < kTiles; n += 2) {
+            const uint4 b = table[(s * pairs_per_step + n / 2) * 32 + lane];
+#pragma unroll
+            for (int t = 0; t < 2; t++) {
+                matrix_multiply_add(value[n][t].d, a[t][0], a[t][1], a[t][2], a[t][3], b.x, b.y);
+                matrix_multiply_add(value[n + 1][t].d, a[t][0], a[t][1], a[t][2], a[t][3], b.z, b.w);
+            }
+        }
+    }
+}
+
+// The outer stage: writes the rows of one part.
+template <class T>
+DEVICE void outer_forward(const u32 (&x)[T::kSlots / 4][4], uint4* rows, const uint4* table, int part, int warp, int lane) {
+    constexpr int kTiles = T::kRows / 4;
+    uint4* const words = rows + lane % 4 * (kRowPitch / 4) + row_unit(warp, lane);
+    contract<T::kSlots>(x, table, part * kTiles, kTiles, lane, [&](int n, const SingleSums (&d)[2]) {
+        words[4 * (n - part * kTiles) * (kRowPitch / 4)] = make_uint4(pack(d[0].re(0), d[0].re(1)), pack(d[0].im(0), d[0].im(1)), pack(d[1].re(0), d[1].re(1)),
+                                                                       pack(d[1].im(0), d[1].im(1)));
+    });
+}
+
 // The inverse outer stage: value[n][t] belongs to slot 4 n + q.
 template <class T, class Sums = SingleSums>
 struct OuterResult {
@@ -205,22 +231,12 @@ struct OuterResult {
 
     // What the rows of one part contribute.
     DEVICE void add(const uint4* rows, const uint4* table, int part, int warp, int lane) {
-        const int unit = row_unit(warp, lane);
-#pragma unroll 4
-        for (int s = 0; s < T::kRows / 8; s++) {
-            const uint4 v = rows[(8 * s + lane % 4) * (kRowPitch / 4) + unit], w = rows[(8 * s + 4 + lane % 4) * (kRowPitch / 4) + unit];
-            const u32 a[2][4] = {{join_low(v.x, v.y), join_high(v.x, v.y), join_low(w.x, w.y), join_high(w.x, w.y)},
-                                 {join_low(v.z, v.w), join_high(v.z, v.w), join_low(w.z, w.w), join_high(w.z, w.w)}};
-#pragma unroll
-            for (int n = 0; n < kTiles; n += 2) {
-                const uint4 b = table[((part * (T::kRows / 8) + s) * (T::kSlots / 8) + n / 2) * 32 + lane];
-#pragma unroll
-                for (int t = 0; t < 2; t++) {
-                    matrix_multiply_add(value[n][t].d, a[t][0], a[t][1], a[t][2], a[t][3], b.x, b.y);
-                    matrix_multiply_add(value[n + 1][t].d, a[t][0], a[t][1], a[t][2], a[t][3], b.z, b.w);
-                }
-            }
-        }
+        const uint4* const words = rows + lane % 4 * (kRowPitch / 4) + row_unit(warp, lane);
+        contract_steps(value, table + part * (T::kRows / 8) * (T::kSlots / 8) * 32, T::kSlots / 8, T::kRows / 8, lane, [&](int s, u32 (&a)[2][4]) {
+            const uint4 v = words[8 * s * (kRowPitch / 4)], w = words[(8 * s + 4) * (kRowPitch / 4)];
+            a[0][0] = join_low(v.x, v.y), a[0][1] = join_high(v.x, v.y), a[0][2] = join_low(w.x, w.y), a[0][3] = join_high(w.x, w.y);
+            a[1][0] = join_low(v.z, v.w), a[1][1] = join_high(v.z, v.w), a[1][2] = join_low(w.z, w.w), a[1][3] = join_high(w.z, w.w);
+        });
     }
 
     // The first or the second sequence of the pair.

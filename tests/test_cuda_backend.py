@@ -170,7 +170,7 @@ def test_what_is_served_and_why_the_rest_is_not(gpu: SimpleNamespace) -> None:
     assert why_not(torch.empty(2, 3, 100)) == "u is on the device cpu, not on a CUDA device"
     assert why_not(on_gpu(dtype=torch.float64)).startswith("u is torch.float64, and the kernels take torch.bfloat16, ")
     assert "the length is 100" in why_not(on_gpu(), causal=False)
-    assert "FFT of 2097152 points" in why_not(on_gpu(1 << 20), 1 << 20)
+    assert "FFT of 33554432 points" in why_not(on_gpu(1 << 24), 1 << 24)
     assert "pairs of sequences" in why_not(on_gpu(1, batch=1 << 20, channels=1 << 12), 1)
     assert why_not(on_gpu(1, batch=1 << 20, channels=1 << 11), 1) is None
 

@@ -24,12 +24,12 @@ from numerics import all_pass_filter, impulses, tones
 from torch import Tensor
 
 from hf_flashfftconv import fft_conv
-from hf_flashfftconv.ops.plan import MAX_FFT_SIZE, MAX_FULL_FFT_SIZE, Plan, choose
+from hf_flashfftconv.ops.plan import MAX_FULL_TILE_FFT_SIZE, MAX_TILE_FFT_SIZE, Plan, choose
 
 pytestmark = pytest.mark.gpu
 
-SIZES = [256 << n for n in range((MAX_FFT_SIZE // 256).bit_length())]
-FULL_SIZES = [size for size in SIZES if size <= MAX_FULL_FFT_SIZE]
+SIZES = [256 << n for n in range((MAX_TILE_FFT_SIZE // 256).bit_length())]
+FULL_SIZES = [size for size in SIZES if size <= MAX_FULL_TILE_FFT_SIZE]
 PLANS = [Plan(size, False) for size in FULL_SIZES] + [Plan(size, True) for size in SIZES[1:]]
 
 

@@ -95,10 +95,16 @@ def test_what_is_too_long() -> None:
         assert reason == (
             f"sequence and filter need an FFT of {2 * MAX_FFT_SIZE} points, and the kernels have up to {MAX_FFT_SIZE}"
         )
+    reason = f"there is no kernel for an FFT of {MAX_FFT_SIZE} points whose second half is in use"
+    assert choose(longest + 1, 3, 0, True) == choose(MAX_FFT_SIZE, 1, 0, False) == reason
+    assert choose(longest, 1, 0, False) == Plan(longest, False)
 
 
-def test_what_is_not_built() -> None:
+def test_what_takes_several_passes() -> None:
     assert choose(4000, 4097, 0, True) == Plan(8192, True)
     assert choose(5000, 3, 0, True) == Plan(8192, False)
-    assert choose(12000, 3, 0, True) == "there is no kernel for an FFT of 16384 points whose second half is in use"
+    assert choose(12000, 3, 0, True) == Plan(16384, False)
     assert choose(8000, 8000, 0, True) == Plan(16384, True)
+    long = [Plan(16384, False), Plan(32768, True), Plan(MAX_FFT_SIZE, True)]
+    assert all(plan.is_long for plan in long)
+    assert not any(plan.is_long for plan in (Plan(16384, True), Plan(8192, False)))

@@ -1,19 +1,28 @@
 """The `cuda` backend: which calls the kernels serve, and how a call of [`fft_conv`] becomes one launch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import extension, filters, plan, tables
+from . import extension, filters, long_plan, plan, tables
 from .reference import Gradients
 
 MIN_CAPABILITY = (8, 0)
 # The kernels count pairs of sequences in 32 bits, and look some tiles ahead.
 MAX_PAIRS = 2**31 - 2**20
+
+# u, k, skip, pre_gate, post_gate, k_rev
+Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+# The transform that blocks do on chip in a long one.
+ON_CHIP = plan.Plan(long_plan.ROW_POINTS, False)
+# Bound on the spectra of one launch for long sequences.
+SPECTRUM_BYTES = 256 << 20
+_LAYOUT_FIELDS = tuple(x for x in long_plan.LongPlan._fields if not x.endswith("_bytes"))
 
 _spectra = filters.SpectrumCache()
 # Of each device that was asked for: why the library cannot run there, or None.
@@ -47,9 +56,11 @@ def forward(
 ) -> Tensor:
     """[`fft_conv`] for a call that is supported."""
     with _device_guard(u.device):
-        call = _Call(u, k, skip, pre_gate, post_gate, k_rev, causal)
-        y = call.result("output")
-        call.launch("fft_conv_forward")
+        y = torch.empty_like(u, memory_format=torch.contiguous_format)
+        for channels, tensors in _blocks(u, k, skip, pre_gate, post_gate, k_rev, causal):
+            call = _Call(*tensors, causal)
+            call.operand("output", y[:, channels])
+            call.launch("forward")
     return y
 
 
@@ -62,9 +73,15 @@ def backward(
     post_gate: Tensor | None,
     k_rev: Tensor | None,
     causal: bool,
+    needs: Sequence[bool] = (True,) * 6,
 ) -> Gradients:
-    """Gradients (du, dk, dskip, dpre, dpost, dk_rev) of a supported call, each in its operand's dtype."""
+    """Gradients (du, dk, dskip, dpre, dpost, dk_rev) of a supported call, each in its operand's dtype.
+
+    Of long sequences, gradients of u and the gates that are not in `needs` are None and cost no pass back.
+    """
     with _device_guard(u.device):
+        if _plan(u, k, k_rev, causal).is_long:
+            return _long_backward(dy, u, k, skip, pre_gate, post_gate, k_rev, causal, needs)
         call = _Call(u, k, skip, pre_gate, post_gate, k_rev, causal)
         call.operand("grad_output", dy)
         du = call.result("grad_u")
@@ -75,10 +92,50 @@ def backward(
         # One sum for each part of the batch, added up in a fixed order: the same call gives the same bits.
         partial = call.buffer("grad_filter", (splits, k.shape[0], call.plan.fft_size), torch.float32)
         call.buffer("scratch", (scratch_bytes,), torch.uint8)
-        call.launch("fft_conv_backward")
+        call.launch("backward")
         total = partial[0] if splits == 1 else partial.sum(0)
         dk, dskip, dk_rev = filters.tap_gradients(total, k, skip, k_rev, u.shape[2])
     return du, dk, dskip, dpre, dpost, dk_rev
+
+
+def _long_backward(
+    dy: Tensor,
+    u: Tensor,
+    k: Tensor,
+    skip: Tensor | None,
+    pre_gate: Tensor | None,
+    post_gate: Tensor | None,
+    k_rev: Tensor | None,
+    causal: bool,
+    needs: Sequence[bool],
+) -> Gradients:
+    """The same for long sequences, some channels at a time."""
+
+    def like(x: Tensor | None, need: bool) -> Tensor | None:
+        return torch.empty_like(x, memory_format=torch.contiguous_format) if x is not None and need else None
+
+    results = {
+        "grad_u": like(u, needs[0]),
+        "grad_pre_gate": like(pre_gate, needs[3]),
+        "grad_post_gate": like(post_gate, needs[4]),
+    }
+    taps: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
+    for channels, tensors in _blocks(u, k, skip, pre_gate, post_gate, k_rev, causal):
+        call = _Call(*tensors, causal, backward=True)
+        call.operand("grad_output", dy[:, channels])
+        for name, x in results.items():
+            if x is not None:
+                call.operand(name, x[:, channels])
+        # Anticausal taps lie at the end of the circle, the second half of it.
+        halves = 2 if call.plan.half and k_rev is not None else 1
+        size = call.plan.fft_size * halves // (2 if call.plan.half else 1)
+        call.parameters.tap_halves = halves
+        _, part_k, part_skip, _, _, part_rev = tensors
+        total = call.buffer("grad_filter", (part_k.shape[0], size), torch.float32)
+        call.launch("backward")
+        taps.append(filters.tap_gradients(total, part_k, part_skip, part_rev, u.shape[2]))
+    dk, dskip, dk_rev = (None if parts[0] is None else torch.cat(parts) for parts in zip(*taps, strict=True))
+    return results["grad_u"], dk, dskip, results["grad_pre_gate"], results["grad_post_gate"], dk_rev
 
 
 class _Call:
@@ -93,17 +150,19 @@ class _Call:
         post_gate: Tensor | None,
         k_rev: Tensor | None,
         causal: bool,
+        backward: bool = False,
     ) -> None:
         self.u = u
         self.plan: plan.Plan = _plan(u, k, k_rev, causal)
         self.stream = _current_stream(u.device)
         length, fft_size = u.shape[2], self.plan.fft_size
+        long = self.plan.is_long
         if _is_capturing():
             # The graph outlives the cache's entries, and its replays are to see what has become of the filter.
             spectrum = filters.prepare(k, skip, k_rev, length, fft_size, self.stream)
         else:
             spectrum = _spectra.get(k, skip, k_rev, length, fft_size, self.stream)
-        constants = tables.device_tables(fft_size, self.plan.half, u.device)
+        constants = tables.device_tables(*(ON_CHIP if long else self.plan), u.device)
         self.parameters = parameters = extension.Parameters()
         parameters.tables = constants.data_ptr()
         parameters.spectrum = spectrum.words.data_ptr()
@@ -118,6 +177,29 @@ class _Call:
             self.operand("pre_gate", pre_gate)
         if post_gate is not None:
             self.operand("post_gate", post_gate)
+        if long:
+            self._lay_out(backward)
+
+    def _lay_out(self, backward: bool) -> None:
+        """Adds the layout of a long transform and its memory."""
+        batch, channels, length = self.u.shape
+        layout = long_plan.lay_out(*self.plan, length, batch, channels, backward)
+        items = _device_schedule(self.plan.fft_size, layout.period_key(), backward, self.u.device)
+        self._alive.append(items)
+        self.parameters.schedule, self.parameters.period = items.data_ptr(), items.shape[0]
+        for name in _LAYOUT_FIELDS:
+            setattr(self.parameters, name, getattr(layout, name))
+        self.buffer("energies", (layout.energy_bytes,), torch.uint8)
+        self.buffer("counters", (layout.counter_bytes,), torch.uint8).zero_()
+        try:
+            self.buffer("scratch", (layout.scratch_bytes,), torch.uint8)
+            self.buffer("sums", (layout.sums_bytes,), torch.uint8)
+        except torch.OutOfMemoryError as error:
+            needed = layout.scratch_bytes + layout.sums_bytes
+            raise torch.OutOfMemoryError(
+                f"a convolution by FFTs of {self.plan.fft_size} points needs {needed} bytes of scratch "
+                f"memory beside its output, and {4 * self.plan.fft_size} for a single pair of sequences: {error}"
+            ) from error
 
     def operand(self, name: str, x: Tensor) -> None:
         """Passes a tensor (B, H, L) of any strides; the kernels want only its positions to be neighbours."""
@@ -142,11 +224,52 @@ class _Call:
         return x
 
     def launch(self, name: str) -> None:
-        extension.launch(name, self.parameters, self.stream)
+        kind = "long_" if self.plan.is_long else ""
+        extension.launch(f"fft_conv_{kind}{name}", self.parameters, self.stream)
 
 
 def _plan(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool) -> Any:
     return plan.choose(u.shape[2], k.shape[1], 0 if k_rev is None else k_rev.shape[1], causal)
+
+
+def _blocks(
+    u: Tensor,
+    k: Tensor,
+    skip: Tensor | None,
+    pre_gate: Tensor | None,
+    post_gate: Tensor | None,
+    k_rev: Tensor | None,
+    causal: bool,
+) -> Iterator[tuple[slice, Operands]]:
+    """The channels that one launch serves, and the operands with these channels alone.
+
+    The spectra of long filters outweigh everything else where the batch is small. So they are made for some channels at
+    a time, unless all of them are small beside the output, or will be kept.
+    """
+    chosen, count = _plan(u, k, k_rev, causal), u.shape[1]
+    block = count
+    if chosen.is_long:
+        bound = min(SPECTRUM_BYTES, u.numel() * u.element_size() // 4)
+        if not _spectra.keeps(k, skip, k_rev, chosen.fft_size):
+            block = min(count, max(1, bound // (4 * chosen.fft_size)))
+    if block == count:
+        yield slice(None), (u, k, skip, pre_gate, post_gate, k_rev)
+        return
+    for start in range(0, count, block):
+        part = slice(start, start + block)
+        skip_part, rev_part = (None if x is None else x[part] for x in (skip, k_rev))
+        pre_part, post_part = (None if x is None else x[:, part] for x in (pre_gate, post_gate))
+        yield part, (u[:, part], k[part], skip_part, pre_part, post_part, rev_part)
+
+
+# Never dropped, and outside of the pools that graphs have: captured graphs keep the addresses.
+@cache
+def _device_schedule(fft_size: int, layout: long_plan.LongPlan, backward: bool, device: torch.device) -> Tensor:
+    """The schedule as the kernels read it: four bits for the kind, four for the delay, the rest for the index."""
+    items = long_plan.schedule(fft_size, layout, backward)
+    with torch.device("cpu"):
+        entries = torch.tensor([kind | delay << 4 | index << 8 for kind, delay, index in items], dtype=torch.int32)
+    return tables.upload(entries, device)
 
 
 def _verdict(device: torch.device) -> str | None:
@@ -171,6 +294,8 @@ def _verdict(device: torch.device) -> str | None:
 def _lacks_memory(device: torch.device, chosen: plan.Plan, dtype: torch.dtype, backward: bool) -> str | None:
     """Why a kernel does not fit the device, or None. Only the shared memory of GPUs for data centres holds all."""
     parameters = extension.Parameters(fft_size=chosen.fft_size, half=chosen.half, element=extension.ELEMENTS[dtype])
+    if chosen.is_long:
+        parameters.outer_radix = long_plan.outer_radix(*chosen)
     needed = extension.call("fft_conv_shared_bytes", parameters, backward)
     available = extension.call("fft_conv_shared_limit", device.index)
     if needed <= available:

@@ -4,7 +4,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,20 +12,22 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import extension
-from .plan import MAX_FFT_SIZE
 from .pools import outside_of_pools
 from .reference import circle_taps
-from .tables import spectrum_order, upload
+from .tables import kernel_order
 
 DEFAULT_STREAM = 0
 
 # Bound on the spectra kept for each device.
 CACHE_BYTES = 256 << 20
 
-# Bound on what is alive at a time while torch.fft makes spectra: float32 taps, their float32 spectrum, the same
-# scaled, and both copies in half precision.
+# The kernel for spectra has no larger transform.
+MAX_FUSED_FFT_SIZE = 16384
+
+# Bound on what is alive at a time while torch.fft makes spectra: float32 taps, their spectrum and the FFT's own copy,
+# or the spectrum and both copies in half precision.
 WORKSPACE_BYTES = 256 << 20
-_WORKSPACE_PER_POINT = 4 + 4 + 4 + 2 + 4
+_WORKSPACE_PER_POINT = 4 + 8 + 8
 
 
 class Spectrum(NamedTuple):
@@ -54,7 +56,7 @@ def prepare(
     fft_size: int,
     stream: int,
 ) -> Spectrum:
-    """The spectra of the filters of [`fft_conv`], by one launch on the given, current stream.
+    """The spectra of the filters of [`fft_conv`], on the given, current stream.
 
     On a circle of `fft_size` points the causal taps lie at the start, the anticausal ones at the end. The skip
     connection is one more weight of the tap at lag zero.
@@ -62,7 +64,7 @@ def prepare(
     The kernel computes in single precision and rounds the result. Beyond its sizes `torch.fft` does the same, which
     takes several times as long.
     """
-    if fft_size > MAX_FFT_SIZE:
+    if fft_size > MAX_FUSED_FFT_SIZE:
         return _prepare_by_torch(k, skip, k_rev, length, fft_size)
     channels, device = k.shape[0], k.device
     words = torch.empty((channels, fft_size), dtype=torch.int32, device=device)
@@ -98,30 +100,12 @@ def _prepare_by_torch(k: Tensor, skip: Tensor | None, k_rev: Tensor | None, leng
 
 
 def _spectrum_by_torch(taps: Tensor) -> Spectrum:
-    spectrum = torch.view_as_real(torch.fft.rfft(taps))
+    spectrum = torch.view_as_real(torch.fft.fft(taps))
     largest = torch.linalg.vector_norm(spectrum, torch.inf, (1, 2))
     # The exponent's bits alone are the power of two below, infinite where the filter is not finite.
     scale = (largest.view(torch.int32) & 0x7F800000).clamp(min=0x00800000).view(torch.float32)
-    values = (spectrum / scale[:, None, None]).nan_to_num(0.0, 0.0, 0.0).half().flatten(1)
-    source, sign = _gather_order(taps.shape[1], taps.device)
-    words = values.index_select(1, source).mul_(sign).view(torch.int32)
-    return Spectrum(words, torch.where(scale.isfinite(), scale, torch.nan))
-
-
-# Never dropped: a captured graph keeps their addresses.
-@cache
-def _gather_order(fft_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where each half-precision number of the kernel's order lies in a one-sided spectrum, and its sign.
-
-    The upper half of a real signal's spectrum is the conjugate of the lower one.
-    """
-    with torch.device("cpu"):
-        frequency = spectrum_order(fft_size).unsqueeze(-2)
-        mirrored = frequency > fft_size // 2
-        part = torch.tensor([[0], [1]])
-        source = 2 * torch.where(mirrored, fft_size - frequency, frequency) + part
-        sign = torch.where(mirrored & (part == 1), -1, 1).to(torch.float16)
-    return upload(source.flatten(), device), upload(sign.flatten(), device)
+    values = spectrum.div_(scale[:, None, None]).nan_to_num_(0.0, 0.0, 0.0).half()
+    return Spectrum(kernel_order(values), torch.where(scale.isfinite(), scale, torch.nan))
 
 
 def tap_gradients(
@@ -209,6 +193,11 @@ class SpectrumCache:
                 self._make_room(spectrum)
                 self._entries[key] = _Entry(spectrum, stamp, references)
         return spectrum
+
+    def keeps(self, k: Tensor, skip: Tensor | None, k_rev: Tensor | None, fft_size: int) -> bool:
+        """Whether the spectra of these filters would be kept."""
+        filters = [x for x in (k, skip, k_rev) if x is not None]
+        return k.shape[0] * (fft_size + 1) * 4 <= self.max_bytes and all(map(_is_constant, filters))
 
     def clear(self) -> None:
         """Forgets all spectra."""

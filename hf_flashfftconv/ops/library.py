@@ -81,7 +81,7 @@ def _backward(
     if u.numel() == 0:
         gradients = [None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs]
     elif use_kernels(u, k, k_rev, causal, backend, backward=True):
-        gradients = cuda.backward(dy, *inputs, causal)
+        gradients = cuda.backward(dy, *inputs, causal, needs)
     else:
         gradients = reference.backward(dy, *inputs, causal, needs)
     return [gradient for gradient, need in zip(gradients, needs, strict=True) if need and gradient is not None]

@@ -5,9 +5,12 @@ from typing import NamedTuple
 
 from .tables import COLUMNS
 
-MAX_FFT_SIZE = 16384
-# A full transform of this size leaves no room for its inputs in shared memory.
-MAX_FULL_FFT_SIZE = 8192
+# What one thread block transforms in shared memory, where a full transform leaves less room for its inputs.
+MAX_TILE_FFT_SIZE = 16384
+MAX_FULL_TILE_FFT_SIZE = 8192
+# Longer ones go through global memory in several passes.
+MAX_FFT_SIZE = 1 << 24
+MAX_FULL_FFT_SIZE = 1 << 23
 
 
 class Plan(NamedTuple):
@@ -20,6 +23,11 @@ class Plan(NamedTuple):
 
     fft_size: int
     half: bool
+
+    @property
+    def is_long(self) -> bool:
+        """Whether it takes the kernels of csrc/long.cuh."""
+        return self.fft_size > (MAX_TILE_FFT_SIZE if self.half else MAX_FULL_TILE_FFT_SIZE)
 
 
 @lru_cache(maxsize=1024)

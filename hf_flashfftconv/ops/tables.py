@@ -117,16 +117,16 @@ def transform_tables(fft_size: int, half: bool) -> Tensor:
         return torch.cat([part.flatten() for part in (_inner(), outer, back, _row_twiddles(fft_size))])
 
 
-def spectrum_order(fft_size: int) -> Tensor:
-    """Frequencies in kernel order, (fft_size / 256, 2, 32, 2, 2): row, fragment h, lane, fragment t, half of a pair."""
-    radix = fft_size // COLUMNS
-    k1 = torch.arange(radix).view(-1, 1, 1, 1, 1)
-    h = torch.arange(2).view(-1, 1, 1, 1)
-    t = torch.arange(2).view(-1, 1)
-    i = torch.arange(2)
-    k2 = 2 * _R.view(-1, 1, 1) + t
-    k3 = _Q.view(-1, 1, 1) + 4 * h + 8 * i
-    return k1 + radix * (k2 + 16 * k3)
+def kernel_order(spectrum: Tensor) -> Tensor:
+    """Words (H, N) in kernel order of half-precision spectra (H, N, 2), real and imaginary parts in natural order.
+
+    Rows e of 256 frequencies f = e + N / 256 (k2 + 16 k3), and in a row: fragment h, lane, fragment t, real and
+    imaginary part, half i of a pair, with k2 = 2 (lane // 4) + t and k3 = lane % 4 + 4 h + 8 i.
+    """
+    channels, fft_size, _ = spectrum.shape
+    digits = spectrum.view(channels, 2, 2, 4, 8, 2, fft_size // COLUMNS, 2)
+    i, h, q, r, t, e, part = range(1, 8)
+    return digits.permute(0, e, h, r, q, t, part, i).reshape(channels, -1).view(torch.int32)
 
 
 def upload(constant: Tensor, device: torch.device) -> Tensor:

@@ -19,6 +19,20 @@ int launch_filter(const FilterParams& params, void*) {
     return 0;
 }
 
+template <class Element, int kSlots>
+int LongLauncher<Element, kSlots>::forward(const LongParams& params, void*) {
+    using Plan = LongForwardPlan<Element, kSlots>;
+    simt::launch(2, Plan::kThreads, Plan::kSharedBytes, [&] { LongForward<Element, kSlots>(params).run(); });
+    return 0;
+}
+
+template <class Element, int kSlots>
+int LongLauncher<Element, kSlots>::backward(const LongParams& params, void*) {
+    using Plan = LongBackwardPlan<Element, kSlots>;
+    simt::launch(1, Plan::kThreads, Plan::kSharedBytes, [&] { LongBackward<Element, kSlots>(params).run(); });
+    return 0;
+}
+
 extern "C" const char* fft_conv_error_string(int code) { return code == kUnsupported ? "no kernel for these parameters" : "emulated"; }
 
 extern "C" int fft_conv_shared_limit(int) { return kSharedLimit; }

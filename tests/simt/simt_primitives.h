@@ -6,6 +6,8 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
@@ -238,6 +240,18 @@ void copy_async_wait() {
         }
         groups.pop_front();
     }
+}
+
+inline uint4 load_shared_by_blocks(const uint4* p) { return *p; }
+inline uint2 load_shared_by_blocks(const uint2* p) { return *p; }
+inline void store_for_blocks(uint4* p, uint4 v) { *p = v; }
+inline u32 take_ticket(u32* counter) { return (*counter)++; }
+inline void add_release(u32* counter) { ++*counter; }
+// Blocks run one after the other: what is not there yet never comes.
+inline void wait_acquire(const u32* counter, u32 count) {
+    if (*counter >= count) return;
+    std::fprintf(stderr, "a block waits for ever: a counter is at %u and was to be %u\n", *counter, count);
+    std::abort();
 }
 
 inline uint4 load_table(const uint4* p) { return *p; }

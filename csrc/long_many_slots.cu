@@ -1,0 +1,3 @@
+#include "launch.cuh"
+
+INSTANTIATE_LONG(32)
