@@ -23,7 +23,7 @@ struct Stage {
     // meet no bank twice.
     DEVICE static int offset(int slot, int column) {
         constexpr int kSize = int(sizeof(Element));
-        return slot * T::kSegment + ((column % 128 * kSize) ^ (slot % 4 * 16 * kSize)) + column / 128 * 128 * kSize;
+        return slot * T::kSegment + (((column & 127) * kSize) ^ ((slot & 3) * 16 * kSize)) + (column & 128) * kSize;
     }
     DEVICE char* at(int sequence, int slot, int column) const { return memory + sequence * T::kSlots * T::kSegment + offset(slot, column); }
 
