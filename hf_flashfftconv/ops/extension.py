@@ -9,7 +9,7 @@ import torch
 from ..errors import BackendError
 
 PATH = Path(__file__).parent.parent / "lib" / "libhf_flashfftconv.so"
-VERSION = 1
+VERSION = 2
 
 ELEMENTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -95,7 +95,7 @@ def load() -> ctypes.CDLL | str:
     return library
 
 
-def call(name: str, parameters: Parameters) -> int:
+def call(name: str, parameters: ctypes.Structure) -> int:
     """Calls a function of the library that answers a question about a launch.
 
     Raises:
@@ -104,7 +104,7 @@ def call(name: str, parameters: Parameters) -> int:
     return getattr(_library(), name)(ctypes.byref(parameters))
 
 
-def launch(name: str, parameters: Parameters | FilterParameters, stream: int) -> None:
+def launch(name: str, parameters: ctypes.Structure, stream: int) -> None:
     """Calls a function of the library that starts kernels, on a stream of the current device.
 
     Raises:

@@ -5,7 +5,7 @@ compiles with fullgraph=True. A raw operator called by itself gives no gradient:
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,9 +28,14 @@ def use_kernels(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, backen
     Raises:
         BackendError: `backend` is "cuda" and the kernels cannot serve the call; the message tells why.
     """
+    return choose_backend("fft_conv", backend, u, lambda: cuda.unsupported(u, k, k_rev, causal))
+
+
+def choose_backend(operation: str, backend: str, x: Tensor, unsupported: Callable[[], str | None]) -> bool:
+    """[`use_kernels`] for any operation on `x`, of which `unsupported` tells why the kernels cannot serve it."""
     if backend == "torch":
         return False
-    reason = cuda.unsupported(u, k, k_rev, causal)
+    reason = unsupported()
     if reason is None:
         return True
     if backend == "cuda":
@@ -38,7 +43,7 @@ def use_kernels(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, backen
     if reason not in _reasons_told:
         _reasons_told.add(reason)
         # On a CPU torch.fft is what one expects; on a GPU it is slower than what one came for.
-        logger.log(logging.WARNING if u.is_cuda else logging.INFO, 'fft_conv uses backend "torch": %s', reason)
+        logger.log(logging.WARNING if x.is_cuda else logging.INFO, '%s uses backend "torch": %s', operation, reason)
     return False
 
 
