@@ -242,6 +242,8 @@ SPILL_LIMITS = {
     r"forward_kernel.*IfLi32ELb1": 0,
     r"backward_kernel.*Li32ELb1": 48,
     r"backward_kernel.*(bfloat16|half)Li64ELb1": 256,
+    r"short_forward_kernel": 0,
+    r"short_backward_kernel.*Li4E": 8,
 }
 
 

@@ -118,7 +118,7 @@ def launch(name: str, parameters: ctypes.Structure, stream: int) -> None:
     text = library.fft_conv_error_string(code).decode()
     if code in _MISFITS:
         raise MisfitError(f"{_MISFITS[code]} ({text})")
-    sizes = [field for field, kind in parameters._fields_ if kind is ctypes.c_int32]
+    sizes = [field[0] for field in parameters._fields_ if field[1] is ctypes.c_int32]
     values = ", ".join(f"{field} {getattr(parameters, field)}" for field in sizes)
     raise BackendError(f"{name} failed: {text} (error {code}; {values})")
 
