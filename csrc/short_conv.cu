@@ -14,12 +14,14 @@ __global__ void __launch_bounds__(kShortThreads, 2) short_backward_kernel(const 
 
 template <class Element, bool kGated, int kTaps>
 int ShortLauncher<Element, kGated, kTaps>::forward(const ShortParams& params, void* stream) {
-    return launch(short_forward_kernel<Element, kGated, kTaps>, params.units, 4, kShortThreads, ShortForwardPlan<Element, kGated>::kSharedBytes, params, stream);
+    constexpr int kBytes = ShortForwardPlan<Element, kGated>::kSharedBytes;
+    return launch(short_forward_kernel<Element, kGated, kTaps>, params.units, 4, kShortThreads, kBytes, params, stream);
 }
 
 template <class Element, bool kGated, int kTaps>
 int ShortLauncher<Element, kGated, kTaps>::backward(const ShortParams& params, void* stream) {
-    return launch(short_backward_kernel<Element, kGated, kTaps>, params.units, 2, kShortThreads, ShortBackwardPlan<Element, kGated>::kSharedBytes, params, stream);
+    constexpr int kBytes = ShortBackwardPlan<Element, kGated>::kSharedBytes;
+    return launch(short_backward_kernel<Element, kGated, kTaps>, params.units, 2, kShortThreads, kBytes, params, stream);
 }
 
 #define INSTANTIATE_SHORT(Element)                     \
