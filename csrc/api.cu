@@ -1,5 +1,6 @@
 // The C interface: checks what the kernels rely on and picks the instance.
 #include "launch.h"
+#include "short_conv.cuh"
 
 static int log2_of(int x) {
     int log = 0;
@@ -112,5 +113,68 @@ extern "C" int fft_conv_shared_bytes(const fft_conv_params* params, int backward
     const int bytes = with_tile(*params, [&](auto tile) { return bytes_of(Launcher<decltype(tile)>{}); });
     return bytes < 0 ? bytes : std::max(bytes, filter_shared_bytes(params->fft_size));
 }
+
+// Enough blocks to fill a device several times; a constant, so that the order of summation does not depend on the device.
+constexpr int kShortBlocks = 1056;
+
+static ShortView short_view(const fft_conv_strided_tensor& t, int bytes, bool whole_vectors) {
+    const bool times = t.time_stride == 1, channels = !times && t.channel_stride == 1;
+    const int64_t stride = channels ? t.time_stride : t.channel_stride;
+    const uint64_t bits = reinterpret_cast<uint64_t>(t.data) | uint64_t(t.batch_stride) * bytes | uint64_t(stride) * bytes;
+    const bool aligned = bits % 16 == 0 && (times || (channels && whole_vectors));
+    return {static_cast<char*>(t.data), t.batch_stride, t.channel_stride, t.time_stride, channels ? kRowsOfChannels : kRowsOfTimes, aligned};
+}
+
+static ShortParams derive(const fft_conv_short_params& p) {
+    ShortParams derived;
+    static_cast<fft_conv_short_params&>(derived) = p;
+    const int bytes = p.element == FFT_CONV_FLOAT32 ? 4 : 2;
+    const bool whole_vectors = p.channels * bytes % 16 == 0;
+    derived.input = short_view(p.z, bytes, whole_vectors);
+    derived.input_gradient = short_view(p.grad_z, bytes, whole_vectors);
+    derived.outputs[0] = short_view({p.output.data, p.output.batch_stride, p.output.channel_stride, 1}, bytes, true);
+    derived.outputs[1] = short_view({p.product.data, p.product.batch_stride, p.product.channel_stride, 1}, bytes, true);
+    derived.thirds[0] = p.gate, derived.thirds[1] = p.gate == 0, derived.thirds[2] = p.gate == 2 ? 1 : 2;
+    derived.channel_tiles = (p.channels + kShortChannels - 1) / kShortChannels;
+    derived.time_tiles = (p.length - 1) / kShortTimes + 1;
+    const int64_t tiles = int64_t(p.batch) * derived.time_tiles;
+    const int64_t wanted = std::min<int64_t>(tiles, (kShortBlocks + derived.channel_tiles - 1) / derived.channel_tiles);
+    derived.tiles_per_split = (tiles + wanted - 1) / wanted;
+    derived.splits = int((tiles + derived.tiles_per_split - 1) / derived.tiles_per_split);
+    derived.units = derived.splits * derived.channel_tiles;
+    return derived;
+}
+
+static bool valid(const fft_conv_short_params& p) {
+    return p.batch > 0 && p.channels > 0 && p.length > 0 && p.taps > 0 && p.taps <= kShortMaxTaps && p.gate < 3;
+}
+
+// Calls function(ShortLauncher<...>{}) for the kernel of these parameters.
+template <class Element, class Function>
+static int with_short(const fft_conv_short_params& p, Function function) {
+    if (p.taps <= 4) return p.gate < 0 ? function(ShortLauncher<Element, false, 4>{}) : function(ShortLauncher<Element, true, 4>{});
+    return p.gate < 0 ? function(ShortLauncher<Element, false, kShortMaxTaps>{}) : function(ShortLauncher<Element, true, kShortMaxTaps>{});
+}
+
+template <class Function>
+static int with_short(const fft_conv_short_params& p, Function function) {
+    if (!valid(p)) return kUnsupported;
+    switch (p.element) {
+        case FFT_CONV_BFLOAT16: return with_short<bfloat16>(p, function);
+        case FFT_CONV_FLOAT16: return with_short<float16>(p, function);
+        case FFT_CONV_FLOAT32: return with_short<float>(p, function);
+        default: return kUnsupported;
+    }
+}
+
+extern "C" int fft_conv_short_forward(const fft_conv_short_params* params, void* stream) {
+    return with_short(*params, [&](auto launcher) { return launcher.forward(derive(*params), stream); });
+}
+
+extern "C" int fft_conv_short_backward(const fft_conv_short_params* params, void* stream) {
+    return with_short(*params, [&](auto launcher) { return launcher.backward(derive(*params), stream); });
+}
+
+extern "C" int fft_conv_short_splits(const fft_conv_short_params* params) { return derive(*params).splits; }
 
 extern "C" int fft_conv_version() { return 2; }

@@ -44,6 +44,26 @@ struct fft_conv_filter_params {
     int32_t channels, taps, taps_rev, fft_size;
 };
 
+// A (batch, channels, length) tensor of any strides.
+struct fft_conv_strided_tensor {
+    void* data;
+    int64_t batch_stride, channel_stride, time_stride;
+};
+
+// Short causal convolutions of every channel, y[t] = bias + sum over n < taps of weight[taps - 1 - n] z[t - n]; at most seven taps.
+// gate < 0: z has the channels of outputs[0]. Otherwise z has three times as many: outputs[0] comes from the third called gate,
+// outputs[1] is the product of the other two. In the backward pass outputs are the gradients; the time stride of all outputs is 1.
+struct fft_conv_short_params {
+    fft_conv_strided_tensor z, grad_z;
+    fft_conv_tensor output, product;
+    const void *weight, *bias;      // (channels of z, taps), (channels of z,) or null
+    float* grad_filter;             // (fft_conv_short_splits, channels of z, taps + 1) partial sums of the gradients of weight and bias
+    int32_t batch, channels, length, taps, gate, element, weight_element, bias_element;
+};
+
+int fft_conv_short_forward(const struct fft_conv_short_params* params, void* stream);
+int fft_conv_short_backward(const struct fft_conv_short_params* params, void* stream);
+int fft_conv_short_splits(const struct fft_conv_short_params* params);
 int fft_conv_filter_spectrum(const struct fft_conv_filter_params* params, void* stream);
 int fft_conv_forward(const struct fft_conv_params* params, void* stream);
 int fft_conv_long_forward(const struct fft_conv_params* params, void* stream);

@@ -90,6 +90,25 @@ def measure(options: argparse.Namespace) -> str:
     return f"{report}"
 
 
+def measure_model(options: argparse.Namespace) -> str:
+    """Measures a model unpatched, patched and compiled."""
+    import torch
+
+    from .bench import bench_model
+
+    report = bench_model(
+        _load_model(options.model, options.trust_remote_code, options.random_weights),
+        batch=options.batch,
+        length=options.length,
+        mode=options.mode,
+        dtype=getattr(torch, options.dtype),
+        compiled=options.compile,
+    )
+    if options.json:
+        report.save_json(options.json)
+    return f"{report}"
+
+
 def env(options: argparse.Namespace) -> str:
     """Describes this installation, for bug reports."""
     import torch
@@ -120,8 +139,8 @@ def _version(distribution: str) -> str:
         return "not installed"
 
 
-def _load_model(source: str, trust_remote_code: bool) -> "PreTrainedModel":
-    """Loads a model with the head that it was saved with."""
+def _load_model(source: str, trust_remote_code: bool, random_weights: bool = False) -> "PreTrainedModel":
+    """Loads a model with the head that it was saved with, or makes it from its configuration alone."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -135,6 +154,8 @@ def _load_model(source: str, trust_remote_code: bool) -> "PreTrainedModel":
     }
     for ending, auto_class in auto_classes.items():
         if architecture.endswith(ending):
+            if random_weights:
+                return auto_class.from_config(config, trust_remote_code=trust_remote_code)
             return auto_class.from_pretrained(source, trust_remote_code=trust_remote_code)
     raise ValueError(f"{source} is a {architecture}; supported are class names that end in {', '.join(auto_classes)}")
 
@@ -197,6 +218,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", metavar="FILE", help="write the results there, too")
     command.add_argument("--plot", metavar="FILE", help="draw time over length there; needs matplotlib")
     command.set_defaults(run=measure)
+
+    command = commands.add_parser("bench-model", parents=[model], help="a model unpatched, patched and compiled")
+    command.add_argument("--random-weights", action="store_true", help="make the model from its configuration alone")
+    command.add_argument("--batch", type=_positive, default=1, metavar="B")
+    command.add_argument("--length", type=_positive, default=1024, metavar="L")
+    command.add_argument("--mode", choices=("inference", "training"), default="inference")
+    command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of autocast")
+    command.add_argument("--compile", action="store_true", help="measure torch.compile, too")
+    command.add_argument("--json", metavar="FILE", help="write the results there, too")
+    command.set_defaults(run=measure_model)
 
     command = commands.add_parser("env", help="versions and devices, for bug reports")
     command.set_defaults(run=env)

@@ -1,4 +1,4 @@
-"""`fft_conv`, the one operation of this package: a long convolution with its gates and its skip term."""
+"""The operations: `fft_conv`, a long convolution with its gates and its skip term, and the short one in front of it."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .ops import library
+from .ops import short_conv as short
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -93,15 +94,107 @@ def fft_conv(
     return library.fft_conv(u, k, skip, pre_gate, post_gate, k_rev, causal, backend)
 
 
-def _check_tensor(name: str, x: Any, shape: tuple[int, ...] | None = None, device: torch.device | None = None) -> None:
+def short_conv(z: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    """Convolve each channel causally with a short filter of its own.
+
+    This is `torch.nn.functional.conv1d` with as many groups as channels, padded by K - 1 and cut to L positions:
+
+        y[b,c,t] = bias[c] + sum weight[c,K-1-s] z[b,c,t-s]     over 0 <= s < K, with z zero before position 0
+
+    All tensors have gradients; second derivatives raise a `RuntimeError`. Sums are accumulated in float32 (float64 for
+    float64 inputs). Under autocast z is cast to the autocast dtype, the filter is not.
+
+    Args:
+        z (`torch.Tensor` of shape `(B, C, L)`):
+            The input: bfloat16, float16, float32 or float64, with any strides. The transposed output of a linear layer
+            is read as it lies in memory, and the gradient of z has the strides of z.
+        weight (`torch.Tensor` of shape `(C, K)` or `(C, 1, K)`):
+            The filters as `torch.nn.Conv1d` holds them, the tap of the current position last, of any of these dtypes.
+            The kernels serve up to 7 taps, `torch` any number.
+        bias (`torch.Tensor` of shape `(C,)`, *optional*):
+            Added to the output.
+        backend (`str`, *optional*, defaults to `"auto"`):
+            As in [`fft_conv`].
+
+    Returns:
+        `torch.Tensor` of shape `(B, C, L)`: y, of the dtype of z. Its positions are neighbours in memory, and each row
+        starts at a multiple of 8 elements.
+
+    Raises:
+        TypeError: an argument is not a tensor, or its dtype is not supported.
+        ValueError: a shape, a device or the name of the backend is wrong.
+        BackendError: the backend `"cuda"` cannot serve the call; the message tells why.
+    """
+    (y,) = _short_conv(z, weight, bias, short.NO_GATE, backend)
+    return y
+
+
+def gated_short_conv(
+    z: Tensor, weight: Tensor, bias: Tensor | None = None, *, gate: int = 0, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Convolve three blocks of channels with [`short_conv`], and multiply two of them.
+
+    What Hyena and Monarch Mixer do between the input projection and the long convolution (arXiv:2302.10866, section
+    3.1): the results are the `post_gate` and the `u` of [`fft_conv`]. The product is rounded once.
+
+    Args:
+        z (`torch.Tensor` of shape `(B, 3 D, L)`):
+            The input; see [`short_conv`].
+        weight (`torch.Tensor` of shape `(3 D, K)` or `(3 D, 1, K)`):
+            The filters.
+        bias (`torch.Tensor` of shape `(3 D,)`, *optional*):
+            Added to the convolutions.
+        gate (`int`, *optional*, defaults to 0):
+            Which of the three blocks is returned by itself: 0 in Hyena, 1 in M2-BERT.
+        backend (`str`, *optional*, defaults to `"auto"`):
+            As in [`fft_conv`].
+
+    Returns:
+        `tuple(torch.Tensor, torch.Tensor)`, both of shape `(B, D, L)`: the convolution of block `gate`, and the product
+        of those of the two other blocks; both laid out as the output of [`short_conv`].
+
+    Raises:
+        TypeError: an argument is not a tensor, or its dtype is not supported.
+        ValueError: a shape, a device, `gate` or the name of the backend is wrong.
+        BackendError: the backend `"cuda"` cannot serve the call; the message tells why.
+    """
+    if gate not in (0, 1, 2):
+        raise ValueError(f"gate is the number of a block, 0, 1 or 2, got {gate!r}")
+    chosen, product = _short_conv(z, weight, bias, gate, backend)
+    return chosen, product
+
+
+def _short_conv(z: Tensor, weight: Tensor, bias: Tensor | None, gate: int, backend: str) -> tuple[Tensor, ...]:
+    if backend not in library.BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; supported: {', '.join(map(repr, library.BACKENDS))}")
+    _check_tensor("z", z)
+    if z.dim() != 3 or z.shape[2] == 0:
+        raise ValueError(f"z must have shape (batch, channels, length) with length at least 1, got {tuple(z.shape)}")
+    if gate != short.NO_GATE and z.shape[1] % 3:
+        raise ValueError(f"z must have three blocks of channels, got {z.shape[1]} channels")
+    _check_tensor("weight", weight, device=z.device, of="z")
+    if weight.dim() == 3 and weight.shape[1] == 1:
+        weight = weight[:, 0]
+    if weight.dim() != 2 or weight.shape[0] != z.shape[1] or weight.shape[1] == 0:
+        raise ValueError(f"weight must have shape ({z.shape[1]}, taps >= 1) to fit z, got {tuple(weight.shape)}")
+    if bias is not None:
+        _check_tensor("bias", bias, (z.shape[1],), z.device, of="z")
+    if not z.is_meta and torch.is_autocast_enabled(z.device.type):
+        z = z if z.dtype == torch.float64 else z.to(torch.get_autocast_dtype(z.device.type))
+    return short.short_conv(z, weight, bias, gate, backend)
+
+
+def _check_tensor(
+    name: str, x: Any, shape: tuple[int, ...] | None = None, device: torch.device | None = None, of: str = "u"
+) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if shape is not None and x.shape != shape:
-        raise ValueError(f"{name} must have shape {tuple(shape)} to fit u, got {tuple(x.shape)}")
+        raise ValueError(f"{name} must have shape {tuple(shape)} to fit {of}, got {tuple(x.shape)}")
     if x.dtype not in _DTYPES:
         raise TypeError(f"{name} must be one of {', '.join(map(str, _DTYPES))}, got {x.dtype}")
     if device is not None and x.device != device:
-        raise ValueError(f"{name} must be on the device of u, {device}, got {x.device}")
+        raise ValueError(f"{name} must be on the device of {of}, {device}, got {x.device}")
 
 
 def _check_filter(name: str, x: Any, shape: torch.Size, device: torch.device) -> None:

@@ -245,6 +245,8 @@ SPILL_LIMITS = {
     r"15backward_kernel.*(bfloat16|half)Li64ELb1": 64,
     r"long_forward_kernel.*(bfloat16|half)": 512,
     r"long_backward_kernel.*(bfloat16|half)": 768,
+    r"short_forward_kernel": 0,
+    r"short_backward_kernel.*Li4E": 8,
 }
 
 

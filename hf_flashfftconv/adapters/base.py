@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import fft_conv
+from ..functional import fft_conv, gated_short_conv
+from ..ops.short_conv import MAX_TAPS
 from .cache import FilterCache, Filters, may_cache
 from .precision import WidenedFilter, keeping_float32
-from .structure import has_hooks
+from .structure import has_hooks, is_plain
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class PatchState:
 class PatchedMixer(nn.Module):
     """Base of the classes that patched modules get, in front of the module's own class.
 
-    Sub-modules are called, never read: quantisation, LoRA, offloading and the hooks of other libraries live there.
+    Sub-modules are called: quantisation, LoRA, offloading and the hooks of other libraries live there. Only the weights
+    of a short filter that is nothing but a convolution are read, for the kernel that also multiplies its outputs.
     """
 
     _flashfftconv: PatchState
@@ -88,11 +90,23 @@ class PatchedMixer(nn.Module):
             raise ValueError(f"sequence length {length} exceeds l_max={self.l_max}, the longest filter of this {name}")
         return length
 
-    def gated(self, v: Tensor, gate: Tensor, dropout: nn.Module | None) -> tuple[Tensor, Tensor | None]:
-        """Input and gate for `fft_conv`; active dropout acts on their product, which must then exist."""
+    def short_filtered(self, z: Tensor, gate: int, dropout: nn.Module | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Input, input gate and output gate of the long convolution, from projections `z` `(batch, 3 width, length)`.
+
+        `gate` is the third of the channels that the output gate comes from. There is no input gate where it has been
+        multiplied already; active dropout acts on that product.
+        """
+        conv = self.short_filter
+        if is_plain(conv, nn.Conv1d) and conv.weight.shape[-1] <= MAX_TAPS:
+            backend = self._flashfftconv.backend
+            out_gate, v = gated_short_conv(z, conv.weight, conv.bias, gate=gate, backend=backend)
+            return v if dropout is None else dropout(v), None, out_gate
+        thirds = list(conv(z)[..., : z.shape[-1]].split(self.d_model, dim=1))
+        out_gate = thirds.pop(gate)
+        in_gate, v = thirds
         if dropout is not None and dropout.training and dropout.p > 0:
-            return dropout(v * gate), None
-        return v, gate
+            return dropout(v * in_gate), None, out_gate
+        return v, in_gate, out_gate
 
     def convolve(
         self,

@@ -36,10 +36,8 @@ class PatchedHyena(PatchedMixer):
 
     def mix(self, u: Tensor) -> Tensor:
         """All before the output projection: `(batch, length, channels)` to the same shape."""
-        length = self.checked_length(u)
-        s = self.short_filter(self.in_proj(u).transpose(1, 2))[..., :length]
-        out_gate, in_gate, v = s.split(self.d_model, dim=1)
-        v, in_gate = self.gated(v, in_gate, self.dropout)
+        self.checked_length(u)
+        v, in_gate, out_gate = self.short_filtered(self.in_proj(u).transpose(1, 2), 0, self.dropout)
         return self.convolve(self.filter_fn, v, in_gate, out_gate).transpose(1, 2)
 
 

@@ -40,12 +40,11 @@ class PatchedMonarchMixer(PatchedMixer):
         if not self.covered():
             return self.original_forward(u, **kwargs)
         additions = getattr(self, "hyena_training_additions", False)
-        length = self.checked_length(u)
+        self.checked_length(u)
         if additions:
             u = self.layernorm(u)
-        s = self.short_filter(self.in_linear(u).transpose(1, 2))[..., :length]
-        in_gate, out_gate, v = s.split(self.d_model, dim=1)
-        v, in_gate = self.gated(v, in_gate, self.drop if additions else None)
+        dropout = self.drop if additions else None
+        v, in_gate, out_gate = self.short_filtered(self.in_linear(u).transpose(1, 2), 1, dropout)
         y = self.convolve(self.filter_fn, v, in_gate, out_gate, self.bidirectional)
         if self.residual_long_conv:
             # As in the original, the input keeps its precision here whatever autocast makes of the gated path.

@@ -43,6 +43,20 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling `layer` does nothing but what a `kind` does with its own weights: it may be computed elsewhere.
+
+    Layers that are wrapped, parametrized, sharded, quantised, offloaded or observed by hooks are not plain.
+    """
+    weights = [weight for weight in layer._parameters.values() if weight is not None]
+    return (
+        type(layer) is kind
+        and "forward" not in layer.__dict__
+        and not has_hooks(layer)
+        and all(type(weight) in (Tensor, nn.Parameter) and not weight.is_meta for weight in weights)
+    )
+
+
 def check_projection(module: nn.Module, name: str, in_features: int, out_features: int) -> None:
     """A linear layer, possibly wrapped (LoRA) or fused, but not one with packed weights."""
     layer = attribute(module, name, nn.Module)

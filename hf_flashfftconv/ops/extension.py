@@ -119,7 +119,7 @@ def load() -> ctypes.CDLL | str:
     return library
 
 
-def call(name: str, *arguments: Parameters | int) -> int:
+def call(name: str, *arguments: ctypes.Structure | int) -> int:
     """Calls a function of the library that answers a question.
 
     Raises:
@@ -131,7 +131,7 @@ def call(name: str, *arguments: Parameters | int) -> int:
     return getattr(library, name)(*(x if isinstance(x, int) else ctypes.byref(x) for x in arguments))
 
 
-def launch(name: str, parameters: Parameters | FilterParameters, stream: int) -> None:
+def launch(name: str, parameters: ctypes.Structure, stream: int) -> None:
     """Calls a function of the library that starts kernels, on a stream of the current device.
 
     Raises:
@@ -147,6 +147,6 @@ def launch(name: str, parameters: Parameters | FilterParameters, stream: int) ->
     text = library.fft_conv_error_string(code).decode()
     if code in _MISFITS:
         raise MisfitError(f"{_MISFITS[code]} ({text})")
-    sizes = [field for field, kind in parameters._fields_ if kind is ctypes.c_int32]
+    sizes = [field[0] for field in parameters._fields_ if field[1] is ctypes.c_int32]
     values = ", ".join(f"{field} {getattr(parameters, field)}" for field in sizes)
     raise BackendError(f"{name} failed: {text} (error {code}; {values})")

@@ -5,7 +5,7 @@ compiles with fullgraph=True. A raw operator called by itself gives no gradient:
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,9 +33,14 @@ def use_kernels(
     Raises:
         BackendError: `backend` is "cuda" and the kernels cannot serve the call; the message tells why.
     """
+    return choose_backend("fft_conv", backend, u, lambda: cuda.unsupported(u, k, k_rev, causal, backward))
+
+
+def choose_backend(operation: str, backend: str, x: Tensor, unsupported: Callable[[], str | None]) -> bool:
+    """[`use_kernels`] for any operation on `x`, of which `unsupported` tells why the kernels cannot serve it."""
     if backend == "torch":
         return False
-    reason = cuda.unsupported(u, k, k_rev, causal, backward)
+    reason = unsupported()
     if reason is None:
         return True
     if backend == "cuda":
@@ -43,7 +48,7 @@ def use_kernels(
     if reason not in _reasons_told:
         _reasons_told.add(reason)
         # On a CPU torch.fft is what one expects; on a GPU it is slower than what one came for.
-        logger.log(logging.WARNING if u.is_cuda else logging.INFO, 'fft_conv uses backend "torch": %s', reason)
+        logger.log(logging.WARNING if x.is_cuda else logging.INFO, '%s uses backend "torch": %s', operation, reason)
     return False
 
 
@@ -98,16 +103,16 @@ def _fake_backward(dy: Tensor, *arguments: Any) -> list[Tensor]:
 
 
 # Builds for the kernel Hub live beside the package, under names of their own.
-_NAMESPACE = __name__.partition(".")[0]
-_library = torch.library.Library(_NAMESPACE, "DEF")
+NAMESPACE = __name__.partition(".")[0]
+_library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(f"fft_conv({_ARGUMENTS}, str backend) -> Tensor")
 _library.define(f"fft_conv_backward(Tensor dy, {_ARGUMENTS}, str backend, bool[] needs) -> Tensor[]")
 _library.impl("fft_conv", _forward, "CompositeExplicitAutograd")
 _library.impl("fft_conv_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake(f"{_NAMESPACE}::fft_conv", _fake_forward, lib=_library)
-torch.library.register_fake(f"{_NAMESPACE}::fft_conv_backward", _fake_backward, lib=_library)
+torch.library.register_fake(f"{NAMESPACE}::fft_conv", _fake_forward, lib=_library)
+torch.library.register_fake(f"{NAMESPACE}::fft_conv_backward", _fake_backward, lib=_library)
 
-_operators = getattr(torch.ops, _NAMESPACE)
+_operators = getattr(torch.ops, NAMESPACE)
 _fft_conv = _operators.fft_conv.default
 _fft_conv_backward = _operators.fft_conv_backward.default
 

@@ -33,6 +33,18 @@ int LongLauncher<Element, kSlots>::backward(const LongParams& params, void*) {
     return 0;
 }
 
+template <class Element, bool kGated, int kTaps>
+int ShortLauncher<Element, kGated, kTaps>::forward(const ShortParams& params, void*) {
+    simt::launch(2, kShortThreads, ShortForwardPlan<Element, kGated>::kSharedBytes, [&] { short_forward<Element, kGated, kTaps>(params); });
+    return 0;
+}
+
+template <class Element, bool kGated, int kTaps>
+int ShortLauncher<Element, kGated, kTaps>::backward(const ShortParams& params, void*) {
+    simt::launch(2, kShortThreads, ShortBackwardPlan<Element, kGated>::kSharedBytes, [&] { short_backward<Element, kGated, kTaps>(params); });
+    return 0;
+}
+
 extern "C" const char* fft_conv_error_string(int code) { return code == kUnsupported ? "no kernel for these parameters" : "emulated"; }
 
 extern "C" int fft_conv_shared_limit(int) { return kSharedLimit; }
