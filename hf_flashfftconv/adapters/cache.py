@@ -117,9 +117,11 @@ def _stamp(module: nn.Module) -> _Stamp | None:
     objects: list[Any] = []
     numbers: list[int] = []
     for part in module.modules():
-        # Hooks and overridden forwards may do anything. A layer inside a layer is an adapter or a parametrization,
-        # which may be switched on and off without a trace.
+        # Hooks and overridden forwards may do anything, and so may dropout. A layer inside a layer is an adapter or a
+        # parametrization, which may be switched on and off without a trace.
         if "forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks or _is_wrapped(part, module):
+            return None
+        if part.training:
             return None
         objects.append(type(part))
         objects.extend(vars(part).values())
