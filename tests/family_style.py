@@ -47,6 +47,20 @@ class HyenaInferenceEngine:
         return (circular(g, h, 2 * g.shape[-1]).to(g.dtype) + g * D.unsqueeze(-1)) * x2
 
 
+def state_of(log_poles: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    state = torch.zeros(*g.shape[:2], log_poles.shape[1], dtype=log_poles.dtype)
+    for t in range(g.shape[-1]):
+        state = state * log_poles.exp() + g[..., t, None]
+    return state
+
+
+def step_fir(u: torch.Tensor, state: torch.Tensor, weight: torch.Tensor) -> Pair:
+    """One position of a convolution with taps (channels, K), the last tap for the newest; and the next state."""
+    window = torch.cat([state, u[..., None]], dim=-1)
+    y = (window * weight[:, -window.shape[-1] :]).sum(-1)
+    return y, window[..., -weight.shape[1] + 1 :]
+
+
 def by_heads(z: torch.Tensor, heads: int) -> tuple[torch.Tensor, ...]:
     batch, channels, length = z.shape
     z = z.reshape(batch, heads, channels // heads, length)
@@ -76,14 +90,30 @@ class ParallelHyenaFilter(nn.Module):
         self.h = None
 
     def forward(self, u: torch.Tensor, inference_params: Any = None, padding_mask: Any = None) -> Pair:
+        if inference_params is not None and self.layer_idx in inference_params.fir_state_dict:
+            return self.step(u[:, -1], inference_params)
         fir = (self.fir_fn, u, self.short_filter_weight, self.short_filter_bias, u.shape[1])
         options = {"inference_params": inference_params, "padding_mask": padding_mask}
         z, state = self.engine.parallel_fir(*fir, fir_length=3, **options)
-        x2, x1, v = by_heads(z, self.num_attention_heads) if self.column_split_hyena else z.chunk(3, dim=1)
+        x2, x1, v = self.split(z)
         h = self.compute_filter(u.shape[1]) if self.h is None else self.h
         if inference_params is not None:
-            inference_params[self.layer_idx] = state
+            inference_params.fir_state_dict[self.layer_idx] = state
+            log_poles = torch.view_as_complex(self.poles.float())[..., 0].log()
+            inference_params.state_dict[self.layer_idx] = state_of(log_poles, x1 * v)
         return self.engine.parallel_iir(x2, x1 * v, h, self.D).permute(0, 2, 1), inference_params
+
+    def split(self, z: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return by_heads(z, self.num_attention_heads) if self.column_split_hyena else z.chunk(3, dim=1)
+
+    def step(self, u: torch.Tensor, params: Any) -> Pair:
+        fir, iir = params.fir_state_dict, params.state_dict
+        z, fir[self.layer_idx] = step_fir(u, fir[self.layer_idx], self.short_filter_weight[:, 0])
+        x2, x1, v = (x[..., 0] for x in self.split((z + self.short_filter_bias)[..., None]))
+        poles, residues = (torch.view_as_complex(x.float())[..., 0] for x in (self.poles, self.residues))
+        iir[self.layer_idx] = poles * iir[self.layer_idx] + (x1 * v)[..., None]
+        y = x2 * ((residues * iir[self.layer_idx]).sum(-1).real + self.D * x1 * v)
+        return y[:, None], params
 
     def compute_filter(self, length: int) -> torch.Tensor:
         self.t = torch.arange(length, device=self.D.device)[None, None]
@@ -120,32 +150,54 @@ class HyenaCascade(nn.Module):
             self.h = nn.Parameter(torch.randn(groups, 1, taps) / taps**0.5)
 
     def forward(self, u: torch.Tensor, inference_params: Any = None, padding_mask: Any = None) -> Pair:
+        if inference_params is not None and self.layer_idx in inference_params.fir_state_dict:
+            return self.step(u[:, -1], inference_params)
         length = u.shape[1]
         fir = (self.fir_fn, u, self.short_filter_weight, self.short_filter_bias, length)
         options = {"inference_params": inference_params, "padding_mask": padding_mask}
         z, state = self.engine.parallel_fir(*fir, dims=(), fir_length=3, **options)
-        if inference_params is not None:
-            inference_params[self.layer_idx] = state
-        if self.config["interleave"]:
-            z = torch.cat([z[:, 0::3], z[:, 1::3], z[:, 2::3]], dim=1)
-        x2, x1, v = by_heads(z, self.num_attention_heads) if self.column_split_hyena else z.chunk(3, dim=1)
-        if self.hyena_flip_x1x2:
-            x1, x2 = x2, x1
+        x2, x1, v = self.split(z)
         g = x1 * v
+        if inference_params is not None:
+            inference_params.fir_state_dict[self.layer_idx] = state
+            if self.h is None:
+                inference_params.state_dict[self.layer_idx] = state_of(self.log_poles.float()[..., 0], g)
+            else:
+                inference_params.fir_inner_state_dict[self.layer_idx] = g[..., -self.fir_inner_filter_length + 1 :]
         if self.h is None:
             t = torch.arange(length, device=u.device)
             h = (self.residues.float()[..., None] * (self.log_poles.float() * t).exp()).sum(1)
             return self.engine.parallel_iir(x2, g, h, self.D).permute(0, 2, 1), inference_params
-        h = self.h.float().repeat_interleave(self.hidden_size // self.hyena_filter_groups, 0)
+        h = self.taps()
         if self.D is None:
-            taps = h.shape[-1]
-            y = self.fir_inner_fn(g.float(), h, padding=taps - 1, groups=self.hidden_size)[..., :length]
+            y = self.fir_inner_fn(g.float(), h[:, None], padding=h.shape[-1] - 1, groups=self.hidden_size)[..., :length]
         else:
-            y = circular(g, h[:, 0, :length], 2 * length) + g.float() * self.D.unsqueeze(-1)
+            y = circular(g, h[:, :length], 2 * length) + g.float() * self.D.unsqueeze(-1)
         y = y.to(g.dtype)
         if type(padding_mask) is torch.Tensor:
             y = y * padding_mask[:, None]
         return (x2 * y).permute(0, 2, 1), inference_params
+
+    def taps(self) -> torch.Tensor:
+        return self.h[:, 0].float().repeat_interleave(self.hidden_size // self.hyena_filter_groups, 0)
+
+    def split(self, z: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if self.config["interleave"]:
+            z = torch.cat([z[:, 0::3], z[:, 1::3], z[:, 2::3]], dim=1)
+        x2, x1, v = by_heads(z, self.num_attention_heads) if self.column_split_hyena else z.chunk(3, dim=1)
+        return (x1, x2, v) if self.hyena_flip_x1x2 else (x2, x1, v)
+
+    def step(self, u: torch.Tensor, params: Any) -> Pair:
+        fir, inner, iir = params.fir_state_dict, params.fir_inner_state_dict, params.state_dict
+        z, fir[self.layer_idx] = step_fir(u, fir[self.layer_idx], self.short_filter_weight[:, 0])
+        x2, x1, v = (x[..., 0] for x in self.split(z[..., None]))
+        g = x1 * v
+        if self.h is None:
+            iir[self.layer_idx] = self.log_poles[..., 0].exp() * iir[self.layer_idx] + g[..., None]
+            return (x2 * ((self.residues * iir[self.layer_idx]).sum(-1) + self.D * g))[:, None], params
+        taps = self.taps() if self.D is None else self.taps().flip(-1)
+        y, inner[self.layer_idx] = step_fir(g, inner[self.layer_idx], taps)
+        return (x2 * (y if self.D is None else y + self.D * g))[:, None], params
 
 
 class LongConvolution(nn.Module):

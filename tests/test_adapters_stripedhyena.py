@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from family_style import HyenaCascade, HyenaInferenceEngine, ParallelHyenaFilter
 from patching import assert_equal_models, assert_patched_mixer_agrees, first, relative, snapshot
 from torch import nn
 
-from hf_flashfftconv.adapters import evo2, find_adapter
+from hf_flashfftconv.adapters import evo2, find_adapter, stripedhyena
 from hf_flashfftconv.errors import BackendError, PatchError
 from hf_flashfftconv.patch import patch_model, patch_report, unpatch_model
 
@@ -102,18 +104,43 @@ def test_16_bits_are_no_less_accurate_than_unpatched(make: Maker, dtype: torch.d
     assert relative(actual, exact) <= 1.1 * relative(unpatched, exact)
 
 
+def generation() -> SimpleNamespace:
+    return SimpleNamespace(fir_state_dict={}, fir_inner_state_dict={}, state_dict={})
+
+
 @every_mixer
-def test_generation_is_left_to_the_original(make: Maker) -> None:
+@pytest.mark.parametrize("length", [1, 5, 40])
+@pytest.mark.usefixtures("transforms_pay")
+def test_generation_starts_with_the_state_of_the_original(make: Maker, length: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(stripedhyena, "_BLOCK", 16)
     mixer = make()
     patched = patch_model(copy.deepcopy(mixer))
-    states: list[dict] = [{}, {}]
+    u = projected(46)
+    expected, states, other = mixer(u)[0], generation(), generation()
+    mixer(u[:, :length], inference_params=other)
+    y, returned = patched(u[:, :length], inference_params=states)
+    assert returned is states and patch_report(patched).rows[0].reason == ""
+    assert relative(y, expected[:, :length]) <= 1e-5
+    for name, value in vars(other).items():
+        assert getattr(states, name).keys() == value.keys()
+        for layer, state in value.items():
+            assert getattr(states, name)[layer].dtype == state.dtype
+            assert (
+                relative(torch.view_as_real(getattr(states, name)[layer] + 0j), torch.view_as_real(state + 0j)) <= 1e-5
+            )
+    for t in range(length, 46):
+        assert relative(patched(u[:, t : t + 1], inference_params=states)[0], expected[:, t : t + 1]) <= 1e-4
+
+
+def test_other_prefill_styles_are_left_to_the_original() -> None:
+    mixer = striped()
+    mixer.config["prefill_style"] = "recurrence"
+    patched, states = patch_model(copy.deepcopy(mixer)), generation()
     u = projected(20)
-    expected, actual = (m(u, inference_params=state)[0] for m, state in zip((mixer, patched), states, strict=True))
-    assert torch.equal(actual, expected) and torch.equal(states[0][0], states[1][0])
-    assert "inference_params were given" in patch_report(patched).rows[0].reason
-    filtered = patched(u)
-    assert filtered[1] is None
-    assert "inference_params" not in patch_report(patched).rows[0].reason
+    assert torch.equal(patched(u, inference_params=states)[0], mixer(u, inference_params=generation())[0])
+    assert "prefill_style is not fft" in patch_report(patched).rows[0].reason
+    patched(u)
+    assert not patch_report(patched).rows[0].reason
 
 
 def test_filters_computed_in_advance_are_used() -> None:

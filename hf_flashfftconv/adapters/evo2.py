@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..ops.library import use_kernels
 from .base import Adapter
 from .cache import Filters
-from .stripedhyena import GENERATING, PatchedStripedHyena, check_engine, modal_taps, projected_shape
+from .stripedhyena import PatchedStripedHyena, check_engine, final_state, modal_taps, projected_shape
 from .structure import attribute, check_forward, check_shape, require
 
 MIXERS = frozenset({"HyenaCascade"})
@@ -24,24 +24,18 @@ FFT_TAPS = 128
 
 
 class PatchedHyenaCascade(PatchedStripedHyena):
-    """The stateless forward of Evo 2's filters: `(batch, length, 3 * hidden_size)` to a third of the channels."""
+    """The parallel forward of Evo 2's filters: `(batch, length, 3 * hidden_size)` to a third of the channels."""
 
     own_filter = frozenset({"log_poles", "residues", "h"})
 
-    def forward(self, u: Tensor, inference_params: Any = None, padding_mask: Any = None, *args: Any) -> Any:
-        if inference_params is not None:
-            return self.bypass(GENERATING, u, inference_params, padding_mask, *args)
-        if self.fir_inner_filter_length is None and self.h is not None:
-            return self.bypass("its filter was computed in advance", u, inference_params, padding_mask, *args)
-        if not self.pays(u):
-            taps = self.fir_inner_filter_length
-            return self.bypass(f"{taps} taps are faster without FFT here", u, inference_params, padding_mask, *args)
+    def unserved(self, u: Tensor, inference_params: Any) -> str | None:
+        if self.fir_inner_filter_length is None:
+            return super().unserved(u, inference_params)
+        return None if self.pays(u) else f"{self.fir_inner_filter_length} taps are faster without FFT here"
+
+    def short_convolution(self, u: Tensor, inference_params: Any, padding_mask: Any, **options: Any) -> Any:
         dims = (self.hidden_size, self.num_attention_heads, self.hidden_size_per_attention_head, None, None)
-        out_gate, in_gate, v = self.split(self.short_convolution(u, padding_mask, dims=dims))
-        y = self.convolve_uncast(self, v, in_gate, out_gate)
-        if self.fir_inner_filter_length is not None and type(padding_mask) is Tensor:
-            y = y * padding_mask[:, None]
-        return y.transpose(1, 2), None
+        return super().short_convolution(u, inference_params, padding_mask, dims=dims)
 
     def pays(self, u: Tensor) -> bool:
         """Whether a transform is worth it for the taps of hcs: by the kernels of this package, not by torch.fft."""
@@ -53,6 +47,12 @@ class PatchedHyenaCascade(PatchedStripedHyena):
         v = u[..., : self.hidden_size].transpose(1, 2)
         k = self.h[:1, 0].expand(self.hidden_size, taps)
         return use_kernels(v, k, None, True, self._flashfftconv.backend)
+
+    def keep_state(self, inference_params: Any, g: Tensor) -> None:
+        if self.fir_inner_filter_length is None:
+            inference_params.state_dict[self.layer_idx] = final_state(self.log_poles.float().squeeze(-1), g)
+        else:
+            inference_params.fir_inner_state_dict[self.layer_idx] = g[..., 1 - self.fir_inner_filter_length :]
 
     def split(self, s: Tensor) -> tuple[Tensor, ...]:
         x2, x1, v = [s[:, part::3] for part in range(3)] if self.config.get("interleave") else super().split(s)

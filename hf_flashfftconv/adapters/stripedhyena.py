@@ -5,8 +5,8 @@ residues r of S states a channel,
 
     x2 (conv(g, k) + D g),    k[t] = Re sum_s r_s p_s^t
 
-The projections lie outside of this module. A call with `inference_params` starts or continues a generation, whose state
-the original code keeps in a form of its own; it is left to it.
+The projections lie outside of this module. A call with `inference_params` starts a generation and leaves there the last
+inputs of the short convolution and the final state of the recurrence that the filter is; the original code goes on.
 """
 
 from typing import Any
@@ -20,28 +20,49 @@ from .cache import Filters
 from .structure import attribute, check_floating, check_forward, check_shape, require
 
 MIXERS = frozenset({"ParallelHyenaFilter"})
-GENERATING = "inference_params were given, which keep the state of a generation"
 ENGINE = "HyenaInferenceEngine"
+# Positions at a time for the state: bounds the memory of the powers of all poles.
+_BLOCK = 1024
 
 
 class PatchedStripedHyena(PatchedMixer):
-    """The stateless forward of StripedHyena's filter: `(batch, length, 3 * hidden_size)` to a third of the channels."""
+    """The parallel forward of StripedHyena's filter: `(batch, length, 3 * hidden_size)` to a third of the channels."""
 
     own_filter = frozenset({"poles", "residues"})
 
     def forward(self, u: Tensor, inference_params: Any = None, padding_mask: Any = None, *args: Any) -> Any:
+        if inference_params is not None and self.layer_idx in inference_params.fir_state_dict:
+            return self.original_forward(u, inference_params, padding_mask, *args)
+        reason = self.unserved(u, inference_params)
+        if reason is not None:
+            return self.bypass(reason, u, inference_params, padding_mask, *args)
+        s, last_inputs = self.short_convolution(u, inference_params, padding_mask)
+        out_gate, in_gate, v = self.split(s)
+        y = self.convolve_uncast(self, v, in_gate, out_gate)
         if inference_params is not None:
-            return self.bypass(GENERATING, u, inference_params, padding_mask, *args)
-        if self.h is not None:
-            return self.bypass("its filter was computed in advance", u, inference_params, padding_mask, *args)
-        out_gate, in_gate, v = self.split(self.short_convolution(u, padding_mask))
-        return self.convolve_uncast(self, v, in_gate, out_gate).transpose(1, 2), None
+            inference_params.fir_state_dict[self.layer_idx] = last_inputs
+            with torch.autocast(u.device.type, enabled=False):
+                self.keep_state(inference_params, in_gate * v)
+        return y.transpose(1, 2), inference_params
 
-    def short_convolution(self, u: Tensor, padding_mask: Any, **options: Any) -> Tensor:
-        """The engine's own: models in 16 bits have learnt with its order of roundings."""
-        weight, bias = self.short_filter_weight, self.short_filter_bias
-        options |= {"fir_length": self.short_filter_length, "padding_mask": padding_mask}
-        return self.engine.parallel_fir(self.fir_fn, u, weight, bias, u.shape[1], **options)[0]
+    def unserved(self, u: Tensor, inference_params: Any) -> str | None:
+        """Why this call is left to the original code."""
+        if self.h is not None:
+            return "its filter was computed in advance"
+        if inference_params is not None and self.config.get("prefill_style", "fft") != "fft":
+            return "prefill_style is not fft"
+        return None
+
+    def short_convolution(self, u: Tensor, inference_params: Any, padding_mask: Any, **options: Any) -> Any:
+        """The engine's own, with its last inputs: models in 16 bits have learnt with its order of roundings."""
+        options |= {"inference_params": inference_params, "padding_mask": padding_mask}
+        filters = self.fir_fn, u, self.short_filter_weight, self.short_filter_bias, u.shape[1]
+        return self.engine.parallel_fir(*filters, fir_length=self.short_filter_length, **options)
+
+    def keep_state(self, inference_params: Any, g: Tensor) -> None:
+        """What the original continues with after the gated input `g` `(batch, hidden_size, length)`."""
+        poles = torch.view_as_complex(self.poles.float()).squeeze(-1)
+        inference_params.state_dict[self.layer_idx] = final_state(poles.log(), g)
 
     def split(self, s: Tensor) -> tuple[Tensor, ...]:
         """Output gate, input gate and value, `(batch, hidden_size, length)` each."""
@@ -70,6 +91,16 @@ def modal_taps(log_poles: Tensor, residues: Tensor, length: int) -> Tensor:
         decay, angle = (log_pole.real[:, None] * t).exp(), log_pole.imag[:, None] * t
         k = k + decay * (residue.real[:, None] * angle.cos() - residue.imag[:, None] * angle.sin())
     return k
+
+
+def final_state(log_poles: Tensor, g: Tensor) -> Tensor:
+    """The state `(batch, channels, states)` that the recurrence x <- p x + g has after the last position of `g`."""
+    state = torch.zeros((), dtype=log_poles.dtype, device=g.device)
+    for part in g.float().split(_BLOCK, dim=-1):
+        length = part.shape[-1]
+        powers = torch.exp(log_poles[..., None] * torch.arange(length - 1, -1, -1, device=g.device))
+        state = state * torch.exp(log_poles * length) + torch.einsum("bdl,dsl->bds", part.to(powers.dtype), powers)
+    return state
 
 
 def check_engine(module: nn.Module) -> int:
