@@ -48,7 +48,7 @@ class HyenaInferenceEngine:
 
 
 def state_of(log_poles: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-    state = torch.zeros(*g.shape[:2], log_poles.shape[1], dtype=log_poles.dtype)
+    state = torch.zeros(*g.shape[:2], log_poles.shape[1], dtype=log_poles.dtype, device=g.device)
     for t in range(g.shape[-1]):
         state = state * log_poles.exp() + g[..., t, None]
     return state
