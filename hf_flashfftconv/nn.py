@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .functional import fft_conv
+from .ops.reference import unwrap_taps
 
 
 class FlashFFTConv(nn.Module):
@@ -61,11 +61,7 @@ class FlashFFTConv(nn.Module):
             raise ValueError(f"u of length {length} and k of {taps} taps must not be longer than seqlen, {size}")
         if length == size:
             return fft_conv(u, k, pre_gate=pregate, post_gate=postgate, causal=False)
-        # Tap s reaches position t from t - s or, around the end, from t + (N - s): the latter exists if s > N - L.
-        first_wrapped = size - length + 1
-        if taps <= first_wrapped:
-            return fft_conv(u, k, pre_gate=pregate, post_gate=postgate)
-        k_rev = F.pad(k[:, first_wrapped:], (0, size - taps)).flip(-1)
+        k, k_rev = unwrap_taps(k, length, size)
         return fft_conv(u, k, pre_gate=pregate, post_gate=postgate, k_rev=k_rev)
 
     def extra_repr(self) -> str:

@@ -28,11 +28,12 @@ def patch_model(
 ) -> nn.Module:
     """Makes the long convolutions of a model run through [`fft_conv`], in place.
 
-    Works on the models of `hf_flashfftconv.models`, on remote code from the Hub whose classes have the published names,
-    and on such models wrapped by `torch.compile`, PEFT, DataParallel or DistributedDataParallel. Each mixer module
-    (`HyenaOperator`, `MonarchMixerSequenceMixing`) that is understood for certain gets a subclass of its own class;
-    what is not understood is left alone, with the reason in [`patch_report`]. Parameters, buffers, state dict, hooks
-    and the other modules stay as they are, other models too.
+    Works on the models of `hf_flashfftconv.models`, on remote code from the Hub and other public code whose classes
+    have the published names, and on such models wrapped by `torch.compile`, PEFT, DataParallel or
+    DistributedDataParallel. Each module with a long convolution (`HyenaOperator`, `ParallelHyenaFilter`, `S4D` ...)
+    that is understood for certain gets a subclass of its own class; what is not understood is left alone, with the
+    reason in [`patch_report`]. Parameters, buffers, state dict, hooks and the other modules stay as they are, other
+    models too.
 
     Patch before `torch.compile`, `Trainer` or distributed wrapping where you can: what was compiled is compiled again.
 

@@ -109,35 +109,41 @@ def _row(finding: Finding) -> ModuleReport:
         return ModuleReport(finding.name, type(module).__name__, family, "not patched")
     state = module._flashfftconv
     usage = state.last or _longest(module)
-    backend, fft_size = _plan(usage, module.d_model, getattr(module, "bidirectional", False), state.backend)
+    backend, fft_size = (None, None) if usage is None else _plan(usage, state.backend)
     return ModuleReport(
         finding.name,
         type(module)._flashfftconv_original.__name__,
         family,
         "replaced",
         backend=backend,
-        length=usage.length,
+        length=None if usage is None else usage.length,
         fft_size=fft_size,
-        dtype=str(usage.dtype).removeprefix("torch."),
-        reason="" if module.covered() else "calls run the original code: there are hooks on the filter",
+        dtype=None if usage is None else str(usage.dtype).removeprefix("torch."),
+        reason=state.bypass if module.covered() else "calls run the original code: there are hooks on the filter",
     )
 
 
-def _longest(module: nn.Module) -> Usage:
+def _longest(module: nn.Module) -> Usage | None:
+    """The longest call there can be of a filter that is made for one."""
+    length = getattr(module, "l_max", None)
+    if length is None:
+        return None
     weight = next(module.parameters())
-    return Usage(module.l_max, weight.dtype, weight.device)
+    reverse_taps = length - 1 if getattr(module, "bidirectional", False) else 0
+    return Usage(module.d_model, length, length, reverse_taps, weight.dtype, weight.device)
 
 
-def _plan(usage: Usage, channels: int, bidirectional: bool, backend: str) -> tuple[str, int | None]:
+def _plan(usage: Usage, backend: str) -> tuple[str, int | None]:
     """The backend of such a call, and the length of its transform."""
     # Views of one element: shapes, dtype and device of a call without its memory.
-    u = torch.empty((), dtype=usage.dtype, device=usage.device).expand(1, channels, usage.length)
-    k = torch.empty((), dtype=torch.float32, device=usage.device).expand(channels, usage.length)
-    reverse_taps = usage.length - 1 if bidirectional else 0
+    one = torch.empty((), dtype=torch.float32, device=usage.device)
+    u = one.to(usage.dtype).expand(1, usage.channels, usage.length)
+    k = one.expand(usage.channels, usage.taps)
+    k_rev = one.expand(usage.channels, usage.reverse_taps) if usage.reverse_taps else None
     try:
-        if not use_kernels(u, k, k if bidirectional else None, True, backend):
-            return "torch", linear_fft_length(usage.length, usage.length, reverse_taps)
+        if not use_kernels(u, k, k_rev, True, backend):
+            return "torch", linear_fft_length(usage.length, min(usage.taps, usage.length), usage.reverse_taps)
     except BackendError as error:
         return f"none: {error}", None
-    chosen = plan.choose(usage.length, usage.length, reverse_taps, True)
+    chosen = plan.choose(usage.length, usage.taps, usage.reverse_taps, True)
     return "cuda", chosen.fft_size if isinstance(chosen, plan.Plan) else None

@@ -1,10 +1,13 @@
 """How the tests compare a patched model with the unpatched one."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from hf_flashfftconv.patch import patch_model
 
 # fp32, relative L2: the bound on logits and gradients of a patched model.
 TOLERANCE = 1e-5
@@ -41,6 +44,30 @@ def assert_equal_models(patched: nn.Module, original: nn.Module, call: Call, tol
         assert (gradient is None) == (reference is None), name
         if gradient is not None:
             assert relative(gradient, reference) <= tolerance, name
+
+
+def first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def assert_patched_mixer_agrees(mixer: nn.Module, inputs: Iterable[Tensor]) -> None:
+    """Outputs and gradients, while training and in evaluation, with a cold and a warm filter cache."""
+    patched = patch_model(copy.deepcopy(mixer))
+    assert isinstance(patched, type(mixer)) and type(patched) is not type(mixer)
+    assert list(patched.state_dict()) == list(mixer.state_dict())
+    for u in inputs:
+        for training in (True, False):
+            mixer.train(training)
+            patched.train(training)
+            assert_equal_models(patched, mixer, lambda m, u=u: first(m(u)))
+            with torch.no_grad():
+                for _ in range(2):
+                    torch.manual_seed(1)
+                    expected = mixer(u)
+                    torch.manual_seed(1)
+                    output = patched(u)
+                    assert type(output) is type(expected)
+                    assert relative(first(output), first(expected)) <= TOLERANCE
 
 
 def snapshot(model: nn.Module) -> list[tuple]:

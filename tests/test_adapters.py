@@ -1,12 +1,11 @@
 """Each family's mixer, patched against unpatched, and what is recognised and refused."""
 
 import copy
-import itertools
 from collections.abc import Callable
 
 import pytest
 import torch
-from patching import assert_equal_models, relative
+from patching import assert_equal_models, assert_patched_mixer_agrees, first, relative
 from remote_style import HyenaFilter, HyenaOperator, MonarchMixerSequenceMixing, Safari, build
 from torch import nn
 
@@ -19,28 +18,8 @@ WIDTH, L_MAX = 8, 66
 LENGTHS = (1, 2, 37, 65, 66)
 
 
-def first(output: torch.Tensor | tuple) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
 def check_mixer(mixer: nn.Module) -> None:
-    """Outputs and gradients at all lengths, while training and in evaluation, with a cold and a warm filter cache."""
-    patched = patch_model(copy.deepcopy(mixer))
-    assert isinstance(patched, type(mixer)) and type(patched) is not type(mixer)
-    assert list(patched.state_dict()) == list(mixer.state_dict())
-    for length, training in itertools.product(LENGTHS, (True, False)):
-        u = torch.randn(2, length, WIDTH)
-        mixer.train(training)
-        patched.train(training)
-        assert_equal_models(patched, mixer, lambda m, u=u: first(m(u)))
-        with torch.no_grad():
-            for _ in range(2):
-                torch.manual_seed(1)
-                expected = mixer(u)
-                torch.manual_seed(1)
-                output = patched(u)
-                assert type(output) is type(expected)
-                assert relative(first(output), first(expected)) <= 1e-5
+    assert_patched_mixer_agrees(mixer, [torch.randn(2, length, WIDTH) for length in LENGTHS])
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

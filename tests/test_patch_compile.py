@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from family_models import family_model
 from model_factory import dna_ids, tiny_hyenadna, tiny_m2bert
 from patching import assert_equal_models, relative
 from remote_style import BertConfig, BertForMaskedLM, HyenaConfig, HyenaDNAForCausalLM, build
@@ -18,6 +19,10 @@ MODELS = {
     "m2bert": lambda: tiny_m2bert(num_hidden_layers=1),
     "remote-hyenadna": lambda: build(HyenaDNAForCausalLM, HyenaConfig(n_layer=1)),
     "remote-m2": lambda: build(BertForMaskedLM, BertConfig()),
+    **{
+        name: lambda name=name: family_model(name, n_layer=1)
+        for name in ("stripedhyena", "evo2-hcl", "evo2-hcm", "fla", "s4d", "stu")
+    },
 }
 
 

@@ -6,6 +6,7 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
+from family_models import family_model
 from patching import relative
 from remote_style import BertConfig, BertForMaskedLM, HyenaConfig, HyenaDNAForCausalLM, build
 from torch import nn
@@ -21,6 +22,8 @@ MODELS = {"hyenadna": (HyenaDNAForCausalLM, HyenaConfig), "m2": (BertForMaskedLM
 
 
 def make(name: str) -> nn.Module:
+    if name not in MODELS:
+        return family_model(name).train()
     model_class, config_class = MODELS[name]
     return build(model_class, config_class()).train()
 
@@ -61,7 +64,7 @@ def sharded(name: str) -> None:
         model = make(name)
         if patch_first:
             patch_model(model)
-        blocks = model.layers if name == "hyenadna" else model.attention
+        blocks = model.attention if name == "m2" else model.layers
         for block in blocks:
             fully_shard(block)
         fully_shard(model)
@@ -99,7 +102,7 @@ def run(rank: int, port: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     try:
-        for name in MODELS:
+        for name in (*MODELS, "stripedhyena", "s4d"):
             data_parallel(name)
             sharded(name)
     finally:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from family_models import MixerConfig, MixerForCausalLM, family_model
 from model_factory import dna_ids, tiny_hyenadna, tiny_m2bert
 from patching import relative, snapshot
 from remote_style import BertConfig, BertForMaskedLM, HyenaConfig, HyenaDNAForCausalLM, build, write_repository
@@ -137,7 +138,11 @@ def losses(trainer: Trainer) -> torch.Tensor:
     return torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
 
 
-@pytest.mark.parametrize("make", [tiny_hyenadna, REMOTE["hyenadna"][0]], ids=["native", "remote"])
+@pytest.mark.parametrize(
+    "make",
+    [tiny_hyenadna, REMOTE["hyenadna"][0], lambda: family_model("stripedhyena")],
+    ids=["native", "remote", "stripedhyena"],
+)
 def test_trainer_learns_the_same_and_resumes(make: Callable, tmp_path: Path) -> None:
     reference = train(make(), tmp_path / "reference", save_strategy="no")
     trainer = train(patch_model(make()), tmp_path / "patched")
@@ -150,20 +155,34 @@ def test_trainer_learns_the_same_and_resumes(make: Callable, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_trainer_in_bfloat16_with_gradient_checkpointing(reentrant: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [tiny_hyenadna, lambda: family_model("evo2-hcl")], ids=["native", "evo2"])
+def test_trainer_in_bfloat16_with_gradient_checkpointing(make: Callable, reentrant: bool, tmp_path: Path) -> None:
     options = {
         "bf16": True,
         "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
         "save_strategy": "no",
     }
-    reference = train(tiny_hyenadna(), tmp_path, bf16=True, save_strategy="no")
-    trainer = train(patch_model(tiny_hyenadna()), tmp_path, **options)
+    reference = train(make(), tmp_path, bf16=True, save_strategy="no")
+    trainer = train(patch_model(make()), tmp_path, **options)
     assert relative(losses(trainer), losses(reference)) <= 1e-2
 
 
-def test_trainer_checkpoint_loads_into_an_unpatched_model(tmp_path: Path) -> None:
-    trainer = train(patch_model(REMOTE["hyenadna"][0]()), tmp_path)
-    model = HyenaDNAForCausalLM.from_pretrained(tmp_path / "checkpoint-4", config=HyenaConfig()).eval()
+@pytest.mark.parametrize(
+    ("make", "model_class", "config"),
+    [
+        (REMOTE["hyenadna"][0], HyenaDNAForCausalLM, HyenaConfig()),
+        *(
+            (lambda name=name: family_model(name), MixerForCausalLM, MixerConfig(name))
+            for name in ("stripedhyena", "evo2-hcm", "fla", "s4d", "h3")
+        ),
+    ],
+    ids=["hyenadna", "stripedhyena", "evo2", "fla", "s4d", "h3"],
+)
+def test_trainer_checkpoint_loads_into_an_unpatched_model(
+    make: Callable, model_class: type, config: object, tmp_path: Path
+) -> None:
+    trainer = train(patch_model(make()), tmp_path, save_steps=4)
+    model = model_class.from_pretrained(tmp_path / "checkpoint-4", config=config).eval()
     trainer.model.eval()
     assert relative(model(dna_ids()).logits, trainer.model(dna_ids()).logits) <= 1e-5

@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_module
+from family_models import MIXERS, family_model
 from model_factory import dna_ids, tiny_hyenadna, tiny_m2bert
 from patching import assert_equal_models, relative, snapshot
 from peft import LoraConfig, get_peft_model
@@ -25,7 +26,11 @@ MODELS = {
     "remote-hyenadna": lambda: build(HyenaDNAForCausalLM, HyenaConfig()),
     "remote-m2": lambda: build(BertForMaskedLM, BertConfig()),
 }
+FAMILIES = {name: lambda name=name: family_model(name) for name in MIXERS}
+# Reads the weights of its projections past their hooks.
+OFFLOADABLE = MODELS | {name: make for name, make in FAMILIES.items() if name != "h3"}
 every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+every_family = pytest.mark.parametrize("make", (MODELS | FAMILIES).values(), ids=MODELS | FAMILIES)
 Maker = Callable[[], nn.Module]
 
 
@@ -37,7 +42,7 @@ def mixers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if is_patched(module)]
 
 
-@every_model
+@every_family
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_is_no_less_accurate_than_unpatched(make: Maker, dtype: torch.dtype) -> None:
     model = make()
@@ -49,7 +54,7 @@ def test_autocast_is_no_less_accurate_than_unpatched(make: Maker, dtype: torch.d
     assert relative(patched, exact) <= 1.1 * relative(unpatched, exact)
 
 
-@pytest.mark.parametrize("make", [tiny_hyenadna, MODELS["remote-hyenadna"]])
+@pytest.mark.parametrize("make", [tiny_hyenadna, MODELS["remote-hyenadna"], FAMILIES["fla"], FAMILIES["stripedhyena"]])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_weights_are_no_less_accurate_than_unpatched(make: Maker, dtype: torch.dtype) -> None:
     model = make()
@@ -125,7 +130,7 @@ def test_float32_filters_need_weights_and_leave_trained_tables_alone() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("make", [tiny_hyenadna, MODELS["remote-hyenadna"]])
+@pytest.mark.parametrize("make", [tiny_hyenadna, MODELS["remote-hyenadna"], *FAMILIES.values()])
 def test_gradient_checkpointing(make: Maker, reentrant: bool) -> None:
     model = make().train()
     patched = patch_model(copy.deepcopy(model))
@@ -143,7 +148,7 @@ def with_lora(model: nn.Module) -> nn.Module:
     return adapted.eval()
 
 
-@every_model
+@every_family
 @pytest.mark.parametrize("patch_first", [True, False])
 def test_lora_on_projections_and_filters(make: Maker, patch_first: bool) -> None:
     torch.manual_seed(3)
@@ -170,7 +175,7 @@ def test_lora_on_projections_and_filters(make: Maker, patch_first: bool) -> None
     assert torch.equal(logits(merged), logits(expected))
 
 
-@every_model
+@pytest.mark.parametrize("make", OFFLOADABLE.values(), ids=OFFLOADABLE)
 @pytest.mark.parametrize("patch_first", [True, False])
 def test_cpu_offload(make: Maker, patch_first: bool) -> None:
     model = make()
@@ -203,11 +208,11 @@ def test_device_map() -> None:
     assert relative(logits(model), expected) <= 1e-5
 
 
-@every_model
+@every_family
 def test_forward_bound_to_the_instance_follows(make: Maker) -> None:
     # What `kernelize` and the removal of a hook leave behind: the forward of the class, bound to the instance.
     model = make()
-    before, expected = snapshot(model), logits(model)
+    expected, before = logits(model), snapshot(model)
     names = [row.name for row in patch_report(model).rows]
 
     def bind() -> None:
@@ -262,14 +267,14 @@ def replicate(module: nn.Module) -> nn.Module:
     return replica
 
 
-@every_model
+@every_family
 def test_data_parallel_replicas(make: Maker) -> None:
     model = make()
     expected = logits(model)
     patch_model(model)
     loss = logits(replicate(model)).sum()
     loss.backward()
-    assert all(mixer.filter_fn.bias.grad is not None for mixer in mixers(model))
+    assert all(parameter.grad is not None for mixer in mixers(model) for parameter in mixer.parameters())
     with torch.no_grad():
         assert relative(logits(replicate(model)), expected) <= 1e-5
     # A replica lives for one call: nothing of it may stay.
@@ -316,7 +321,7 @@ def test_generate() -> None:
     assert torch.equal(patch_model(model).generate(dna_ids(length=10), **options), expected)
 
 
-@every_model
+@every_family
 def test_meta_weights_are_patched_and_materialised_later(make: Maker) -> None:
     model = make()
     expected, state = logits(model), model.state_dict()

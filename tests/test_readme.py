@@ -14,6 +14,7 @@ from numerics import BFLOAT16, FLOAT16, FLOAT32, FLOAT32_TF32
 
 import hf_flashfftconv
 from hf_flashfftconv import cli
+from hf_flashfftconv.adapters import supported_classes
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -92,6 +93,12 @@ def test_the_numerical_promise_is_the_one_that_is_tested() -> None:
         [row] = re.findall(rf"^\| {name} \|(.*)\|$", README, re.MULTILINE)
         promised = [float(cell) for cell in row.split("|")]
         assert promised == pytest.approx([bounds.whole, bounds.row, bounds.gradient, bounds.taps], rel=0.05)
+
+
+def test_every_class_that_is_patched_is_named() -> None:
+    section = README[README.index("## Supported models") : README.index("## The CUDA library")]
+    rows = re.findall(r"^\|[^|]*\|([^|]*)\|[^|]*\|[^|]*\|$", section, re.MULTILINE)
+    assert set(supported_classes()) <= {name for row in rows for name in re.findall(r"`(\w+)`", row)}
 
 
 def test_links_lead_somewhere() -> None:

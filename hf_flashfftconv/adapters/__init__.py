@@ -5,13 +5,22 @@ from dataclasses import dataclass
 from torch import nn
 
 from .base import Adapter
+from .evo2 import EVO2
+from .fla import IMPLICIT_LONG_CONVOLUTION, LONG_CONVOLUTION
+from .h3 import H3
 from .hyena import HYENADNA, SAFARI
 from .m2 import M2
 from .probe import disagreement
+from .s4 import FFT_CONV, LONG_CONV, S4D
+from .stripedhyena import STRIPEDHYENA
 from .structure import Unsupported
+from .stu import STU
 from .swap import is_patched
 
-_ADAPTERS: list[Adapter] = [HYENADNA, SAFARI, M2]
+_ADAPTERS: list[Adapter] = [
+    *(HYENADNA, SAFARI, M2, STRIPEDHYENA, EVO2),
+    *(LONG_CONVOLUTION, IMPLICIT_LONG_CONVOLUTION, S4D, FFT_CONV, LONG_CONV, H3, STU),
+]
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,12 @@ class Adapter:
 
     Args:
         family (`str`): The name in reports.
-        class_names (`frozenset[str]`): Names that the class of a module, or one of its bases, must have. Such modules
-            take `(batch, length, d_model)` with `length` up to `l_max`, and have attributes of these names.
+        class_names (`frozenset[str]`): Names that the class of a module, or one of its bases, must have.
         check (`Callable`): Raises `Unsupported` with the reason if the module is not safe to patch.
         mixer (`type[PatchedMixer]`): Supplies the new `forward`.
         claims (`Callable`, *optional*): Tells families apart that share a class name; by default all are claimed.
+        input_shape (`Callable`, *optional*): The shape of an input of a given length, or the nearest one there is; by
+            default `(1, length, d_model)` with `length` up to `l_max`, attributes of the module.
     """
 
     family: str
@@ -38,26 +39,40 @@ class Adapter:
     check: Callable[[nn.Module], None]
     mixer: "type[PatchedMixer]"
     claims: Callable[[nn.Module], bool] = lambda module: True
+    input_shape: Callable[[Any, int], tuple[int, ...]] = lambda module, length: (
+        1,
+        min(length, module.l_max),
+        module.d_model,
+    )
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a patched module was last called with."""
+    """What the convolution of a patched module was last called with; `reverse_taps` of 0 for a causal one."""
 
+    channels: int
     length: int
+    taps: int
+    reverse_taps: int
     dtype: torch.dtype
     device: torch.device
 
 
 @dataclass
 class PatchState:
-    """All that patching adds to a module: one attribute, outside of its parameters, buffers and state dict."""
+    """All that patching adds to a module: one attribute, outside of its parameters, buffers and state dict.
+
+    `bypass` tells why the last call ran the original code, if it did. `twin` marks the module of the last check, which
+    must not run it.
+    """
 
     family: str
     backend: str = "auto"
     cache: FilterCache = field(default_factory=FilterCache)
     widened: list[WidenedFilter] | None = None
     last: Usage | None = None
+    bypass: str = ""
+    twin: bool = False
 
 
 class PatchedMixer(nn.Module):
@@ -69,18 +84,29 @@ class PatchedMixer(nn.Module):
 
     _flashfftconv: PatchState
     _flashfftconv_original: type[nn.Module]
+    # Of a mixer that holds its filter itself, the tensors that make it; all others keep the dtype of the model.
+    own_filter: frozenset[str] = frozenset()
 
     def original_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The unpatched code, for calls that the patched one does not cover."""
         return self._flashfftconv_original.forward(self, *args, **kwargs)
 
+    def bypass(self, reason: str, *args: Any, **kwargs: Any) -> Any:
+        """[`original_forward`], with the reason in the report."""
+        if not torch.compiler.is_compiling():
+            self._flashfftconv.bypass = f"the last call ran the original code: {reason}"
+        return self.original_forward(*args, **kwargs)
+
     def filter_modules(self) -> list[nn.Module]:
-        """The modules whose methods generate the filters, and which are no longer called themselves."""
-        return [self.filter_fn]
+        """The modules whose methods generate the filters, and which are no longer called themselves.
+
+        A mixer that holds its filter itself, in the parameters `own_filter`, is its only filter module.
+        """
+        return [self] if self.own_filter else [self.filter_fn]
 
     def covered(self) -> bool:
         """Whether the patched code may run: no hook was put on the filters since, which it would leave out."""
-        return not any(has_hooks(filter_fn) for filter_fn in self.filter_modules())
+        return not any(has_hooks(filter_fn) for filter_fn in self.filter_modules() if filter_fn is not self)
 
     def checked_length(self, u: Tensor) -> int:
         """The length of `u` `(batch, length, channels)`; raises `ValueError` if there are no filters for it."""
@@ -118,24 +144,38 @@ class PatchedMixer(nn.Module):
     ) -> Tensor:
         """Gates, long convolution with the filters of `filter_fn`, and skip term on `u` `(batch, channels, length)`."""
         state = self._flashfftconv
-        if not torch.compiler.is_compiling():
-            state.last = Usage(u.shape[-1], u.dtype, u.device)
         k, k_rev, skip = self._filters(filter_fn, u, bidirectional)
+        if not torch.compiler.is_compiling():
+            reverse_taps = 0 if k_rev is None else k_rev.shape[1]
+            state.last = Usage(u.shape[1], u.shape[2], k.shape[1], reverse_taps, u.dtype, u.device)
+            state.bypass = ""
         return fft_conv(u, k, skip=skip, pre_gate=pre_gate, post_gate=post_gate, k_rev=k_rev, backend=state.backend)
 
+    def convolve_uncast(
+        self, filter_fn: nn.Module, u: Tensor, pre_gate: Tensor | None = None, post_gate: Tensor | None = None
+    ) -> Tensor:
+        """[`convolve`] in the dtype of `u` under autocast too, as families do that call torch.fft on what they have."""
+        with torch.autocast(u.device.type, enabled=False):
+            return self.convolve(filter_fn, u, pre_gate, post_gate)
+
+    def generate(self, filter_fn: Any, length: int, bidirectional: bool) -> Filters:
+        """Causal taps `(channels, taps)`, anticausal taps or `None`, and the weights of the skip term."""
+
+        def taps(method: str) -> Tensor:
+            return getattr(filter_fn, method)(length)[0].transpose(0, 1)
+
+        return taps("filter"), taps("filter_rev") if bidirectional else None, _skip(filter_fn)
+
     def _filters(self, filter_fn: nn.Module, u: Tensor, bidirectional: bool) -> Filters:
-        """Causal taps `(channels, length)`, anticausal taps and skip weights, generated or kept from earlier calls."""
+        """[`generate`] for `u` `(batch, channels, length)`, or what it returned in an earlier call."""
         length, device = u.shape[-1], u.device.type
         state = self._flashfftconv
 
-        def taps(method: str) -> Tensor:
-            if state.widened is None:
-                return getattr(filter_fn, method)(length)[0].transpose(0, 1)
-            with torch.autocast(device, enabled=False):
-                return getattr(filter_fn, method)(length)[0].transpose(0, 1)
-
         def generate() -> Filters:
-            return taps("filter"), taps("filter_rev") if bidirectional else None, _skip(filter_fn)
+            if state.widened is None:
+                return self.generate(filter_fn, length, bidirectional)
+            with torch.autocast(device, enabled=False):
+                return self.generate(filter_fn, length, bidirectional)
 
         if torch.compiler.is_compiling():
             return generate()

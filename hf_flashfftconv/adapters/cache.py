@@ -12,7 +12,7 @@ from torch import Tensor, nn
 DEFAULT_CACHE_BYTES = 1 << 30
 
 # Causal taps and anticausal taps, (channels, length) each, and skip weights.
-Filters = tuple[Tensor, Tensor | None, Tensor]
+Filters = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 @dataclass
@@ -84,7 +84,7 @@ class FilterCache:
             if not self._make_room(_bytes((k, k_rev, skip)), length=key[0]):
                 return k, k_rev, skip
             k_rev = None if k_rev is None else k_rev.contiguous()
-            entry = _Entry((k.contiguous(), k_rev, skip.detach()), stamp)
+            entry = _Entry((k.contiguous(), k_rev, None if skip is None else skip.detach()), stamp)
             self._entries.setdefault(module, {})[key] = entry
         return entry.filters
 
@@ -117,13 +117,16 @@ def _stamp(module: nn.Module) -> _Stamp | None:
     objects: list[Any] = []
     numbers: list[int] = []
     for part in module.modules():
-        # Hooks and overridden forwards may do anything. A layer inside a layer is an adapter or a parametrization,
-        # which may be switched on and off without a trace.
+        # Hooks and overridden forwards may do anything, and so may dropout. A layer inside a layer is an adapter or a
+        # parametrization, which may be switched on and off without a trace.
         if "forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks or _is_wrapped(part, module):
+            return None
+        if part.training:
             return None
         objects.append(type(part))
         objects.extend(vars(part).values())
-        for tensor in (*part._parameters.values(), *part._buffers.values()):
+        # Tables may be plain attributes too.
+        for tensor in (*part._parameters.values(), *part._buffers.values(), *_tensors(part)):
             if tensor is None:
                 continue
             if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.is_inference():
@@ -131,6 +134,10 @@ def _stamp(module: nn.Module) -> _Stamp | None:
             objects.append(tensor)
             numbers += (tensor._version, tensor.data_ptr())
     return _Stamp(objects, [*map(id, objects), *numbers])
+
+
+def _tensors(part: nn.Module) -> list[Tensor]:
+    return [value for value in vars(part).values() if isinstance(value, Tensor)]
 
 
 def _is_wrapped(part: nn.Module, root: nn.Module) -> bool:

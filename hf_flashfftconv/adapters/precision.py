@@ -59,8 +59,11 @@ def keeping_float32(convert: Callable[[Tensor], Tensor], filters: list[nn.Module
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
+    # Of a mixer that holds its filter itself, what makes the filter.
+    own = getattr(module, "own_filter", ())
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if not own or name in own:
+            yield name, tensor
 
 
 def _replace(tensor: Tensor, dtype: torch.dtype, values: Tensor | None) -> None:

@@ -4,6 +4,7 @@ Structure cannot tell a fork that changed a formula and kept all names. The modu
 code runs on a twin that shares its sub-modules.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -25,11 +26,9 @@ def disagreement(module: nn.Module, adapter: Adapter) -> str | None:
     if not _can_run(module):
         return None
     weight = next(module.parameters())
-    u = torch.randn(1, min(_LENGTH, module.l_max), module.d_model, generator=torch.Generator().manual_seed(0)).to(
-        weight
-    )
+    u = torch.randn(adapter.input_shape(module, _LENGTH), generator=torch.Generator().manual_seed(0)).to(weight)
     try:
-        expected = _run(type(module), module, u)
+        expected = _run(type(module), _shallow_copy(module), u)
     except Exception:
         # The original does not run here: 16-bit weights on a CPU, sub-modules on several devices, a missing library.
         return None
@@ -47,6 +46,13 @@ def disagreement(module: nn.Module, adapter: Adapter) -> str | None:
     return f"its code returns shape {tuple(expected.shape)} where the published code returns {tuple(actual.shape)}"
 
 
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    """Shares all with `module`, but takes the attributes that some code sets on `self` in a call."""
+    copied: nn.Module = object.__new__(type(module))
+    vars(copied).update(vars(module))
+    return copied
+
+
 def _can_run(module: nn.Module) -> bool:
     """Whether all weights are plain tensors in place, and no hook would notice the call."""
     tensors = [*module.parameters(), *module.buffers()]
@@ -62,5 +68,8 @@ def _run(cls: Any, module: nn.Module, u: Tensor) -> Tensor:
     # The same seed for both, so that active dropout drops the same.
     with torch.no_grad(), torch.autocast(u.device.type, enabled=False), torch.random.fork_rng(devices):
         torch.manual_seed(0)
-        output = cls.forward(module, u)
+        with warnings.catch_warnings():
+            # Those of the module's own code are for its own calls.
+            warnings.simplefilter("ignore")
+            output = cls.forward(module, u)
     return (output[0] if isinstance(output, tuple) else output).double()

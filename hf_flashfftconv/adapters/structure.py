@@ -70,6 +70,11 @@ def check_floating(module: nn.Module, name: str) -> None:
     require(quantised is None, f"{name} is quantised: its weight is stored as {getattr(quantised, 'dtype', None)}")
 
 
+def check_shape(module: nn.Module, name: str, shape: tuple[int, ...]) -> None:
+    actual = tuple(attribute(module, name, Tensor).shape)
+    require(actual == shape, f"{name} has shape {actual}, not {shape}")
+
+
 def check_short_filter(module: nn.Module, name: str, channels: int) -> None:
     """A depthwise convolution that is causal once its output is cut to the length of its input."""
     conv = attribute(module, name, nn.Module)
@@ -90,8 +95,7 @@ def check_implicit_filter(module: nn.Module, name: str, class_names: Iterable[st
     check_forward(filter_fn, class_names, name)
     require(not has_hooks(filter_fn), f"hooks on {name} would no longer run")
     require(callable(getattr(filter_fn, "filter", None)), f"{name} has no method filter")
-    bias = attribute(filter_fn, "bias", Tensor)
-    require(tuple(bias.shape) == (channels,), f"{name}.bias has shape {tuple(bias.shape)}, not {(channels,)}")
+    check_shape(filter_fn, "bias", (channels,))
     check_floating(attribute(filter_fn, "implicit_filter", nn.Sequential), f"{name}.implicit_filter")
     attribute(filter_fn, "pos_emb", nn.Module)
     attribute(filter_fn, "modulation", nn.Module)
@@ -100,6 +104,16 @@ def check_implicit_filter(module: nn.Module, name: str, class_names: Iterable[st
         names = getattr(getattr(type(filter_fn).forward, "__code__", None), "co_names", ())
         require("use_bias" in names, f"{name} has use_bias=False, which its forward ignores")
     return filter_fn
+
+
+def check_kernel(module: nn.Module, name: str) -> None:
+    """A sub-module that makes taps when it is called, and nothing else."""
+    kernel = attribute(module, name, nn.Module)
+    require(not has_hooks(kernel), f"hooks on {name} would no longer run in every call")
+    check_floating(kernel, name)
+    # S4's DPLR kernel: a call with a longer input rewrites its weights for that length.
+    growing = any(hasattr(part, "l_kernel") for part in kernel.modules())
+    require(not growing, f"{name} changes its weights in the forward pass (DPLR)")
 
 
 def check_dropout(module: nn.Module, name: str) -> None:

@@ -65,7 +65,7 @@ def make_twin(module: nn.Module, adapter: Adapter) -> Any:
     """A patched module that shares everything with an unpatched one, which stays as it is."""
     twin = new_patched(adapter.mixer, type(module))
     vars(twin).update(vars(module))
-    twin._flashfftconv = PatchState(adapter.family, backend="torch", cache=FilterCache(0))
+    twin._flashfftconv = PatchState(adapter.family, backend="torch", cache=FilterCache(0), twin=True)
     return twin
 
 

@@ -176,3 +176,16 @@ def circle_taps(k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: in
     if skip is not None:
         taps[:, 0] += skip.float()
     return taps
+
+
+def unwrap_taps(k: Tensor, length: int, size: int) -> tuple[Tensor, Tensor | None]:
+    """Causal and anticausal taps of the linear convolution that a circular one with `k` (H, K) on `size` points is.
+
+    Inputs of `length` <= `size` are followed by zeros, and as many outputs are kept. Taps beyond `size` are left out.
+    """
+    k = k[:, :size]
+    # Tap s reaches position t from t - s or, around the end, from t + (size - s): the latter exists from here on.
+    first_wrapped = size - length + 1
+    if k.shape[1] <= first_wrapped:
+        return k[:, :length], None
+    return k[:, :length], torch.nn.functional.pad(k[:, first_wrapped:], (0, size - k.shape[1])).flip(-1)
