@@ -141,7 +141,7 @@ class HyenaCacheLayer(CacheLayerMixin):
         stream = self._long
         if stream is not None and length <= stream.max_length:
             return stream
-        k, skip = _taps(filter_fn, max(length, min(self.max_length, 1 << length.bit_length())))
+        k, skip = _taps(filter_fn, max(length, min(self.max_length, 1 << max(8, length.bit_length()))))
         if stream is None:
             return StreamingConv(k, skip, block_size=self.block_size)
         stream.extend(k)
@@ -156,8 +156,8 @@ class HyenaCache(Cache):
     far: see [`StreamingConv`]. `copy.deepcopy` keeps a state to come back to. A cache is for evaluation: a model in
     training mode makes none, and no gradients flow through it.
 
-    A layer takes, for B sequences of up to L positions and width D, at most `2 B D L` elements of the model's dtype,
-    `2 B D L` of float32 and `24 D L` bytes of filters, and never more than for `max_seq_len` positions.
+    With B sequences of width D, a layer has room for L positions, a power of two above their number (at least 256, at
+    most `max_seq_len`). It takes B D L elements of the model's dtype, at most B D L float32, and 12 D L bytes of filters.
 
     Args:
         config ([`HyenaDNAConfig`] or [`HyenaLMConfig`]): The configuration of the model.

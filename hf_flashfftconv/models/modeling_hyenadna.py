@@ -173,8 +173,7 @@ class HyenaDNAModel(HyenaDNAPreTrainedModel):
         """
         check_inputs(input_ids, inputs_embeds)
         past = self._past(past_key_values, use_cache)
-        if past is None or past.get_seq_length() == 0:
-            _warn_if_padded_before_tokens(attention_mask)
+        _warn_if_padded_before_tokens(attention_mask, past)
         if inputs_embeds is None:
             inputs_embeds = self.backbone.embeddings(input_ids)
         states = self.backbone(inputs_embeds, past)
@@ -310,11 +309,13 @@ def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _warn_if_padded_before_tokens(attention_mask: torch.Tensor | None) -> None:
+def _warn_if_padded_before_tokens(attention_mask: torch.Tensor | None, past: HyenaCache | None) -> None:
     # Looking at the mask waits for the device, which neither a compiled graph nor a CUDA graph may do.
     if attention_mask is None or attention_mask.ndim != 2 or torch.compiler.is_compiling():
         return
     if attention_mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    if past is not None and past.get_seq_length() > 0:
         return
     if (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
         _warn_about_padding()
