@@ -115,6 +115,16 @@ def test_memory_is_bounded() -> None:
         assert sum(x.untyped_storage().nbytes() for x in stream._spectra.values()) <= 8.5 * 8 * 2048
 
 
+def test_taps_that_come_later_are_used() -> None:
+    u, k, _ = signal(1, 2, 40)
+    # The first transform of a block is made while the filter ends inside of it.
+    stream = StreamingConv(k[:, :6], block_size=4)
+    outputs = [appended(stream, u[..., :6], [1] * 6)]
+    stream.extend(k)
+    outputs.append(appended(stream, u[..., 6:], [1] * 34))
+    assert error(torch.cat(outputs, dim=-1), fft_conv_float64(u, k)) <= BOUNDS[torch.float32].whole
+
+
 def test_inference_mode_may_come_and_go_and_no_graph_is_held() -> None:
     u, k, _ = signal(1, 2, 60)
     k.requires_grad_()
