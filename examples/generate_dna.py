@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from hf_flashfftconv import patch_model

@@ -157,7 +157,7 @@ class HyenaCache(Cache):
     training mode makes none, and no gradients flow through it.
 
     With B sequences of width D, a layer has room for L positions, a power of two above their number (at least 256, at
-    most `max_seq_len`). It takes B D L elements of the model's dtype, at most B D L float32, and 12 D L bytes of filters.
+    most `max_seq_len`): B D L elements of the model's dtype, at most B D L float32, and 12 D L bytes for filters.
 
     Args:
         config ([`HyenaDNAConfig`] or [`HyenaLMConfig`]): The configuration of the model.
