@@ -61,6 +61,13 @@ def test_quickstart_on_a_saved_model(quickstart: tuple[Path, str], tmp_path: Pat
     check(output)
 
 
+def test_generate_dna(quickstart: tuple[Path, str]) -> None:
+    output = run_example("generate_dna.py", "--model", quickstart[0], "--prompt", 50, "--bases", 20)
+    assert re.search(r"^continuation  [ACGT]{20}$", output, re.MULTILINE)
+    assert re.search(r"^genome +0\.25 +0\.23 +0\.26 +0\.25$", output, re.MULTILINE)
+    assert output.endswith("the same bases: True\n")
+
+
 def test_push_to_hub(quickstart: tuple[Path, str], tmp_path: Path) -> None:
     with LoopbackHub() as hub:
         environment = hub.environment(tmp_path)

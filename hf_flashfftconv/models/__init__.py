@@ -1,5 +1,6 @@
 """HyenaDNA, the Hyena language model and M2-BERT as plain transformers models that load the Hub's checkpoints."""
 
+from .cache import HyenaCache
 from .configuration_hyena_lm import HyenaLMConfig
 from .configuration_hyenadna import HyenaDNAConfig
 from .configuration_m2_bert import M2BertConfig
@@ -11,6 +12,7 @@ from .registration import register
 from .tokenization_hyenadna import HyenaDNATokenizer
 
 __all__ = [
+    "HyenaCache",
     "HyenaDNAConfig",
     "HyenaDNAForCausalLM",
     "HyenaDNAForSequenceClassification",

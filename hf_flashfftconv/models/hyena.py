@@ -6,6 +6,7 @@ Module and attribute names are those of the checkpoints on the Hub, which [`patc
 
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -241,8 +242,10 @@ class HyenaOperator(nn.Module):
         self.short_filter = short_conv(3 * d_model, short_filter_order)
         self.filter_fn = filter_fn
 
-    def forward(self, u: torch.Tensor) -> torch.Tensor:
-        """Mixes `u` of shape `(batch, length, d_model)` along its length."""
+    def forward(self, u: torch.Tensor, past: Any = None) -> torch.Tensor:
+        """Mixes `u` of shape `(batch, length, d_model)` along its length, after what a `HyenaCacheLayer` holds."""
+        if past is not None:
+            return past.mix(self, u)
         length = u.shape[1]
         mixed = self.short_filter(self.in_proj(u).transpose(1, 2))[..., :length]
         x0, x1, v = mixed.split(self.d_model, dim=1)

@@ -8,13 +8,15 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationMixin, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithNoAttention, CausalLMOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
+from .cache import HyenaCache, HyenaCacheLayer
 from .configuration_hyenadna import HyenaDNAConfig
+from .generation import HyenaGenerationMixin
 from .hyena import HyenaFilter, HyenaOperator
 from .pretrained import LongConvPreTrainedModel, check_inputs
 
@@ -58,9 +60,10 @@ class HyenaBlock(GradientCheckpointingLayer):
         self.norm2 = nn.LayerNorm(config.d_model, eps=config.block_norm_epsilon)
         self.dropout = nn.Dropout(config.resid_dropout)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, past: HyenaCacheLayer | None = None) -> torch.Tensor:
         residual = _at_least_float32(hidden_states)
-        residual = residual + self.dropout(self.mixer(self.norm1(residual.to(self.norm1.weight.dtype))))
+        normed = self.norm1(residual.to(self.norm1.weight.dtype))
+        residual = residual + self.dropout(self.mixer(normed) if past is None else self.mixer(normed, past))
         return residual + self.dropout(self.mlp(self.norm2(residual.to(self.norm2.weight.dtype))))
 
 
@@ -85,11 +88,11 @@ class HyenaBackbone(nn.Module):
         self.layers = nn.ModuleList([HyenaBlock(config) for _ in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, hidden_states: torch.Tensor, past: HyenaCache | None = None) -> tuple[torch.Tensor, ...]:
         states = [hidden_states]
         hidden_states = self.dropout(hidden_states)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states)
+        for index, layer in enumerate(self.layers):
+            hidden_states = layer(hidden_states) if past is None else layer(hidden_states, past.layers[index])
             states.append(hidden_states)
         states.append(self.ln_f(hidden_states.to(self.ln_f.weight.dtype)))
         return tuple(states)
@@ -144,33 +147,54 @@ class HyenaDNAModel(HyenaDNAPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        past_key_values: HyenaCache | None = None,
+        use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithNoAttention:
+    ) -> BaseModelOutputWithPast:
         """Runs the model.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch, length)`): Token ids, at most `config.max_seq_len` long.
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): Token ids, at most `config.max_seq_len` long
+                together with those in the cache.
             attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): Ignored, see above.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, length, d_model)`): Instead of `input_ids`.
+            past_key_values ([`HyenaCache`], *optional*): Holds the positions before these, and holds these as well
+                afterwards.
+            use_cache (`bool`, *optional*, defaults to `False`): Whether to make a cache, if none is given. A model in
+                training mode makes none.
             output_hidden_states (`bool`, *optional*): Whether to return all hidden states: the embedding, the output
                 of each layer, and the normalised last one, `n_layer + 2` in all as in the Hub's code.
             return_dict (`bool`, *optional*): `False` returns a tuple.
 
         Raises:
-            ValueError: If not exactly one input is given, or if it is empty or too long.
+            ValueError: If not exactly one input is given, if it is empty or too long, or if the cache is of another
+                model or cannot be used in training mode.
         """
         check_inputs(input_ids, inputs_embeds)
-        _warn_if_padded_before_tokens(attention_mask)
+        past = self._past(past_key_values, use_cache)
+        _warn_if_padded_before_tokens(attention_mask, past)
         if inputs_embeds is None:
             inputs_embeds = self.backbone.embeddings(input_ids)
-        states = self.backbone(inputs_embeds)
+        states = self.backbone(inputs_embeds, past)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        return BaseModelOutputWithNoAttention(last_hidden_state=states[-1], hidden_states=states if wanted else None)
+        return BaseModelOutputWithPast(
+            last_hidden_state=states[-1], past_key_values=past, hidden_states=states if wanted else None
+        )
+
+    def _past(self, given: HyenaCache | None, use_cache: bool | None) -> HyenaCache | None:
+        if given is None:
+            return HyenaCache(self.config) if use_cache and not self.training else None
+        if not isinstance(given, HyenaCache) or len(given) != self.config.n_layer:
+            wanted = f"a HyenaCache of {self.config.n_layer} layers"
+            raise ValueError(f"past_key_values must be {wanted}, got a {type(given).__name__} of {len(given)}.")
+        if self.training:
+            raise ValueError("A model in training mode cannot use past_key_values: call model.eval() first.")
+        return given
 
 
-class HyenaDNAForCausalLM(HyenaDNAPreTrainedModel, GenerationMixin):
-    """HyenaDNA with a language modelling head. `generate` has no cache: each token costs one forward pass."""
+class HyenaDNAForCausalLM(HyenaDNAPreTrainedModel, HyenaGenerationMixin):
+    """HyenaDNA with a language modelling head; `generate` decodes step by step with a [`HyenaCache`]."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {
         "lm_head.weight": "hyena.backbone.embeddings.word_embeddings.weight"
@@ -188,37 +212,19 @@ class HyenaDNAForCausalLM(HyenaDNAPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Always passes the whole sequence: there is no cache. A prompt is either `input_ids` or `inputs_embeds`."""
-        if inputs_embeds is None:
-            return {"input_ids": input_ids, "attention_mask": attention_mask}
-        if is_first_iteration and input_ids.shape[1]:
-            raise ValueError("Without a cache a prompt is either input_ids or inputs_embeds, not both.")
-        generated = self.get_input_embeddings()(input_ids)
-        return {"inputs_embeds": torch.cat([inputs_embeds, generated], dim=1), "attention_mask": attention_mask}
-
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        past_key_values: HyenaCache | None = None,
         labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutput:
+    ) -> CausalLMOutputWithPast:
         """Runs the model; see [`HyenaDNAModel.forward`] for the other arguments.
 
         Args:
@@ -228,18 +234,26 @@ class HyenaDNAForCausalLM(HyenaDNAPreTrainedModel, GenerationMixin):
                 positions, to compute logits for; 0 means all.
 
         Returns:
-            [`~transformers.modeling_outputs.CausalLMOutput`]: `logits` of shape `(batch, length, padded vocabulary)`
-            in at least float32, and the mean cross-entropy `loss` where `labels` are given.
+            [`~transformers.modeling_outputs.CausalLMOutputWithPast`]: `logits` of shape `(batch, length, padded
+            vocabulary)` in at least float32, and the mean cross-entropy `loss` where `labels` are given.
         """
         outputs = self.hyena(
-            input_ids, attention_mask, inputs_embeds, output_hidden_states=output_hidden_states, return_dict=True
+            input_ids,
+            attention_mask,
+            inputs_embeds,
+            past_key_values,
+            use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = _at_least_float32(self.lm_head(outputs.last_hidden_state[:, kept]))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
-        return CausalLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
 
 
 class HyenaDNAForSequenceClassification(HyenaDNAPreTrainedModel):
@@ -295,11 +309,13 @@ def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _warn_if_padded_before_tokens(attention_mask: torch.Tensor | None) -> None:
+def _warn_if_padded_before_tokens(attention_mask: torch.Tensor | None, past: HyenaCache | None) -> None:
     # Looking at the mask waits for the device, which neither a compiled graph nor a CUDA graph may do.
     if attention_mask is None or attention_mask.ndim != 2 or torch.compiler.is_compiling():
         return
     if attention_mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    if past is not None and past.get_seq_length() > 0:
         return
     if (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
         _warn_about_padding()

@@ -1,0 +1,65 @@
+"""`generate` for the causal models, with and without a cache."""
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin
+from transformers.generation import GenerationMode
+
+from .cache import HyenaCache
+
+
+class HyenaGenerationMixin(GenerationMixin):
+    """The methods by which transformers' `generate` learns of [`HyenaCache`].
+
+    With `use_cache=True`, the default, a token costs a step of one position; with `use_cache=False`, or in training
+    mode, a forward pass over the whole sequence. Both give the same logits, to rounding.
+    """
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any
+    ) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args)
+        cache = model_kwargs.get("past_key_values")
+        if cache is None:
+            # A copy of the user's configuration, which the decoding loop reads next.
+            generation_config.use_cache = generation_config.use_cache is not False and not self.training
+            if not generation_config.use_cache:
+                return
+            cache = model_kwargs["past_key_values"] = HyenaCache(self.config)
+        if generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION:
+            cache.activate_past_recording()
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        past_key_values: HyenaCache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Passes the new tokens with a cache, the whole sequence without. A prompt is `input_ids` or `inputs_embeds`.
+
+        Raises:
+            ValueError: If the prompt is both.
+        """
+        if inputs_embeds is not None and is_first_iteration and input_ids.shape[1]:
+            raise ValueError("A prompt is either input_ids or inputs_embeds, not both.")
+        if past_key_values is not None:
+            return super().prepare_inputs_for_generation(
+                input_ids,
+                past_key_values=past_key_values,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                is_first_iteration=is_first_iteration,
+                **kwargs,
+            )
+        if inputs_embeds is None:
+            return {"input_ids": input_ids, "attention_mask": attention_mask}
+        generated = self.get_input_embeddings()(input_ids)
+        return {"inputs_embeds": torch.cat([inputs_embeds, generated], dim=1), "attention_mask": attention_mask}
