@@ -67,6 +67,8 @@ class PatchedMixer(nn.Module):
 
     _flashfftconv: PatchState
     _flashfftconv_original: type[nn.Module]
+    # What has been built on a patched class within this package and must be undone before patching is.
+    undo_first: str | None = None
 
     def original_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The unpatched code, for calls that the patched one does not cover."""
