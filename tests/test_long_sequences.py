@@ -52,12 +52,11 @@ def test_same_logits_and_gradients(make: Maker) -> None:
         assert relative(logits(model.eval()), logits(original.eval())) <= 1e-5
 
 
-@pytest.mark.parametrize("positions", [1, 2, 64, 10_000])
+@pytest.mark.parametrize("positions", [1, 2, 59, 10_000])
 def test_slices_of_any_size(positions: int) -> None:
-    original = tiny_hyenadna()
+    original = tiny_hyenadna().double()
     model = enable_long_sequences(copy.deepcopy(original), positions, channels=1)
-    assert_equal_models(model, original, logits)
-    assert_equal_models(model, original, loss)
+    assert_equal_models(model, original, logits, tolerance=1e-12)
 
 
 @pytest.mark.parametrize("make", [tiny_hyenadna, tiny_hyena])
@@ -83,9 +82,9 @@ def test_with_gradient_checkpointing_and_autocast() -> None:
         assert relative(logits(model), exact) <= 1.1 * relative(logits(original), exact)
 
 
-def test_wide_short_filters_and_lora() -> None:
-    original = tiny_m2bert()
-    original = get_peft_model(original, LoraConfig(target_modules=["in_linear", "short_filter"], init_lora_weights=False))
+def test_lora() -> None:
+    config = LoraConfig(target_modules=["in_linear", "out_linear"], init_lora_weights=False)
+    original = get_peft_model(tiny_m2bert(), config)
     model = enable_long_sequences(copy.deepcopy(original), **SIZES)
     assert patch_report(model).replaced == 2
     assert_equal_models(model, original, logits)
@@ -124,7 +123,7 @@ def test_what_cannot_be_sliced_is_refused() -> None:
     with pytest.raises(TypeError, match="str"):
         enable_long_sequences("model")
     handle = model.hyena.backbone.layers[1].mixer.filter_fn.register_forward_hook(lambda *_: None)
-    with pytest.raises(PatchError, match="1.mixer cannot work on slices: hooks on filter_fn"):
+    with pytest.raises(PatchError, match=r"1\.mixer cannot work on slices: hooks on filter_fn"):
         enable_long_sequences(model)
     handle.remove()
     assert snapshot(model) == before

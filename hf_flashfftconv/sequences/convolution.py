@@ -53,9 +53,10 @@ def sharded_fft_conv(
     shards = SequenceShards(mesh)
     operands = {"u": u, "k": k, "skip": skip, "pre_gate": pre_gate, "post_gate": post_gate, "k_rev": k_rev}
     shards.agree(operands, causal=int(causal), gradients=int(torch.is_grad_enabled()))
-    # The checks of fft_conv, on the meta device: what one rank refuses all refuse, before anything is exchanged.
-    described = {name: None if x is None else torch.empty_like(x, device="meta") for name, x in operands.items()}
-    fft_conv(described.pop("u"), described.pop("k"), **described, causal=causal, backend="torch")
+    # The checks of fft_conv for the whole sequence, without its memory: what one rank refuses all of them refuse.
+    sliced = ("u", "pre_gate", "post_gate")
+    whole = {name: _without_memory(x, shards.size if name in sliced else 1) for name, x in operands.items()}
+    fft_conv(**whole, causal=causal, backend="torch")
     shards.check_channels(u.shape[1])
     if torch.is_autocast_enabled(u.device.type) and u.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(u.device.type)
@@ -64,6 +65,12 @@ def sharded_fft_conv(
     gated = u if pre_gate is None else u * pre_gate
     y = convolve(gated, k, k_rev, skip, shards=shards, causal=causal, backend=backend)
     return y if post_gate is None else y * post_gate
+
+
+def _without_memory(x: Any, times: int) -> Any:
+    """A tensor on the meta device with so many times the positions."""
+    shape = (*x.shape[:-1], x.shape[-1] * times) if isinstance(x, Tensor) and x.dim() else ()
+    return torch.empty(shape, dtype=x.dtype, device="meta") if isinstance(x, Tensor) else x
 
 
 def convolve(

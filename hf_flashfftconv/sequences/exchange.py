@@ -100,5 +100,5 @@ def _shift(x: Tensor, step: int, shards: SequenceShards) -> Tensor | None:
     send = [sizes[rank] if rank == shards.rank + step else 0 for rank in sizes]
     receive = [sizes[rank] if rank == shards.rank - step else 0 for rank in sizes]
     received = x.new_empty(sum(receive))
-    dist.all_to_all_single(received, x.flatten()[: sum(send)], receive, send, group=shards.group)
+    dist.all_to_all_single(received, x.contiguous().flatten()[: sum(send)], receive, send, group=shards.group)
     return received.view(x.shape) if sum(receive) else None

@@ -13,6 +13,8 @@ from .loss import IGNORED, next_tokens, number_of_targets
 from .shards import SequenceShards
 from .slicing import inner_model, patched_mixers, set_slicing, sliced_mixers
 
+_NO_GENERATION = "a sharded sequence ends on its last rank alone: generate and logits_to_keep are not supported"
+
 
 def shard_sequence(model: nn.Module, mesh: Any) -> nn.Module:
     """Makes a model work on sequences that are sharded over P ranks, in place.
@@ -101,7 +103,7 @@ def split_sequence(x: Tensor, mesh: Any, dim: int = 1) -> Tensor:
         raise ValueError(
             f"{x.shape[dim]} positions cannot be divided among {shards.size} ranks; pad them to a multiple of that"
         )
-    return x.chunk(shards.size, dim)[shards.rank]
+    return x.chunk(shards.size, dim)[shards.rank].contiguous()
 
 
 class ShardedModel(nn.Module):
@@ -176,7 +178,7 @@ def _agree(shards: SequenceShards, signature: inspect.Signature, values: dict[st
     flags = {"gradients": torch.is_grad_enabled(), "training": training, "logits_to_keep": decoding}
     shards.agree(tensors, **{name: int(value) for name, value in flags.items()})
     if decoding:
-        raise ValueError("a sharded sequence ends on its last rank: generate and logits_to_keep are not supported")
+        raise NotImplementedError(_NO_GENERATION)
 
 
 def _pools(model: nn.Module) -> bool:
@@ -191,5 +193,10 @@ def _sharded_class(original: Any) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._sharded_forward(*args, **kwargs)
 
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(_NO_GENERATION)
+
     body = {"__module__": original.__module__, "_flashfftconv_original": original, "forward": forward}
+    if hasattr(original, "generate"):
+        body["generate"] = generate
     return type(original.__name__, (ShardedModel, original), body)

@@ -61,9 +61,9 @@ class SequenceShards:
         """
         row = [field for x in tensors.values() for field in _describe(x)] + list(numbers.values())
         mine = torch.tensor(row, dtype=torch.int64, device=self._device)
-        everyone = mine.new_empty(self.size * len(row))
-        dist.all_gather_into_tensor(everyone, mine, group=self.group)
-        rows = everyone.view(self.size, -1).tolist()
+        everyone = list(mine.new_empty(self.size, len(row)))
+        dist.all_gather(everyone, mine, group=self.group)
+        rows = [other.tolist() for other in everyone]
         for i, name in enumerate(tensors):
             _compare(name, [_read(other[i * _FIELDS : (i + 1) * _FIELDS]) for other in rows])
         for i, name in enumerate(numbers, len(tensors) * _FIELDS):
