@@ -85,7 +85,7 @@ def test_long_dna() -> None:
 
 
 def test_several_gpus() -> None:
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     sizes = ("--length", 512, "--width", 16, "--steps", 2)
     output = run_example(
         "several_gpus.py", "--compare", *sizes, launcher=launcher, environment={"OMP_NUM_THREADS": "1"}

@@ -24,7 +24,7 @@ def enable_long_sequences(model: nn.Module, positions: int = POSITIONS, channels
     |---|---|---|
     | residual stream, kept for n layers in training with checkpointing | 4 B L D | 4 B L D |
     | norm, projection, short convolution, gates | 11 e B L D | 3 e B L D + 7 e B S D |
-    | filter network of width w and two hidden layers, and taps | 24 L w + 12 L D | 24 S w + 8 L D |
+    | filter network of width w and two hidden layers, and taps | 24 L w + 12 L D | 24 S w + 4 L D, twice in training |
     | long convolution by `torch.fft`, `channels` C | 48 B L D | 48 B L C + e B L D |
     | feed-forward layer | 9 e B L D | 9 e B S D + e B L D |
     | logits of V tokens and loss | 12 B L V | 12 B S V |
