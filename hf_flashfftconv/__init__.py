@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .hub import push_to_hub, save_pretrained
     from .nn import FlashFFTConv
     from .patch import patch_model, patch_report, unpatch_model
+    from .sequences import shard_sequence
     from .sparsity import densify_model, sparsify_model
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "patch_report",
     "push_to_hub",
     "save_pretrained",
+    "shard_sequence",
     "sparsify_model",
     "unpatch_model",
 ]
@@ -34,6 +36,7 @@ _HOMES = {
     "patch_model": "patch",
     "unpatch_model": "patch",
     "patch_report": "patch",
+    "shard_sequence": "sequences",
     "sparsify_model": "sparsity",
     "densify_model": "sparsity",
     "push_to_hub": "hub",

@@ -23,16 +23,18 @@ MAY_IMPORT = {
     "kernel_layers": {"functional"},
     "kernel_repository": {"ops", "kernel_layers"},
     "streaming": {"ops", "functional"},
-    "models": {"ops", "functional", "nn", "kernel_repository", "streaming"},
+    "slices": set(),
+    "models": {"ops", "functional", "nn", "kernel_repository", "streaming", "slices"},
     "adapters": {"ops", "functional"},
     "report": {"ops", "functional", "adapters"},
     "patch": {"ops", "functional", "adapters", "report"},
+    "sequences": {"functional", "slices", "adapters", "patch"},
     "sparsity": {"ops", "adapters"},
     "shim": set(),
     "hub": {"ops", "adapters", "sparsity", "shim"},
     "bench": {"ops", "functional", "nn", "models", "adapters", "report", "patch", "sparsity"},
     "cli": {"ops", "functional", "nn", "models", "adapters", "report", "patch", "sparsity", "hub", "bench"},
-    "__init__": {"functional", "nn", "models", "patch", "sparsity", "hub"},
+    "__init__": {"functional", "nn", "models", "patch", "sequences", "sparsity", "hub"},
 }
 
 BANNED_CALLS = {"print", "eval", "exec", "breakpoint", "torch.load", "torch.save"}
@@ -156,6 +158,7 @@ def test_public_names() -> None:
         "patch_report",
         "push_to_hub",
         "save_pretrained",
+        "shard_sequence",
         "sparsify_model",
         "unpatch_model",
     ]

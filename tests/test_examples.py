@@ -15,11 +15,13 @@ import hf_flashfftconv
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_example(name: str, *arguments: object, environment: dict[str, str] | None = None) -> str:
+def run_example(
+    name: str, *arguments: object, environment: dict[str, str] | None = None, launcher: tuple[str, ...] = ()
+) -> str:
     """What an example prints; the package is the one under test, installed or not."""
     path = os.pathsep.join([str(Path(hf_flashfftconv.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     settings = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", **(environment or {})}
-    command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
+    command = [sys.executable, *launcher, str(ROOT / "examples" / name), *map(str, arguments)]
     result = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -79,3 +81,22 @@ def test_push_to_hub(quickstart: tuple[Path, str], tmp_path: Path) -> None:
     assert "logits differ by 0.0e+00" in output
     assert "hyena.backbone.layers.1.mixer.filter_fn" in output, "the published filters are sparse"
     assert {"README.md", "config.json", "model.safetensors", "tokenizer_config.json"} <= files.keys()
+
+
+def test_long_dna() -> None:
+    sizes = ("--length", 3000, "--positions", 1000, "--width", 16)
+    output = run_example("long_dna.py", *sizes, "--train", "--steps", 2, "--dtype", "bfloat16")
+    assert output.startswith("3,000 bases in one piece")
+    first, second = re.findall(r"perplexity per base (\S+)$", output, re.MULTILINE)
+    assert 10 < float(second) < float(first) < 20, "a model that knows nothing guesses among all tokens"
+
+
+def test_several_gpus() -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    sizes = ("--length", 512, "--width", 16, "--steps", 2)
+    output = run_example(
+        "several_gpus.py", "--compare", *sizes, launcher=launcher, environment={"OMP_NUM_THREADS": "1"}
+    )
+    assert "512 positions, 2 processes on cpu, float32" in output
+    [losses] = re.findall(r"loss +(\S+), alone (\S+)$", output, re.MULTILINE)
+    assert float(losses[0]) == pytest.approx(float(losses[1]), abs=2e-5)

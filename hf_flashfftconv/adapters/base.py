@@ -86,6 +86,8 @@ class PatchedMixer(nn.Module):
     _flashfftconv_original: type[nn.Module]
     # Of a mixer that holds its filter itself, the tensors that make it; all others keep the dtype of the model.
     own_filter: frozenset[str] = frozenset()
+    # What has been built on a patched class within this package and must be undone before patching is.
+    undo_first: str | None = None
 
     def original_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The unpatched code, for calls that the patched one does not cover."""

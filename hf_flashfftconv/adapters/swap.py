@@ -44,6 +44,8 @@ def configure(module: Any, backend: str, float32_filters: bool) -> None:
 
 def check_restorable(module: nn.Module, name: str) -> None:
     """Raises `PatchError` where the patched class cannot be taken away."""
+    if type(module).undo_first is not None:
+        raise PatchError(f"{name} works on slices of its sequence; call {type(module).undo_first} first")
     if type(module)._flashfftconv_original not in type(module).__bases__:
         raise PatchError(
             f"{name} has the class {type(module).__name__}, which was built on top of the patched class; "

@@ -8,12 +8,14 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
+from ..slices import over_slices
 from .cache import HyenaCache, HyenaCacheLayer
 from .configuration_hyenadna import HyenaDNAConfig
 from .generation import HyenaGenerationMixin
@@ -26,13 +28,17 @@ logger = logging.getLogger(__name__)
 class HyenaMlp(nn.Module):
     """Feed-forward layer with the tanh form of GELU."""
 
+    # Positions that are computed at a time, all if `None`; see `hf_flashfftconv.sequences.enable_long_sequences`.
+    slice_size: int | None = None
+
     def __init__(self, config: HyenaDNAConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.d_model, config.d_inner)
         self.fc2 = nn.Linear(config.d_inner, config.d_model)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        (y,) = over_slices(lambda x, _: (self.fc2(F.gelu(self.fc1(x), approximate="tanh")),), x, self.slice_size)
+        return y
 
 
 class HyenaBlock(GradientCheckpointingLayer):
@@ -88,14 +94,16 @@ class HyenaBackbone(nn.Module):
         self.layers = nn.ModuleList([HyenaBlock(config) for _ in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
 
-    def forward(self, hidden_states: torch.Tensor, past: HyenaCache | None = None) -> tuple[torch.Tensor, ...]:
-        states = [hidden_states]
+    def forward(
+        self, hidden_states: torch.Tensor, past: HyenaCache | None = None, keep_all: bool = True
+    ) -> tuple[torch.Tensor, ...]:
+        states = [hidden_states] if keep_all else []
         hidden_states = self.dropout(hidden_states)
         for index, layer in enumerate(self.layers):
             hidden_states = layer(hidden_states) if past is None else layer(hidden_states, past.layers[index])
-            states.append(hidden_states)
-        states.append(self.ln_f(hidden_states.to(self.ln_f.weight.dtype)))
-        return tuple(states)
+            if keep_all:
+                states.append(hidden_states)
+        return *states, self.ln_f(hidden_states.to(self.ln_f.weight.dtype))
 
 
 class HyenaDNAPreTrainedModel(LongConvPreTrainedModel):
@@ -176,8 +184,8 @@ class HyenaDNAModel(HyenaDNAPreTrainedModel):
         _warn_if_padded_before_tokens(attention_mask, past)
         if inputs_embeds is None:
             inputs_embeds = self.backbone.embeddings(input_ids)
-        states = self.backbone(inputs_embeds, past)
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        wanted = bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
+        states = self.backbone(inputs_embeds, past, wanted)
         return BaseModelOutputWithPast(
             last_hidden_state=states[-1], past_key_values=past, hidden_states=states if wanted else None
         )
@@ -199,6 +207,8 @@ class HyenaDNAForCausalLM(HyenaDNAPreTrainedModel, HyenaGenerationMixin):
     _tied_weights_keys: ClassVar[dict[str, str]] = {
         "lm_head.weight": "hyena.backbone.embeddings.word_embeddings.weight"
     }
+    # Positions whose logits exist at a time while the loss is computed; see `enable_long_sequences`.
+    slice_size: int | None = None
 
     def __init__(self, config: HyenaDNAConfig):
         super().__init__(config)
@@ -235,7 +245,8 @@ class HyenaDNAForCausalLM(HyenaDNAPreTrainedModel, HyenaGenerationMixin):
 
         Returns:
             [`~transformers.modeling_outputs.CausalLMOutputWithPast`]: `logits` of shape `(batch, length, padded
-            vocabulary)` in at least float32, and the mean cross-entropy `loss` where `labels` are given.
+            vocabulary)` in at least float32, and the mean cross-entropy `loss` where `labels` are given. With long
+            sequences enabled it is either the one or the other.
         """
         outputs = self.hyena(
             input_ids,
@@ -246,6 +257,9 @@ class HyenaDNAForCausalLM(HyenaDNAPreTrainedModel, HyenaGenerationMixin):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
+        if labels is not None and self.slice_size is not None:
+            loss = self._loss_over_slices(outputs.last_hidden_state, labels, **kwargs)
+            return CausalLMOutputWithPast(loss=loss, hidden_states=outputs.hidden_states)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = _at_least_float32(self.lm_head(outputs.last_hidden_state[:, kept]))
         loss = None
@@ -254,6 +268,30 @@ class HyenaDNAForCausalLM(HyenaDNAPreTrainedModel, HyenaGenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
+
+    def _loss_over_slices(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor,
+        shift_labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        ignore_index: int = -100,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """The loss as a sum over slices, each of which makes its logits and drops them."""
+        if shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[:, 1:]
+        count = (shift_labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+
+        def part(hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            logits = _at_least_float32(self.lm_head(hidden_states))
+            options = {"num_items_in_batch": count, "ignore_index": ignore_index, **kwargs}
+            return self.loss_function(
+                logits=logits, labels=None, shift_labels=targets.contiguous(), vocab_size=logits.shape[-1], **options
+            )
+
+        slices = zip(hidden_states.split(self.slice_size, 1), shift_labels.split(self.slice_size, 1), strict=True)
+        return torch.stack([checkpoint(part, *pair, use_reentrant=False) for pair in slices]).sum()
 
 
 class HyenaDNAForSequenceClassification(HyenaDNAPreTrainedModel):

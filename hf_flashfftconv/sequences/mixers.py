@@ -1,0 +1,188 @@
+"""Patched mixers that work on a sequence in slices, on one rank or on several.
+
+Their maths is that of the patched mixers. What is local, the projection, the short convolution and the gate before the
+long convolution, runs slice after slice; the filters are generated slice after slice and, over several ranks, each rank
+generates those of its own positions; the long convolution runs in blocks of channels.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.base import PatchedMixer, _skip
+from ..adapters.hyena import FILTERS, PatchedHyena, PatchedSafariHyena
+from ..adapters.m2 import PatchedMonarchMixer
+from ..slices import over_slices
+from .convolution import convolve
+from .exchange import after_neighbour, to_channels
+from .shards import SequenceShards
+
+
+@dataclass
+class Slicing:
+    """How a mixer works on its sequence; the fields are those of `shard_sequence` and `enable_long_sequences`."""
+
+    shards: SequenceShards | None = None
+    positions: int | None = None
+    channels: int | None = None
+
+    @property
+    def active(self) -> bool:
+        return self.shards is not None or self.positions is not None
+
+
+class SlicedMixer(PatchedMixer):
+    """Base of the patched mixers that work on slices."""
+
+    _flashfftconv_slicing: Slicing
+    undo_first = "unshard_sequence and disable_long_sequences"
+
+    def whole_length(self, u: Tensor) -> int:
+        """Length of the sequence that `u` `(batch, length, channels)` is this rank's slice of, checked."""
+        shards = self._flashfftconv_slicing.shards
+        # A view without memory: it is the length that is checked.
+        return self.checked_length(u[:1, :1].expand(-1, u.shape[1] * (1 if shards is None else shards.size), -1))
+
+    def local(self, u: Tensor, projection: nn.Module, fn: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """`fn(*s)` of the parts s of the projection's short convolution, three of shape `(batch, channels, length)`."""
+        slicing = self._flashfftconv_slicing
+        halo = _taps(self.short_filter) - 1
+        extended = u if slicing.shards is None else after_neighbour(u, halo, slicing.shards)
+
+        def part(u: Tensor, extra: int) -> tuple[Tensor, ...]:
+            s = self.short_filter(projection(u).transpose(1, 2))[..., extra : u.shape[1]]
+            return fn(*s.split(self.d_model, dim=1))
+
+        return over_slices(part, extended, slicing.positions, first=extended.shape[1] - u.shape[1], halo=halo, dim=-1)
+
+    def convolve_slices(
+        self, filter_fn: nn.Module, g: Tensor, length: int, post_gate: Tensor | None = None, bidirectional: bool = False
+    ) -> Tensor:
+        """Long convolution with the filters of `filter_fn` of the gated input `(batch, channels, length / ranks)`."""
+        slicing, state = self._flashfftconv_slicing, self._flashfftconv
+        with nullcontext() if state.widened is None else torch.autocast(g.device.type, enabled=False):
+            k = self.taps(filter_fn, "filter", length)
+            k_rev = self.taps(filter_fn, "filter_rev", length) if bidirectional else None
+        skip = _skip(filter_fn)
+        if slicing.shards is not None:
+            skip = skip.chunk(slicing.shards.size)[slicing.shards.rank]
+        return convolve(
+            g, k, k_rev, skip, post_gate, shards=slicing.shards, channels=slicing.channels, backend=state.backend
+        )
+
+    def taps(self, filter_fn: Any, method: str, length: int) -> Tensor:
+        """The taps of the rank's own channels, `(channels / ranks, length)`."""
+        slicing = self._flashfftconv_slicing
+        shards = slicing.shards
+        if not _makes_any_positions(filter_fn, method):
+            whole = getattr(filter_fn, method)(length)[0].transpose(0, 1)
+            return whole if shards is None else whole.chunk(shards.size)[shards.rank]
+        share = length if shards is None else length // shards.size
+        start = 0 if shards is None else shards.rank * share
+        # Numbers of the positions in the place of the positions themselves, which the filter module looks up.
+        numbers = torch.arange(start, start + share).view(1, -1, 1)
+
+        def part(numbers: Tensor, _: int) -> tuple[Tensor]:
+            first, count = int(numbers[0, 0, 0]), numbers.shape[1]
+            return (getattr(_at_positions(filter_fn, first), method)(count),)
+
+        (own,) = over_slices(part, numbers, slicing.positions)
+        own = own.transpose(1, 2)
+        return (own if shards is None else to_channels(own, shards))[0]
+
+
+class SlicedHyena(SlicedMixer, PatchedHyena):
+    """HyenaDNA's operator on slices."""
+
+    def mix(self, u: Tensor) -> Tensor:
+        length = self.whole_length(u)
+        out_gate, g = self.local(u, self.in_proj, lambda x0, x1, v: (x0, self.dropout(v * x1)))
+        return self.convolve_slices(self.filter_fn, g, length, out_gate).transpose(1, 2)
+
+    def forward(self, u: Tensor, *args: Any, **kwargs: Any) -> Any:
+        check_call(self, args, kwargs)
+        return self.out_proj(self.mix(u))
+
+
+class SlicedSafariHyena(SlicedHyena, PatchedSafariHyena):
+    """safari's operator on slices."""
+
+    def forward(self, u: Tensor, *args: Any, **kwargs: Any) -> Any:
+        check_call(self, (), {})
+        y = self.out_proj(self.activation(self.mix(u)))
+        return (y, None) if self.return_state else y
+
+
+class SlicedMonarchMixer(SlicedMixer, PatchedMonarchMixer):
+    """M2-BERT's sequence mixing on slices."""
+
+    def forward(self, u: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+        check_call(self, (), {})
+        additions = getattr(self, "hyena_training_additions", False)
+        length = self.whole_length(u)
+        if additions:
+            u = self.layernorm(u)
+        drop = self.drop if additions else nn.Identity()
+        out_gate, g = self.local(u, self.in_linear, lambda x1, x2, v: (x2, drop(v * x1)))
+        y = self.convolve_slices(self.filter_fn, g, length, out_gate, self.bidirectional)
+        if self.residual_long_conv:
+            with torch.autocast(u.device.type, enabled=False):
+                inputs = u.transpose(1, 2)
+                y = y + self.convolve_slices(self.filter_fn2, inputs, length, bidirectional=self.bidirectional)
+        y = y.transpose(1, 2)
+        if additions:
+            y = self.drop(self.act(y))
+        return self.out_linear(y), None
+
+
+SLICED: dict[Any, Any] = {
+    PatchedHyena: SlicedHyena,
+    PatchedSafariHyena: SlicedSafariHyena,
+    PatchedMonarchMixer: SlicedMonarchMixer,
+}
+
+
+def check_call(mixer: PatchedMixer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises `RuntimeError` for a call that the original code would have to run, which knows nothing of slices."""
+    if args or kwargs:
+        raise RuntimeError(f"a mixer that works on slices takes its input alone, got {len(args)} more and {[*kwargs]}")
+    if not mixer.covered():
+        raise RuntimeError("there are hooks on the filters of a mixer that works on slices: they would not run")
+
+
+class _Positions(nn.Module):
+    """A positional embedding whose first position is another one's position `first`."""
+
+    def __init__(self, embedding: nn.Module, first: int) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.first = first
+
+    def forward(self, length: int) -> tuple[Tensor, ...]:
+        return tuple(x[:, self.first :] for x in self.embedding(self.first + length))
+
+
+def _at_positions(filter_fn: nn.Module, first: int) -> Any:
+    """A filter module that shares everything with `filter_fn` but counts its positions from `first`."""
+    twin = object.__new__(type(filter_fn))
+    vars(twin).update(vars(filter_fn))
+    embedding = _Positions(filter_fn.pos_emb, first)
+    vars(twin)["_modules"] = {**filter_fn._modules, "pos_emb": embedding}
+    return twin
+
+
+def _makes_any_positions(filter_fn: nn.Module, method: str) -> bool:
+    """Whether taps are made one position at a time, as by the published code; those of a masked spectrum are not."""
+    owner = next(cls for cls in type(filter_fn).__mro__ if method in vars(cls))
+    return owner.__name__ in FILTERS
+
+
+def _taps(short_filter: Any) -> int:
+    """Kernel size of the short convolution, wrapped (LoRA) or not."""
+    while isinstance(getattr(short_filter, "base_layer", None), nn.Module):
+        short_filter = short_filter.base_layer
+    return short_filter.kernel_size[0]
