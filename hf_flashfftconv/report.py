@@ -8,10 +8,12 @@ from torch import nn
 
 from .adapters import Finding, survey
 from .adapters.base import Usage
+from .adapters.truncation import energy_cut
 from .errors import BackendError
-from .ops import plan
+from .ops import blocks, plan
 from .ops.library import use_kernels
 from .ops.reference import linear_fft_length
+from .ops.truncation import kept_taps
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,10 @@ class ModuleReport:
         length (`int`, *optional*): Sequence length of the last call, or the longest one before any call.
         fft_size (`int`, *optional*): Length of the transform that this backend uses.
         dtype (`str`, *optional*): Of the input of the convolution.
+        filter_length (`int`, *optional*): Taps that are kept of each filter, where they are cut.
+        energy_cut (`float`, *optional*): Share of the filters' energy (squared taps) that the cut takes away: the mean
+            over all filters of the module, generated at full length to tell.
+        energy_cut_worst (`float`, *optional*): The same of the filter that loses most.
         reason (`str`): Why it is left alone, or why its calls run the original code.
     """
 
@@ -38,6 +44,9 @@ class ModuleReport:
     length: int | None = None
     fft_size: int | None = None
     dtype: str | None = None
+    filter_length: int | None = None
+    energy_cut: float | None = None
+    energy_cut_worst: float | None = None
     reason: str = ""
 
 
@@ -59,7 +68,7 @@ class PatchReport:
         """Number of modules that are patched now."""
         return sum(row.status == "replaced" for row in self.rows)
 
-    def to_dict(self) -> list[dict[str, str | int | None]]:
+    def to_dict(self) -> list[dict[str, str | int | float | None]]:
         """The rows as dictionaries of JSON types."""
         return [asdict(row) for row in self.rows]
 
@@ -81,7 +90,11 @@ class PatchReport:
 
 
 def _cells(row: ModuleReport) -> list[str]:
-    return ["-" if value in (None, "") else str(value) for value in asdict(row).values()]
+    return [_cell(value) for value in asdict(row).values()]
+
+
+def _cell(value: str | int | float | None) -> str:
+    return "-" if value in (None, "") else f"{value:.2g}" if isinstance(value, float) else str(value)
 
 
 def patch_report(model: nn.Module) -> PatchReport:
@@ -109,7 +122,12 @@ def _row(finding: Finding) -> ModuleReport:
         return ModuleReport(finding.name, type(module).__name__, family, "not patched")
     state = module._flashfftconv
     usage = state.last or _longest(module)
-    backend, fft_size = _plan(usage, module.d_model, getattr(module, "bidirectional", False), state.backend)
+    bidirectional = getattr(module, "bidirectional", False)
+    taps, truncation = kept_taps(usage.length, module.truncation), module.truncation
+    backend, fft_size = _plan(usage, taps, module.d_model, bidirectional, state.backend)
+    cut = None
+    if truncation is not None:
+        cut = energy_cut(module.filter_modules(), module.l_max, bidirectional, truncation)
     return ModuleReport(
         finding.name,
         type(module)._flashfftconv_original.__name__,
@@ -119,6 +137,9 @@ def _row(finding: Finding) -> ModuleReport:
         length=usage.length,
         fft_size=fft_size,
         dtype=str(usage.dtype).removeprefix("torch."),
+        filter_length=None if truncation is None else truncation.length,
+        energy_cut=None if cut is None else cut.mean().item(),
+        energy_cut_worst=None if cut is None else cut.max().item(),
         reason="" if module.covered() else "calls run the original code: there are hooks on the filter",
     )
 
@@ -128,16 +149,18 @@ def _longest(module: nn.Module) -> Usage:
     return Usage(module.l_max, weight.dtype, weight.device)
 
 
-def _plan(usage: Usage, channels: int, bidirectional: bool, backend: str) -> tuple[str, int | None]:
+def _plan(usage: Usage, taps: int, channels: int, bidirectional: bool, backend: str) -> tuple[str, int | None]:
     """The backend of such a call, and the length of its transform."""
     # Views of one element: shapes, dtype and device of a call without its memory.
     u = torch.empty((), dtype=usage.dtype, device=usage.device).expand(1, channels, usage.length)
-    k = torch.empty((), dtype=torch.float32, device=usage.device).expand(channels, usage.length)
-    reverse_taps = usage.length - 1 if bidirectional else 0
+    k = torch.empty((), dtype=torch.float32, device=usage.device).expand(channels, taps)
+    reverse_taps = min(taps, usage.length - 1) if bidirectional else 0
     try:
         if not use_kernels(u, k, k if bidirectional else None, True, backend):
-            return "torch", linear_fft_length(usage.length, usage.length, reverse_taps)
+            windows = blocks.choose(usage.length, taps, reverse_taps, True)
+            whole = linear_fft_length(usage.length, taps, reverse_taps)
+            return "torch", whole if windows is None else windows.fft_size
     except BackendError as error:
         return f"none: {error}", None
-    chosen = plan.choose(usage.length, usage.length, reverse_taps, True)
+    chosen = plan.choose(usage.length, taps, reverse_taps, True)
     return "cuda", chosen.fft_size if isinstance(chosen, plan.Plan) else None

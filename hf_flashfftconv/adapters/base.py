@@ -7,16 +7,20 @@ whose `forward` restates the original one with a single `fft_conv` for gates, lo
 import functools
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import PatchError
 from ..functional import fft_conv
+from ..ops.truncation import Truncation, kept_taps
 from .cache import FilterCache, Filters, may_cache
 from .precision import WidenedFilter, keeping_float32
 from .structure import has_hooks
+from .truncation import cuts_itself, truncation_of
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,9 @@ class PatchState:
     cache: FilterCache = field(default_factory=FilterCache)
     widened: list[WidenedFilter] | None = None
     last: Usage | None = None
+    truncation: Truncation | None = None
+    # Filters that cut themselves, each with its truncation before patching.
+    own_truncations: list[tuple[Any, Truncation | None]] = field(default_factory=list)
 
 
 class PatchedMixer(nn.Module):
@@ -69,7 +76,12 @@ class PatchedMixer(nn.Module):
     _flashfftconv_original: type[nn.Module]
 
     def original_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The unpatched code, for calls that the patched one does not cover."""
+        """The unpatched code, for calls that the patched one does not cover; it knows nothing of a `filter_length`."""
+        if self._flashfftconv.truncation is not None and not all(map(cuts_itself, self.filter_modules())):
+            raise PatchError(
+                f"this call of {self._flashfftconv_original.__name__} would run the original code with whole filters: "
+                "filter_length allows neither hooks on the filters nor further arguments"
+            )
         return self._flashfftconv_original.forward(self, *args, **kwargs)
 
     def filter_modules(self) -> list[nn.Module]:
@@ -83,10 +95,15 @@ class PatchedMixer(nn.Module):
     def checked_length(self, u: Tensor) -> int:
         """The length of `u` `(batch, length, channels)`; raises `ValueError` if there are no filters for it."""
         length = u.shape[-2]
-        if length > self.l_max:
+        if length > self.l_max and self.truncation is None:
             name = self._flashfftconv_original.__name__
             raise ValueError(f"sequence length {length} exceeds l_max={self.l_max}, the longest filter of this {name}")
         return length
+
+    @property
+    def truncation(self) -> Truncation | None:
+        """What is kept of the filters, which all filters of a module have in common."""
+        return truncation_of(self.filter_modules()[0], self._flashfftconv.truncation)
 
     def gated(self, v: Tensor, gate: Tensor, dropout: nn.Module | None) -> tuple[Tensor, Tensor | None]:
         """Input and gate for `fft_conv`; active dropout acts on their product, which must then exist."""
@@ -111,14 +128,15 @@ class PatchedMixer(nn.Module):
 
     def _filters(self, filter_fn: nn.Module, u: Tensor, bidirectional: bool) -> Filters:
         """Causal taps `(channels, length)`, anticausal taps and skip weights, generated or kept from earlier calls."""
-        length, device = u.shape[-1], u.device.type
-        state = self._flashfftconv
+        device, state, truncation = u.device.type, self._flashfftconv, self.truncation
+        length = kept_taps(u.shape[-1], truncation)
 
         def taps(method: str) -> Tensor:
-            if state.widened is None:
-                return getattr(filter_fn, method)(length)[0].transpose(0, 1)
-            with torch.autocast(device, enabled=False):
-                return getattr(filter_fn, method)(length)[0].transpose(0, 1)
+            with nullcontext() if state.widened is None else torch.autocast(device, enabled=False):
+                taps = getattr(filter_fn, method)(length)[0]
+                if truncation is not None and not cuts_itself(filter_fn):
+                    taps = truncation.apply(taps)
+                return taps.transpose(0, 1)
 
         def generate() -> Filters:
             return taps("filter"), taps("filter_rev") if bidirectional else None, _skip(filter_fn)
@@ -129,7 +147,7 @@ class PatchedMixer(nn.Module):
             state.cache.drop(filter_fn)
             return generate()
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return state.cache.get(filter_fn, (length, autocast), generate)
+        return state.cache.get(filter_fn, (length, autocast, truncation), generate)
 
     def train(self, mode: bool = True) -> "PatchedMixer":
         # See FilterCache: weights written through `.data` between two evaluations leave no other trace.
