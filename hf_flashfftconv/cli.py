@@ -80,6 +80,7 @@ def measure(options: argparse.Namespace) -> str:
         channels=options.channels,
         dtype=getattr(torch, options.dtype),
         gated=not options.plain,
+        filter_length=options.filter_length,
         long=options.long,
         quick=options.quick,
     )
@@ -209,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--lengths", nargs="+", type=_positive, metavar="L", help="sequence lengths; default: 256 to 32768"
     )
+    command.add_argument("--filter-length", type=_positive, metavar="K", help="longest filters; default: no limit")
     command.add_argument("--batch", type=_positive, default=64, metavar="B")
     command.add_argument("--channels", type=_positive, default=768, metavar="H")
     command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")

@@ -6,11 +6,14 @@ from collections import Counter
 from torch import nn
 
 from .adapters import Finding, supported_classes, survey
+from .adapters.base import PatchedMixer
 from .adapters.cache import DEFAULT_CACHE_BYTES, FilterCache
 from .adapters.repair import declare_shared_weights, undeclare_shared_weights
 from .adapters.swap import check_restorable, configure, is_patched, patch_module, restore_module
+from .adapters.truncation import check_truncation, write_configurations
 from .errors import PatchError
 from .ops.library import BACKENDS
+from .ops.truncation import Truncation
 from .report import PatchReport, patch_report
 
 __all__ = ["PatchReport", "patch_model", "patch_report", "unpatch_model"]
@@ -25,6 +28,8 @@ def patch_model(
     repair: bool = True,
     float32_filters: bool = False,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
+    filter_length: int | None = None,
+    taper: float = 0.0,
 ) -> nn.Module:
     """Makes the long convolutions of a model run through [`fft_conv`], in place.
 
@@ -54,14 +59,23 @@ def patch_model(
             Bound on the memory for filters that are kept between calls in evaluation, under `torch.no_grad()` or
             `torch.inference_mode()`; 0 generates them in every call. They are dropped when weights change; a write
             into `parameter.data` is noticed at the next `model.train()` or `model.eval()`.
+        filter_length (`int`, *optional*):
+            Cuts the filters to this many taps in each direction, at most the model's longest sequence (`l_max`).
+            Sequences may then be of any length, also longer than those that the model was trained with. It changes
+            what the model computes: [`patch_report`] tells what share of the filters' energy is cut. A model of
+            `hf_flashfftconv.models` keeps the choice in its configuration (`filter_length`, `filter_taper`), so that it
+            is saved and loaded; with remote code it is to be given again.
+        taper (`float`, *optional*, defaults to 0.0):
+            Share of the `filter_length` taps over which a filter falls to zero at its end, along half a cosine.
 
     Returns:
         `nn.Module`: `model` itself.
 
     Raises:
         TypeError: `model` is not a module.
-        PatchError: The backend is unknown, `cache_bytes` is negative, nothing in the model can be patched, or
-            `float32_filters` is asked for while weights are on the meta device.
+        PatchError: The backend is unknown, `cache_bytes` is negative, `filter_length` or `taper` is out of range,
+            nothing in the model can be patched, `float32_filters` is asked for while weights are on the meta device, or
+            `filter_length` for a model of this package whose filters are sparse.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch_model needs a torch.nn.Module, got {type(model).__name__}")
@@ -69,6 +83,7 @@ def patch_model(
         raise PatchError(f"unknown backend {backend!r}; supported: {', '.join(map(repr, BACKENDS))}")
     if cache_bytes < 0:
         raise PatchError(f"cache_bytes must not be negative, got {cache_bytes}")
+    truncation = _truncation(filter_length, taper)
 
     findings = survey(model)
     planned = [finding for finding in findings if finding.refusal is None]
@@ -77,6 +92,12 @@ def patch_model(
         raise PatchError(_nothing_to_patch(model, findings))
     if float32_filters:
         _check_present(planned)
+    if truncation is not None:
+        for finding in planned:
+            if finding.adapter.mixer.generate is not PatchedMixer.generate:
+                raise PatchError(f"{finding.name}: filter_length is not supported for {finding.adapter.family}")
+            filters = finding.adapter.mixer.filter_modules(finding.module)
+            check_truncation(finding.name, finding.module.l_max, filters, truncation)
 
     cache = next((finding.module._flashfftconv.cache for finding in planned if finding.patched), FilterCache())
     committed: list[nn.Module] = []
@@ -93,7 +114,8 @@ def patch_model(
         raise
     cache.max_bytes = cache_bytes
     for finding in planned:
-        configure(finding.module, backend, float32_filters)
+        configure(finding.module, backend, float32_filters, truncation)
+    write_configurations(model)
     _log(findings)
     return model
 
@@ -118,8 +140,21 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         check_restorable(module, name)
     for _, module in patched:
         restore_module(module)
+    if patched:
+        write_configurations(model)
     undeclare_shared_weights(model)
     return model
+
+
+def _truncation(filter_length: int | None, taper: float) -> Truncation | None:
+    if filter_length is None:
+        if taper != 0:
+            raise PatchError(f"taper={taper} needs a filter_length")
+        return None
+    try:
+        return Truncation(filter_length, taper)
+    except ValueError as error:
+        raise PatchError(str(error)) from error
 
 
 def _check_present(findings: list[Finding]) -> None:

@@ -2,16 +2,19 @@
 
 import html
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 from torch import nn
 
 from .adapters import Finding, survey
 from .adapters.base import Usage
+from .adapters.truncation import energy_cut
 from .errors import BackendError
-from .ops import plan
+from .ops import blocks, plan
 from .ops.library import use_kernels
 from .ops.reference import linear_fft_length
+from .ops.truncation import kept_taps
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,10 @@ class ModuleReport:
         length (`int`, *optional*): Sequence length of the last call, or the longest one before any call.
         fft_size (`int`, *optional*): Length of the transform that this backend uses.
         dtype (`str`, *optional*): Of the input of the convolution.
+        filter_length (`int`, *optional*): Taps that are kept of each filter, where they are cut.
+        energy_cut (`float`, *optional*): Share of the filters' energy (squared taps) that the cut takes away: the mean
+            over all filters of the module, generated at full length to tell.
+        energy_cut_worst (`float`, *optional*): The same of the filter that loses most.
         reason (`str`): Why it is left alone, or why its calls run the original code.
     """
 
@@ -38,6 +45,9 @@ class ModuleReport:
     length: int | None = None
     fft_size: int | None = None
     dtype: str | None = None
+    filter_length: int | None = None
+    energy_cut: float | None = None
+    energy_cut_worst: float | None = None
     reason: str = ""
 
 
@@ -59,7 +69,7 @@ class PatchReport:
         """Number of modules that are patched now."""
         return sum(row.status == "replaced" for row in self.rows)
 
-    def to_dict(self) -> list[dict[str, str | int | None]]:
+    def to_dict(self) -> list[dict[str, str | int | float | None]]:
         """The rows as dictionaries of JSON types."""
         return [asdict(row) for row in self.rows]
 
@@ -81,7 +91,11 @@ class PatchReport:
 
 
 def _cells(row: ModuleReport) -> list[str]:
-    return ["-" if value in (None, "") else str(value) for value in asdict(row).values()]
+    return [_cell(value) for value in asdict(row).values()]
+
+
+def _cell(value: str | int | float | None) -> str:
+    return "-" if value in (None, "") else f"{value:.2g}" if isinstance(value, float) else str(value)
 
 
 def patch_report(model: nn.Module) -> PatchReport:
@@ -110,6 +124,10 @@ def _row(finding: Finding) -> ModuleReport:
     state = module._flashfftconv
     usage = state.last or _longest(module)
     backend, fft_size = (None, None) if usage is None else _plan(usage, state.backend)
+    truncation, cut = module.truncation, None
+    if truncation is not None:
+        bidirectional = getattr(module, "bidirectional", False)
+        cut = energy_cut(module.filter_modules(), module.l_max, bidirectional, truncation)
     return ModuleReport(
         finding.name,
         type(module)._flashfftconv_original.__name__,
@@ -119,18 +137,22 @@ def _row(finding: Finding) -> ModuleReport:
         length=None if usage is None else usage.length,
         fft_size=fft_size,
         dtype=None if usage is None else str(usage.dtype).removeprefix("torch."),
+        filter_length=None if truncation is None else truncation.length,
+        energy_cut=None if cut is None else cut.mean().item(),
+        energy_cut_worst=None if cut is None else cut.max().item(),
         reason=state.bypass if module.covered() else "calls run the original code: there are hooks on the filter",
     )
 
 
-def _longest(module: nn.Module) -> Usage | None:
+def _longest(module: Any) -> Usage | None:
     """The longest call there can be of a filter that is made for one."""
     length = getattr(module, "l_max", None)
     if length is None:
         return None
     weight = next(module.parameters())
-    reverse_taps = length - 1 if getattr(module, "bidirectional", False) else 0
-    return Usage(module.d_model, length, length, reverse_taps, weight.dtype, weight.device)
+    taps = kept_taps(length, module.truncation)
+    reverse_taps = min(taps, length - 1) if getattr(module, "bidirectional", False) else 0
+    return Usage(module.d_model, length, taps, reverse_taps, weight.dtype, weight.device)
 
 
 def _plan(usage: Usage, backend: str) -> tuple[str, int | None]:
@@ -142,7 +164,10 @@ def _plan(usage: Usage, backend: str) -> tuple[str, int | None]:
     k_rev = one.expand(usage.channels, usage.reverse_taps) if usage.reverse_taps else None
     try:
         if not use_kernels(u, k, k_rev, True, backend):
-            return "torch", linear_fft_length(usage.length, min(usage.taps, usage.length), usage.reverse_taps)
+            taps = min(usage.taps, usage.length)
+            windows = blocks.choose(usage.length, taps, usage.reverse_taps, True)
+            whole = linear_fft_length(usage.length, taps, usage.reverse_taps)
+            return "torch", whole if windows is None else windows.fft_size
     except BackendError as error:
         return f"none: {error}", None
     chosen = plan.choose(usage.length, usage.taps, usage.reverse_taps, True)

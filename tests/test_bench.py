@@ -136,6 +136,13 @@ def test_rivals_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         contenders.cudnn(problem())
 
 
+def test_shorter_filters() -> None:
+    assert [problem(filter_length=taps).taps for taps in (None, 10, 100)] == [64, 10, 64]
+    for rival in (contenders.flashfftconv, contenders.cudnn):
+        with pytest.raises(contenders.Unavailable, match="filters as long as the sequences"):
+            rival(problem(filter_length=10))
+
+
 @pytest.fixture
 def report() -> Report:
     ours = [
@@ -191,6 +198,7 @@ def test_the_command(
     monkeypatch.setattr(package, "bench", fake)
     files = ["--json", str(tmp_path / "x.json"), "--plot", str(tmp_path / "x.png")]
     command = ["bench", "--lengths", "512", "4096", "--batch", "2", "--channels", "3", "--dtype", "float16", "--plain"]
+    command += ["--filter-length", "64"]
     assert cli.main([*command, "--long", "--quick", *files]) == 0
     assert asked == {
         "lengths": [512, 4096],
@@ -198,6 +206,7 @@ def test_the_command(
         "channels": 3,
         "dtype": torch.float16,
         "gated": False,
+        "filter_length": 64,
         "long": True,
         "quick": True,
     }

@@ -57,6 +57,13 @@ def test_lengths_and_batches(length: int, batch: int, channels: int) -> None:
     check(make(length, length, (*GATES, "skip"), batch=batch, channels=channels, device="cuda"))
 
 
+@pytest.mark.parametrize("length", [8193, 12288, 65537, 1 << 20])
+@pytest.mark.parametrize("taps, reverse_taps", [(1, 0), (300, 0), (4097, 0), (100, 8000)])
+def test_short_filters(length: int, taps: int, reverse_taps: int) -> None:
+    options = ALL if reverse_taps else (*GATES, "skip")
+    check(make(length, taps, options, reverse_taps=reverse_taps, channels=3, device="cuda"))
+
+
 @pytest.mark.parametrize("length", [16384, 65536, 600000])
 @pytest.mark.parametrize("scaled", ["u", "k", *GATES])
 @pytest.mark.parametrize(

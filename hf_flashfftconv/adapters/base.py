@@ -7,17 +7,21 @@ whose `forward` restates the original one with a single `fft_conv` for gates, lo
 import functools
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import PatchError
 from ..functional import fft_conv, gated_short_conv
 from ..ops.short_conv import MAX_TAPS
+from ..ops.truncation import Truncation, kept_taps
 from .cache import FilterCache, Filters, may_cache
 from .precision import WidenedFilter, keeping_float32
 from .structure import has_hooks, is_plain
+from .truncation import cuts_itself, truncation_of
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,9 @@ class PatchState:
     last: Usage | None = None
     bypass: str = ""
     twin: bool = False
+    truncation: Truncation | None = None
+    # Filters that cut themselves, each with its truncation before patching.
+    own_truncations: list[tuple[Any, Truncation | None]] = field(default_factory=list)
 
 
 class PatchedMixer(nn.Module):
@@ -90,7 +97,12 @@ class PatchedMixer(nn.Module):
     undo_first: str | None = None
 
     def original_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The unpatched code, for calls that the patched one does not cover."""
+        """The unpatched code, for calls that the patched one does not cover; it knows nothing of a `filter_length`."""
+        if self._flashfftconv.truncation is not None and not all(map(cuts_itself, self.filter_modules())):
+            raise PatchError(
+                f"this call of {self._flashfftconv_original.__name__} would run the original code with whole filters: "
+                "filter_length allows neither hooks on the filters nor further arguments"
+            )
         return self._flashfftconv_original.forward(self, *args, **kwargs)
 
     def bypass(self, reason: str, *args: Any, **kwargs: Any) -> Any:
@@ -113,10 +125,15 @@ class PatchedMixer(nn.Module):
     def checked_length(self, u: Tensor) -> int:
         """The length of `u` `(batch, length, channels)`; raises `ValueError` if there are no filters for it."""
         length = u.shape[-2]
-        if length > self.l_max:
+        if length > self.l_max and self.truncation is None:
             name = self._flashfftconv_original.__name__
             raise ValueError(f"sequence length {length} exceeds l_max={self.l_max}, the longest filter of this {name}")
         return length
+
+    @property
+    def truncation(self) -> Truncation | None:
+        """What is kept of the filters, which all filters of a module have in common."""
+        return None if self.own_filter else truncation_of(self.filter_modules()[0], self._flashfftconv.truncation)
 
     def short_filtered(self, z: Tensor, gate: int, dropout: nn.Module | None) -> tuple[Tensor, Tensor | None, Tensor]:
         """Input, input gate and output gate of the long convolution, from projections `z` `(batch, 3 width, length)`.
@@ -169,15 +186,16 @@ class PatchedMixer(nn.Module):
         return taps("filter"), taps("filter_rev") if bidirectional else None, _skip(filter_fn)
 
     def _filters(self, filter_fn: nn.Module, u: Tensor, bidirectional: bool) -> Filters:
-        """[`generate`] for `u` `(batch, channels, length)`, or what it returned in an earlier call."""
-        length, device = u.shape[-1], u.device.type
-        state = self._flashfftconv
+        """[`generate`] for `u` `(batch, channels, length)`, cut, or what it returned in an earlier call."""
+        device, state, truncation = u.device.type, self._flashfftconv, self.truncation
+        length = kept_taps(u.shape[-1], truncation)
 
         def generate() -> Filters:
-            if state.widened is None:
-                return self.generate(filter_fn, length, bidirectional)
-            with torch.autocast(device, enabled=False):
-                return self.generate(filter_fn, length, bidirectional)
+            with nullcontext() if state.widened is None else torch.autocast(device, enabled=False):
+                k, k_rev, skip = self.generate(filter_fn, length, bidirectional)
+            if truncation is None or cuts_itself(filter_fn):
+                return k, k_rev, skip
+            return truncation.apply(k.mT).mT, None if k_rev is None else truncation.apply(k_rev.mT).mT, skip
 
         if torch.compiler.is_compiling():
             return generate()
@@ -185,7 +203,7 @@ class PatchedMixer(nn.Module):
             state.cache.drop(filter_fn)
             return generate()
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return state.cache.get(filter_fn, (length, autocast), generate)
+        return state.cache.get(filter_fn, (length, autocast, truncation), generate)
 
     def train(self, mode: bool = True) -> "PatchedMixer":
         # See FilterCache: weights written through `.data` between two evaluations leave no other trace.

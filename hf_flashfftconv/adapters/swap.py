@@ -10,9 +10,11 @@ from typing import Any
 from torch import nn
 
 from ..errors import PatchError
+from ..ops.truncation import Truncation
 from .base import Adapter, PatchedMixer, PatchState, new_patched, patched_class
 from .cache import FilterCache
 from .precision import narrow, widen
+from .truncation import restore, truncate
 
 
 def is_patched(module: nn.Module) -> bool:
@@ -30,10 +32,13 @@ def patch_module(module: nn.Module, adapter: Adapter, cache: FilterCache) -> Non
     _rebind(module, original, patched)
 
 
-def configure(module: Any, backend: str, float32_filters: bool) -> None:
+def configure(module: Any, backend: str, float32_filters: bool, truncation: Truncation | None) -> None:
     """Sets the options of a patched module."""
     state: PatchState = module._flashfftconv
     state.backend = backend
+    restore(state.own_truncations)
+    state.truncation = truncation
+    state.own_truncations = [] if truncation is None else truncate(module.filter_modules(), truncation)
     if float32_filters and state.widened is None:
         state.widened = [widen(filter_fn) for filter_fn in module.filter_modules()]
     elif not float32_filters and state.widened is not None:
@@ -55,7 +60,7 @@ def check_restorable(module: nn.Module, name: str) -> None:
 
 def restore_module(module: Any) -> None:
     """Undoes [`patch_module`] and [`configure`]."""
-    configure(module, module._flashfftconv.backend, float32_filters=False)
+    configure(module, module._flashfftconv.backend, float32_filters=False, truncation=None)
     patched: Any = type(module)
     original = patched._flashfftconv_original
     module.__class__ = original

@@ -32,6 +32,7 @@ def torch_fft(problem: Problem) -> Forward:
 
 def flashfftconv(problem: Problem) -> Forward:
     """The published CUDA code of FlashFFTConv, where the user has built it."""
+    _check_whole_filters(problem)
     try:
         from flashfftconv import FlashFFTConv
     except ImportError:
@@ -44,6 +45,7 @@ def flashfftconv(problem: Problem) -> Forward:
 
 def cudnn(problem: Problem) -> Forward:
     """The causal FFT convolution of cuDNN 9.26 and later; the gates, which it lacks, are kernels of their own."""
+    _check_whole_filters(problem)
     library = _cudnn_library()
     length = problem.length
     if length & (length - 1) or not 128 <= length <= 1 << 24:
@@ -101,6 +103,11 @@ def _cudnn_workspaces(library: ctypes.CDLL, sizes: list[ctypes.c_int]) -> list[T
     bytes_needed = [ctypes.c_size_t(), ctypes.c_size_t()]
     _check(library.cudnnLongFFTCausalConv1dGetBufferSizes(*sizes, *map(ctypes.byref, bytes_needed)))
     return [torch.empty(x.value, dtype=torch.uint8, device="cuda") for x in bytes_needed]
+
+
+def _check_whole_filters(problem: Problem) -> None:
+    if problem.taps < problem.length:
+        raise Unavailable("measured only with filters as long as the sequences")
 
 
 def _check(status: int) -> None:

@@ -1,4 +1,4 @@
-"""What is measured: a causal convolution with filters as long as the sequences, with or without gates."""
+"""What is measured: a causal convolution with long filters, with or without gates."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,6 +17,7 @@ class Problem:
         batch, channels, length (`int`): Shape of the sequences.
         dtype (`torch.dtype`): Of the sequences; filters are float32.
         gated (`bool`): Whether the convolution stands between two gates, as in Hyena.
+        filter_length (`int`, *optional*): Taps of the filters; by default they are as long as the sequences.
     """
 
     batch: int
@@ -24,6 +25,11 @@ class Problem:
     length: int
     dtype: torch.dtype
     gated: bool
+    filter_length: int | None = None
+
+    @property
+    def taps(self) -> int:
+        return min(self.length, self.filter_length or self.length)
 
     def floor_bytes(self, backward: bool) -> int:
         """Bytes that must move: inputs read and y written; in backward inputs and dy read, gradients written."""
@@ -46,8 +52,8 @@ class Problem:
         shape = (self.batch, self.channels, self.length)
         names = ("u", "pre_gate", "post_gate") if self.gated else ("u",)
         operands = {name: torch.randn(shape, dtype=self.dtype, device="cuda") for name in names}
-        decay = torch.exp(-4 * torch.linspace(0, 1, self.length, device="cuda"))
-        operands["k"] = torch.randn(self.channels, self.length, device="cuda") * decay / self.length**0.5
+        decay = torch.exp(-4 * torch.linspace(0, 1, self.taps, device="cuda"))
+        operands["k"] = torch.randn(self.channels, self.taps, device="cuda") * decay / self.taps**0.5
         return operands
 
     def error(self, y: Tensor, operands: dict[str, Tensor]) -> float:

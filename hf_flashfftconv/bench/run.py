@@ -29,6 +29,7 @@ def bench(
     channels: int = 768,
     dtype: torch.dtype = torch.bfloat16,
     gated: bool = True,
+    filter_length: int | None = None,
     long: bool = False,
     quick: bool = False,
 ) -> Report:
@@ -37,13 +38,14 @@ def bench(
     The forward pass is that of inference: no gradients, and filters that stay the same from call to call.
 
     Args:
-        lengths (`Sequence[int]`, *optional*): Lengths of the sequences and of their filters; by default 256 to 32768.
+        lengths (`Sequence[int]`, *optional*): Lengths of the sequences; by default 256 to 32768.
         batch (`int`, *optional*, defaults to 64): Sequences of a channel.
         channels (`int`, *optional*, defaults to 768): Channels, each with its own filter. Where the memory does not
             suffice, a contender is measured with fewer sequences, and time and memory are scaled up by their number;
             the table says so.
         dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): Of the sequences.
         gated (`bool`, *optional*, defaults to `True`): Whether to multiply input and output by gates.
+        filter_length (`int`, *optional*): Longest filters; by default they are as long as the sequences.
         long (`bool`, *optional*, defaults to `False`): Measure lengths from 65536 to 4194304, unless given.
         quick (`bool`, *optional*, defaults to `False`): Measure two lengths only, and shorter.
 
@@ -62,11 +64,13 @@ def bench(
     progress = tqdm([(length, name) for length in lengths for name in CONTENDERS], leave=False)
     for length, name in progress:
         progress.set_description(f"{name} at {length}")
-        problem = Problem(batch, channels, length, dtype, gated)
+        problem = Problem(batch, channels, length, dtype, gated, filter_length)
         for backward in (False, True):
             results.append(_measure(name, problem, backward, stopwatch, bandwidth))
     results.sort(key=lambda result: (result.backward, result.length))
     common = {"batch": batch, "channels": channels, "dtype": str(dtype).removeprefix("torch."), "gated": gated}
+    if filter_length is not None:
+        common["filter_length"] = filter_length
     return Report(_environment(bandwidth), common, results)
 
 

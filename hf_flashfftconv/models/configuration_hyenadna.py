@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from ..ops.truncation import Truncation
+
 
 class HyenaDNAConfig(PreTrainedConfig):
     r"""Configuration of [`HyenaDNAModel`], with the fields and defaults of the Hub's `configuration_hyena.HyenaConfig`.
@@ -28,6 +30,9 @@ class HyenaDNAConfig(PreTrainedConfig):
         embed_dropout (`float`, *optional*, defaults to 0.1): Unused, as on the Hub.
         hyena_dropout (`float`, *optional*, defaults to 0.0): Dropout between the input gate and the long convolution.
         hyena_filter_dropout (`float`, *optional*, defaults to 0.0): Unused, as on the Hub.
+        filter_length (`int`, *optional*): Taps that are kept of each filter, all if not given. Sequences may then be
+            longer than `max_seq_len`, at the cost of short filters: see [`patch_model`].
+        filter_taper (`float`, *optional*, defaults to 0.0): Share of these taps over which a filter falls to zero.
         layer_norm_epsilon (`float`, *optional*, defaults to 1e-5): Epsilon of the last layer norm.
         initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of the initial weights.
         pad_vocab_size_multiple (`int`, *optional*, defaults to 8): The embedding has a multiple of this many rows.
@@ -76,6 +81,8 @@ class HyenaDNAConfig(PreTrainedConfig):
         embed_dropout: float = 0.1,
         hyena_dropout: float = 0.0,
         hyena_filter_dropout: float = 0.0,
+        filter_length: int | None = None,
+        filter_taper: float = 0.0,
         layer_norm_epsilon: float = 1e-5,
         initializer_range: float = 0.02,
         pad_vocab_size_multiple: int = 8,
@@ -101,6 +108,8 @@ class HyenaDNAConfig(PreTrainedConfig):
         self.embed_dropout = embed_dropout
         self.hyena_dropout = hyena_dropout
         self.hyena_filter_dropout = hyena_filter_dropout
+        self.filter_length = filter_length
+        self.filter_taper = filter_taper
         self.layer_norm_epsilon = layer_norm_epsilon
         self.initializer_range = initializer_range
         self.pad_vocab_size_multiple = pad_vocab_size_multiple
@@ -115,8 +124,14 @@ class HyenaDNAConfig(PreTrainedConfig):
         super().__init__(**without_local_code(kwargs))
         # The names of `attribute_map` have taken effect by now.
         check_filter_fields(self.emb_dim, max_seq_len=self.max_seq_len)
+        check_truncation(self.truncation, self.max_seq_len)
         if self.d_inner is None:
             self.d_inner = 4 * self.d_model
+
+    @property
+    def truncation(self) -> Truncation | None:
+        """How the filters are cut."""
+        return truncation_of(self)
 
     @classmethod
     def from_original_config(cls, config: dict[str, Any] | str | os.PathLike[str], **kwargs: Any) -> "HyenaDNAConfig":
@@ -190,3 +205,18 @@ def check_filter_fields(emb_dim: int, **lengths: int) -> None:
     for name, value in lengths.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
+
+
+def truncation_of(config: Any) -> Truncation | None:
+    """The truncation that the fields `filter_length` and `filter_taper` describe; raises `ValueError` as it does."""
+    if config.filter_length is None:
+        if config.filter_taper != 0:
+            raise ValueError(f"filter_taper={config.filter_taper} needs a filter_length.")
+        return None
+    return Truncation(config.filter_length, config.filter_taper)
+
+
+def check_truncation(truncation: Truncation | None, longest: int) -> None:
+    """Raises `ValueError` for a filter that would keep more taps than it has."""
+    if truncation is not None and truncation.length > longest:
+        raise ValueError(f"filter_length={truncation.length} exceeds {longest}, all taps that the filters have.")

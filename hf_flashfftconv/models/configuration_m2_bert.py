@@ -4,7 +4,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .configuration_hyenadna import check_filter_fields, without_local_code
+from ..ops.truncation import Truncation
+from .configuration_hyenadna import check_filter_fields, check_truncation, truncation_of, without_local_code
 
 
 class M2BertConfig(PreTrainedConfig):
@@ -38,6 +39,9 @@ class M2BertConfig(PreTrainedConfig):
         hyena_filter_order (`int`, *optional*, defaults to 64): Width of the filter network.
         hyena_w (`float`, *optional*, defaults to 10): Initial frequency of the sines in the filter network.
         hyena_w_mod (`float`, *optional*, defaults to 1): Constant factor of those frequencies.
+        filter_length (`int`, *optional*): Taps that are kept of each filter, all if not given. Sequences may then be
+            longer than `long_conv_l_max`, at the cost of short filters: see [`patch_model`].
+        filter_taper (`float`, *optional*, defaults to 0.0): Share of these taps over which a filter falls to zero.
         hyena_training_additions (`bool`, *optional*, defaults to `False`): Whether each mixer begins with a layer norm.
         pool_all (`bool`, *optional*, defaults to `False`): Whether the pooler averages the tokens instead of taking
             the first.
@@ -80,6 +84,8 @@ class M2BertConfig(PreTrainedConfig):
         hyena_filter_order: int = 64,
         hyena_w: float = 10,
         hyena_w_mod: float = 1,
+        filter_length: int | None = None,
+        filter_taper: float = 0.0,
         hyena_training_additions: bool = False,
         pool_all: bool = False,
         use_cls_token: bool = False,
@@ -112,6 +118,8 @@ class M2BertConfig(PreTrainedConfig):
         self.hyena_filter_order = hyena_filter_order
         self.hyena_w = hyena_w
         self.hyena_w_mod = hyena_w_mod
+        self.filter_length = filter_length
+        self.filter_taper = filter_taper
         self.hyena_training_additions = hyena_training_additions
         self.pool_all = pool_all
         self.use_cls_token = use_cls_token
@@ -131,4 +139,10 @@ class M2BertConfig(PreTrainedConfig):
                 f"monarch_mlp_nblocks={monarch_mlp_nblocks}."
             )
         check_filter_fields(hyena_emb_dim, long_conv_l_max=self.long_conv_l_max)
+        check_truncation(self.truncation, self.long_conv_l_max)
         super().__init__(**without_local_code(kwargs))
+
+    @property
+    def truncation(self) -> Truncation | None:
+        """How the filters are cut."""
+        return truncation_of(self)

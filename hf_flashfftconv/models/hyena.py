@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..ops.truncation import Truncation, kept_taps
+
 
 def long_conv(x: torch.Tensor, k: torch.Tensor, skip: torch.Tensor, k_rev: torch.Tensor | None = None) -> torch.Tensor:
     """Causal convolution along the last dimension plus a skip connection, through the Fourier domain.
@@ -20,9 +22,9 @@ def long_conv(x: torch.Tensor, k: torch.Tensor, skip: torch.Tensor, k_rev: torch
 
     Args:
         x (`torch.Tensor` of shape `(batch, channels, length)`): The signal.
-        k (`torch.Tensor` of shape `(channels, length)`): The causal taps, lag 0 first.
+        k (`torch.Tensor` of shape `(channels, taps)`): The causal taps, lag 0 first, at most `length`.
         skip (`torch.Tensor` of shape `(channels,)`): Weight of the signal itself.
-        k_rev (`torch.Tensor` of shape `(channels, length)`, *optional*): The anticausal taps, lag -1 first.
+        k_rev (`torch.Tensor` of shape `(channels, taps)`, *optional*): The anticausal taps, lag -1 first.
 
     Returns:
         `torch.Tensor`: Shape and dtype of `x`; computed in float32, or in float64 where an operand is float64.
@@ -140,6 +142,7 @@ class HyenaFilter(nn.Module):
         normalized (`bool`, *optional*, defaults to `False`): Whether each tap is divided by its l1 norm over channels.
         use_bias (`bool`, *optional*, defaults to `True`): Whether the skip connection `bias` applies.
         bidirectional (`bool`, *optional*, defaults to `False`): Whether a second network gives anticausal taps.
+        truncation (`Truncation`, *optional*): What is kept of the filters, so that sequences may exceed `seq_len`.
     """
 
     def __init__(
@@ -158,8 +161,10 @@ class HyenaFilter(nn.Module):
         normalized: bool = False,
         use_bias: bool = True,
         bidirectional: bool = False,
+        truncation: Truncation | None = None,
     ):
         super().__init__()
+        self.truncation = truncation
         self.d_model = channels
         self.emb_dim = emb_dim
         self.seq_len = seq_len
@@ -190,15 +195,20 @@ class HyenaFilter(nn.Module):
         return {name: first[id(p)] for name, p in named if first.setdefault(id(p), name) != name}
 
     def _taps(self, network: nn.Sequential, length: int) -> torch.Tensor:
-        z, t = self.pos_emb(length)
+        z, t = self.pos_emb(kept_taps(length, self.truncation))
         # Sines of high frequency do not survive bfloat16, and autocast would gain nothing on a network this small.
         device = z.device.type
         with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             h = self.modulation(t, network(z.to(network[0].weight.dtype)))
-        return h / torch.linalg.vector_norm(h, ord=1, dim=-1, keepdim=True) if self.normalized else h
+        if self.normalized:
+            h = h / torch.linalg.vector_norm(h, ord=1, dim=-1, keepdim=True)
+        return h if self.truncation is None else self.truncation.apply(h)
 
     def filter(self, length: int) -> torch.Tensor:
-        """Returns the causal taps, shape `(1, length, channels)`, lag 0 first; raises `ValueError` if too long."""
+        """Returns the causal taps, shape `(1, length, channels)`, lag 0 first; raises `ValueError` if too long.
+
+        There are fewer where the filters are truncated, and then no length is too long.
+        """
         return self._taps(self.implicit_filter, length)
 
     def filter_rev(self, length: int) -> torch.Tensor:

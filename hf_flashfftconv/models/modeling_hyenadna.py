@@ -59,6 +59,7 @@ class HyenaBlock(GradientCheckpointingLayer):
             shift=config.modulation_shift,
             normalized=config.normalized,
             use_bias=config.apply_bias,
+            truncation=config.truncation,
         )
         self.mixer = HyenaOperator(config.d_model, filter_fn, config.short_filter_order, config.hyena_dropout)
         self.norm1 = nn.LayerNorm(config.d_model, eps=config.block_norm_epsilon)

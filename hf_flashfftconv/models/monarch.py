@@ -31,6 +31,7 @@ class MonarchMixerSequenceMixing(nn.Module):
                 w_mod=config.hyena_w_mod,
                 train_pos_emb=True,
                 bidirectional=config.bidirectional,
+                truncation=config.truncation,
             )
 
         self.filter_fn = long_filter()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..errors import BackendError
-from . import cuda, reference
+from . import blocks, cuda, reference
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,14 @@ def _forward(
         return torch.empty_like(u, memory_format=torch.contiguous_format)
     if use_kernels(u, k, k_rev, causal, backend):
         return cuda.forward(u, k, skip, pre_gate, post_gate, k_rev, causal)
+    windows = _windows(u, k, k_rev, causal)
+    if windows is not None:
+        return blocks.forward(windows, u, k, skip, pre_gate, post_gate, k_rev)
     return reference.forward(u, k, skip, pre_gate, post_gate, k_rev, causal)
+
+
+def _windows(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool) -> blocks.Blocks | None:
+    return blocks.choose(u.shape[2], k.shape[1], 0 if k_rev is None else k_rev.shape[1], causal)
 
 
 def _backward(
@@ -87,6 +94,8 @@ def _backward(
         gradients = [None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs]
     elif use_kernels(u, k, k_rev, causal, backend, backward=True):
         gradients = cuda.backward(dy, *inputs, causal, needs)
+    elif (windows := _windows(u, k, k_rev, causal)) is not None:
+        gradients = blocks.backward(windows, dy, *inputs, needs)
     else:
         gradients = reference.backward(dy, *inputs, causal, needs)
     return [gradient for gradient, need in zip(gradients, needs, strict=True) if need and gradient is not None]

@@ -39,7 +39,7 @@ def choose(length: int, taps: int, reverse_taps: int, causal: bool) -> Plan | st
     N > L + K - 2 and N > L - 1 + R. Taps beyond the sequence (K > L, R > L - 1) meet only zeros and are cut.
     """
     if causal:
-        needed = length + max(min(taps, length) - 1, min(reverse_taps, length - 1))
+        needed = length + max(reach(length, taps, reverse_taps))
         size = max(COLUMNS, 1 << (needed - 1).bit_length())
         half = size > COLUMNS and length <= size // 2
     else:
@@ -51,3 +51,8 @@ def choose(length: int, taps: int, reverse_taps: int, causal: bool) -> Plan | st
     if not half and size > MAX_FULL_FFT_SIZE:
         return f"there is no kernel for an FFT of {size} points whose second half is in use"
     return Plan(size, half)
+
+
+def reach(length: int, taps: int, reverse_taps: int) -> tuple[int, int]:
+    """How many positions before and after its own an output of a causal or bidirectional convolution depends on."""
+    return min(taps, length) - 1, min(reverse_taps, length - 1)

@@ -52,7 +52,8 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _gated(u: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+def gated(u: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """u, times a gate if there is one, in the dtype of the computation."""
     return u.to(dtype) if gate is None else u.to(dtype) * gate.to(dtype)
 
 
@@ -100,11 +101,11 @@ def forward(
     """The convolution by torch.fft, differentiable by autograd; arguments as in [`fft_conv`], already checked."""
     dtype = compute_dtype(u.dtype)
     filters = _Filter(k, k_rev, u.shape[-1], causal, dtype)
-    g = _gated(u, pre_gate, dtype)
+    g = gated(u, pre_gate, dtype)
     y = filters.inverse(filters.transform(g) * filters.spectrum)
     if skip is not None:
         y = y + skip.to(dtype)[:, None] * g
-    return _gated(y, post_gate, dtype).to(u.dtype).contiguous()
+    return gated(y, post_gate, dtype).to(u.dtype).contiguous()
 
 
 def backward(
@@ -122,7 +123,7 @@ def backward(
     dtype = compute_dtype(u.dtype)
     need_u, need_k, need_skip, need_pre, need_post, need_rev = needs
     filters = _Filter(k, k_rev, u.shape[-1], causal, dtype)
-    g, c = _gated(u, pre_gate, dtype), _gated(dy, post_gate, dtype)
+    g, c = gated(u, pre_gate, dtype), gated(dy, post_gate, dtype)
     scale = None if skip is None else skip.to(dtype)[:, None]
     g_spectrum, c_spectrum = filters.transform(g), filters.transform(c)
     du = dk = dskip = dpre = dpost = dk_rev = None
@@ -132,7 +133,7 @@ def backward(
         dg = filters.inverse(c_spectrum * filters.spectrum.conj_physical())
         if scale is not None:
             dg = dg + scale * c
-        du = _gated(dg, pre_gate, dtype).to(u.dtype).contiguous()
+        du = gated(dg, pre_gate, dtype).to(u.dtype).contiguous()
         if pre_gate is not None:
             dpre = (u * dg).to(pre_gate.dtype).contiguous()
     if need_k or need_rev:

@@ -148,6 +148,8 @@ def check_mask(name: str, module: nn.Module, mask: FrequencyMask) -> None:
     """Raises a [`SparsityError`] unless `mask` can be put on the dense filter `module`."""
     if is_sparse(module):
         raise SparsityError(f"{name} is sparse already; call densify_model first to choose another mask")
+    if getattr(module, "truncation", None) is not None:
+        raise SparsityError(f"{name} is cut to filter_length={module.truncation.length}; a mask needs all taps")
     if mask.fft_size != 2 * full_length(module):
         raise SparsityError(
             f"{name} has {full_length(module)} taps and needs a mask of fft_size {2 * full_length(module)}, "
