@@ -4,6 +4,8 @@ Such a layer is a `forward` that is bound to the module it replaces, whose sub-m
 compute gates, long convolution and skip term in one `fft_conv`; [`patch_model`] keeps the filters between calls, too.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,9 @@ class HyenaOperator(nn.Module):
 
     can_torch_compile = True
 
-    def forward(self, u: torch.Tensor) -> torch.Tensor:
+    def forward(self, u: torch.Tensor, past: Any = None) -> torch.Tensor:
+        if past is not None:
+            return past.mix(self, u)
         length = u.shape[1]
         mixed = self.short_filter(self.in_proj(u).transpose(1, 2))[..., :length]
         x0, x1, v = mixed.split(self.d_model, dim=1)

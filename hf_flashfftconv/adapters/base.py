@@ -116,7 +116,8 @@ class PatchedMixer(nn.Module):
 
         A mixer that holds its filter itself, in the parameters `own_filter`, is its only filter module.
         """
-        return [self] if self.own_filter else [self.filter_fn]
+        # Also asked of modules that are not patched yet.
+        return [self] if getattr(self, "own_filter", None) else [self.filter_fn]
 
     def covered(self) -> bool:
         """Whether the patched code may run: no hook was put on the filters since, which it would leave out."""
@@ -133,7 +134,8 @@ class PatchedMixer(nn.Module):
     @property
     def truncation(self) -> Truncation | None:
         """What is kept of the filters, which all filters of a module have in common."""
-        return None if self.own_filter else truncation_of(self.filter_modules()[0], self._flashfftconv.truncation)
+        filter_fn = self.filter_modules()[0]
+        return None if filter_fn is self else truncation_of(filter_fn, self._flashfftconv.truncation)
 
     def short_filtered(self, z: Tensor, gate: int, dropout: nn.Module | None) -> tuple[Tensor, Tensor | None, Tensor]:
         """Input, input gate and output gate of the long convolution, from projections `z` `(batch, 3 width, length)`.
