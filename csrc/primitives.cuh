@@ -64,10 +64,6 @@ template <class X>
 DEVICE X shuffle_xor(X x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 template <class X>
 DEVICE X shuffle(X x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
-template <class X>
-DEVICE X* shuffle_pointer(X* p, int lane) {
-    return reinterpret_cast<X*>(__shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(p), lane));
-}
 DEVICE u32 high_product(u32 a, u32 b) { return __umulhi(a, b); }
 DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
 

@@ -204,8 +204,6 @@ inline void matrix_multiply_add(u32 (&d)[2], u32 a0, u32 a1, u32 a2, u32 a3, u32
 template <class X>
 X shuffle(X x, int lane) { X all[32]; simt::exchange(x, all); return all[lane & 31]; }
 template <class X>
-X* shuffle_pointer(X* p, int lane) { return shuffle(p, lane); }
-template <class X>
 X shuffle_xor(X x, int mask) { return shuffle(x, (thread_index() % 32) ^ mask); }
 inline u32 high_product(u32 a, u32 b) { return u32(uint64_t(a) * b >> 32); }
 inline bool warp_any(bool x) {
