@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "adapters": {"ops", "functional"},
     "report": {"ops", "functional", "adapters"},
     "patch": {"ops", "functional", "adapters", "report"},
-    "sequences": {"functional", "slices", "adapters", "patch"},
+    "sequences": {"ops", "functional", "slices", "adapters", "patch"},
     "sparsity": {"ops", "adapters"},
     "shim": set(),
     "hub": {"ops", "adapters", "sparsity", "shim"},

@@ -199,6 +199,21 @@ def test_half_precision_is_no_worse_than_in_the_full_forward(
         assert half.generate(ids, max_new_tokens=2, do_sample=True, num_beams=2).shape == (4, 130)
 
 
+@every_model
+def test_cut_filters_decode_past_the_cut_and_the_longest_filter(build: Builder) -> None:
+    model, ids = build(max_seq_len=130), dna_ids(2, 400)
+    # The cache was made for the whole filters: the same, with room as it is needed.
+    before = HyenaCache(model.config, block_size=4)
+    patch_model(model, filter_length=24, taper=0.25)
+    with torch.no_grad():
+        expected = model(ids).logits
+    pieces = [7, *[1] * 40, 90, *[1] * 20, 143, 100]
+    assert relative(decoded(model, ids, pieces), expected) <= 1e-5
+    assert relative(decoded(model, ids, pieces, before), expected) <= 1e-5
+    cached, plain = both_ways(model, ids[:, :20], max_new_tokens=150, do_sample=False)
+    assert torch.equal(cached, plain)
+
+
 def test_double_precision_stays() -> None:
     model, ids = tiny_hyenadna().double(), dna_ids(1, 100)
     assert relative(decoded(model, ids, [9, *[1] * 91]), model(ids).logits.detach()) <= 1e-13

@@ -95,6 +95,33 @@ def test_sparse_filters_stay_sparse() -> None:
     assert_equal_models(enable_long_sequences(copy.deepcopy(original), **SIZES), original, logits)
 
 
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("positions", [13, 24, 40])
+def test_cut_filters_stay_cut(make: Maker, positions: int) -> None:
+    original = patch_model(make(), filter_length=24, taper=0.25)
+    sliced = enable_long_sequences(copy.deepcopy(original), positions, channels=5)
+    assert_equal_models(sliced, original, logits)
+    later = patch_model(enable_long_sequences(make(), positions, channels=5), filter_length=24, taper=0.25)
+    with torch.no_grad():
+        assert relative(logits(later.eval()), logits(original.eval())) <= 1e-5
+
+
+def test_cut_filters_on_sequences_longer_than_they_were() -> None:
+    original, ids = patch_model(tiny_hyenadna(), filter_length=24), dna_ids(length=200)
+    assert_equal_models(
+        enable_long_sequences(copy.deepcopy(original), **SIZES), original, lambda model: model(ids).logits
+    )
+
+
+def test_a_cache_is_refused_and_generation_goes_without() -> None:
+    model, ids = tiny_hyenadna(), dna_ids(1, 20)
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False)
+    enable_long_sequences(model, **SIZES)
+    with pytest.raises(RuntimeError, match="a model with a cache needs use_cache=False"):
+        model.generate(ids, max_new_tokens=5, do_sample=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=False), expected)
+
+
 def test_undone_exactly() -> None:
     model = tiny_hyenadna()
     before = snapshot(model)

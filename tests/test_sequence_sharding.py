@@ -55,6 +55,10 @@ def sparse() -> nn.Module:
     return sparsify_model(tiny_hyenadna(), 0.25)
 
 
+def cut() -> nn.Module:
+    return patch_model(tiny_hyenadna(), filter_length=24, taper=0.25)
+
+
 def wide_m2() -> nn.Module:
     """The whole sequence is longer than a slice's table of positions would allow."""
     return tiny_m2bert(max_position_embeddings=LENGTH)
@@ -133,9 +137,9 @@ def operation(mesh: DeviceMesh) -> None:
     assert relative(part, split_sequence(fft_conv(u, k), mesh, 2)) <= 5e-3
 
 
-def inference(make: Maker, mesh: DeviceMesh) -> None:
+def inference(make: Maker, mesh: DeviceMesh, filter_length: int | None = None) -> None:
     # In float64, since the sines of some filters amplify the rounding of a projection of few positions.
-    model, ids = patch_model(make().double()), batch()[0]
+    model, ids = patch_model(make().double(), filter_length=filter_length), batch()[0]
     with torch.no_grad():
         logits = model(ids).logits
         assert shard_sequence(model, mesh) is model
@@ -207,6 +211,8 @@ def disagreements(mesh: DeviceMesh) -> None:
         ({"input_ids": None if rank else ids}, "disagree on input_ids"),
         ({"input_ids": ids, "logits_to_keep": rank}, "disagree on logits_to_keep"),
         ({"input_ids": ids, "logits_to_keep": 1}, "logits_to_keep are not supported"),
+        ({"input_ids": ids, "use_cache": rank == 0}, "disagree on logits_to_keep or a cache"),
+        ({"input_ids": ids, "use_cache": True}, "caches and logits_to_keep are not supported"),
         ({"input_ids": ids[:, :0]}, "no tokens"),
         ({"input_ids": ids[:, :1]}, "a rank holds 1 positions, fewer than the 2"),
         ({"input_ids": ids.repeat(1, 5)}, "exceeds l_max=130"),
@@ -294,7 +300,9 @@ def checks(mesh: DeviceMesh, four: DeviceMesh) -> list[tuple[Callable[..., None]
         *((inference, (make, two)) for make in (*NATIVE, remote_hyenadna)),
         (inference, (tiny_m2bert, four["sequence"])),
         (inference, (lambda: build(BertForMaskedLM, BertConfig()), two)),
-        *((plain_training, (make, four)) for make in NATIVE),
+        # Fewer taps than a slice has positions, and more; of filters that cut themselves, and of others.
+        *((inference, (make, two, taps)) for make in (tiny_hyenadna, remote_hyenadna) for taps in (11, 40)),
+        *((plain_training, (make, four)) for make in (*NATIVE, cut)),
         (data_parallel, (tiny_hyenadna, mesh)),
         (data_parallel, (tiny_m2bert, mesh)),
         (fully_sharded, (tiny_hyenadna, mesh)),

@@ -1,9 +1,11 @@
 """What the causal models remember between the calls of step-by-step decoding."""
 
+import sys
 from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -157,7 +159,8 @@ class HyenaCache(Cache):
     training mode makes none, and no gradients flow through it.
 
     With B sequences of width D, a layer has room for L positions, a power of two above their number (at least 256, at
-    most `max_seq_len`): B D L elements of the model's dtype, at most B D L float32, and 12 D L bytes for filters.
+    most `max_seq_len` unless filters are cut): B D L elements of the model's dtype, at most B D L float32, and 12 D L
+    bytes for filters.
 
     Args:
         config ([`HyenaDNAConfig`] or [`HyenaLMConfig`]): The configuration of the model.
@@ -173,19 +176,24 @@ class HyenaCache(Cache):
     """
 
     def __init__(self, config: PreTrainedConfig, block_size: int = BLOCK_SIZE):
-        super().__init__(layers=[HyenaCacheLayer(config.max_seq_len, block_size) for _ in range(config.n_layer)])
+        # Filters that are cut have no taps beyond the cut, at any length.
+        longest = config.max_seq_len if config.truncation is None else sys.maxsize
+        super().__init__(layers=[HyenaCacheLayer(longest, block_size) for _ in range(config.n_layer)])
 
 
 def _taps(filter_fn: HyenaFilter, length: int) -> tuple[Tensor, Tensor | None]:
-    """Causal taps `(channels, length)` and skip weights of a filter, also of one that accelerate has offloaded."""
+    """Causal taps `(channels, length)` and skip weights of a filter, also of one that accelerate has offloaded.
+
+    The taps that a cut takes away are zeros.
+    """
     aligned: Any = nullcontext()
     if hasattr(filter_fn, "_hf_hook"):
         from accelerate.utils import align_module_device
 
         aligned = align_module_device(filter_fn)
     with torch.inference_mode(False), torch.no_grad(), aligned:
-        k = filter_fn.filter(length)[0].transpose(0, 1).contiguous()
-        return k, filter_fn.bias.clone() if filter_fn.use_bias else None
+        k = filter_fn.filter(length)[0].transpose(0, 1)
+        return F.pad(k, (0, length - k.shape[-1])).contiguous(), filter_fn.bias.clone() if filter_fn.use_bias else None
 
 
 class _NoGradient(torch.autograd.Function):

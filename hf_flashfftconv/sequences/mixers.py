@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from ..adapters.base import PatchedMixer, _skip
 from ..adapters.hyena import FILTERS, PatchedHyena, PatchedSafariHyena
 from ..adapters.m2 import PatchedMonarchMixer
+from ..adapters.truncation import cuts_itself
+from ..ops.truncation import kept_taps
 from ..slices import over_slices
 from .convolution import convolve
 from .exchange import after_neighbour, to_channels
@@ -75,11 +77,15 @@ class SlicedMixer(PatchedMixer):
         )
 
     def taps(self, filter_fn: Any, method: str, length: int) -> Tensor:
-        """The taps of the rank's own channels, `(channels / ranks, length)`."""
-        slicing = self._flashfftconv_slicing
+        """The taps of the rank's own channels, `(channels / ranks, length)`, or fewer where filters are cut."""
+        slicing, truncation = self._flashfftconv_slicing, self.truncation
         shards = slicing.shards
-        if not _makes_any_positions(filter_fn, method):
-            whole = getattr(filter_fn, method)(length)[0].transpose(0, 1)
+        # A cut counts from the filter's first tap, which a slice of it does not know.
+        if truncation is not None or not _makes_any_positions(filter_fn, method):
+            whole = getattr(filter_fn, method)(kept_taps(length, truncation))[0]
+            if truncation is not None and not cuts_itself(filter_fn):
+                whole = truncation.apply(whole)
+            whole = whole.transpose(0, 1)
             return whole if shards is None else whole.chunk(shards.size)[shards.rank]
         share = length if shards is None else length // shards.size
         start = 0 if shards is None else shards.rank * share
@@ -149,7 +155,10 @@ SLICED: dict[Any, Any] = {
 def check_call(mixer: PatchedMixer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raises `RuntimeError` for a call that the original code would have to run, which knows nothing of slices."""
     if args or kwargs:
-        raise RuntimeError(f"a mixer that works on slices takes its input alone, got {len(args)} more and {[*kwargs]}")
+        raise RuntimeError(
+            f"a mixer that works on slices takes its input alone, got {len(args)} more and {[*kwargs]}; "
+            "a model with a cache needs use_cache=False"
+        )
     if not mixer.covered():
         raise RuntimeError("there are hooks on the filters of a mixer that works on slices: they would not run")
 

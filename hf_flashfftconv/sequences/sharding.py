@@ -13,7 +13,7 @@ from .loss import IGNORED, next_tokens, number_of_targets
 from .shards import SequenceShards
 from .slicing import inner_model, patched_mixers, set_slicing, sliced_mixers
 
-_NO_GENERATION = "a sharded sequence ends on its last rank alone: generate and logits_to_keep are not supported"
+_NO_GENERATION = "a sharded sequence ends on its last rank alone: generate, caches and logits_to_keep are not supported"
 
 
 def shard_sequence(model: nn.Module, mesh: Any) -> nn.Module:
@@ -174,8 +174,10 @@ def _agree(shards: SequenceShards, signature: inspect.Signature, values: dict[st
     names = [p.name for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD][1:]
     tensors = {name: value if isinstance(value := values.get(name), Tensor) else None for name in names}
     kept = values.get("logits_to_keep", 0)
-    decoding = isinstance(kept, Tensor) or kept != 0 or values.get("past_key_values") is not None
-    flags = {"gradients": torch.is_grad_enabled(), "training": training, "logits_to_keep": decoding}
+    # A model in training mode makes no cache.
+    cached = values.get("past_key_values") is not None or (bool(values.get("use_cache")) and not training)
+    decoding = isinstance(kept, Tensor) or kept != 0 or cached
+    flags = {"gradients": torch.is_grad_enabled(), "training": training, "logits_to_keep or a cache": decoding}
     shards.agree(tensors, **{name: int(value) for name, value in flags.items()})
     if decoding:
         raise NotImplementedError(_NO_GENERATION)
