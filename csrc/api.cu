@@ -13,11 +13,18 @@ static Divider divider(int divisor) {
     return {divisor, u32(((uint64_t(1) << (31 + log)) + divisor - 1) / divisor), u32(log > 0 ? log - 1 : 0)};
 }
 
+constexpr int kBlockPositions = BlockedTile<float>::kPositions;
+// Tiles are counted in 32 bits, and looked ahead at.
+constexpr int64_t kMaximumTiles = (int64_t(1) << 31) - (1 << 24);
+
+static int block_count(const fft_conv_params& p) { return p.windows > 0 ? (p.length - 1) / kBlockPositions + 1 : 1; }
+
 static bool valid(const fft_conv_params& p) {
     const int bytes = p.element == FFT_CONV_FLOAT32 ? 4 : 2;
-    for (const fft_conv_tensor* t : {&p.u, &p.pre_gate, &p.post_gate, &p.grad_output, &p.output, &p.grad_u, &p.grad_pre_gate, &p.grad_post_gate})
+    for (const fft_conv_tensor* t : {&p.u, &p.pre_gate, &p.post_gate, &p.grad_output, &p.second_gate, &p.output, &p.grad_u, &p.grad_pre_gate, &p.grad_post_gate, &p.second_output})
         if (reinterpret_cast<uintptr_t>(t->data) % bytes != 0) return false;
-    const int radix = p.fft_size / kColumns, reach = p.half ? p.fft_size / 2 : p.fft_size;
+    const int radix = p.fft_size / kColumns, reach = p.windows > 0 ? p.length : p.half ? p.fft_size / 2 : p.fft_size;
+    if (p.windows > 0 && (p.fft_size != 2 * kBlockPositions || !p.half || int64_t(p.batch + 1) / 2 * p.channels * block_count(p) > kMaximumTiles)) return false;
     return radix >= 1 && (radix & (radix - 1)) == 0 && radix * kColumns == p.fft_size && p.batch > 0 && p.channels > 0 && p.length > 0 && p.length <= reach;
 }
 
@@ -27,14 +34,16 @@ static LaunchParams derive(const fft_conv_params& p) {
     static_cast<fft_conv_params&>(derived) = p;
     const int bytes = p.element == FFT_CONV_FLOAT32 ? 4 : 2;
     derived.alignment = derived.pair_aligned = 16;
-    for (const fft_conv_tensor* t : {&p.u, &p.pre_gate, &p.post_gate, &p.grad_output}) derived.alignment = std::min(derived.alignment, common_alignment(*t, bytes));
+    for (const fft_conv_tensor* t : {&p.u, &p.pre_gate, &p.post_gate, &p.grad_output, &p.second_gate})
+        derived.alignment = std::min(derived.alignment, common_alignment(*t, bytes));
     derived.pair_aligned = derived.alignment;
-    for (const fft_conv_tensor* t : {&p.output, &p.grad_u, &p.grad_pre_gate, &p.grad_post_gate})
+    for (const fft_conv_tensor* t : {&p.output, &p.grad_u, &p.grad_pre_gate, &p.grad_post_gate, &p.second_output})
         derived.pair_aligned = std::min(derived.pair_aligned, common_alignment(*t, bytes));
     derived.pair_aligned = derived.pair_aligned >= 2 * bytes;
     derived.whole_units = derived.pair_aligned && derived.alignment >= 16 && p.length * bytes % 16 == 0;
     derived.log_radix = log2_of(p.fft_size / kColumns);
     derived.pairs = divider((p.batch + 1) / 2);
+    derived.blocks = divider(block_count(p));
     const int pairs = (p.batch + 1) / 2, pairs_per_tile = tile_rows(p.fft_size / kColumns) >> derived.log_radix;
     derived.log_sharing = std::min(log2_of(pairs), log2_of(pairs_per_tile));
     const int tiles = (pairs + (1 << derived.log_sharing) - 1) >> derived.log_sharing, channels_per_tile = pairs_per_tile >> derived.log_sharing;
@@ -75,13 +84,15 @@ extern "C" int fft_conv_long_forward(const fft_conv_params* params, void* stream
 extern "C" int fft_conv_forward(const fft_conv_params* params, void* stream) {
     if (!valid(*params)) return kUnsupported;
     const LaunchParams derived = derive(*params);
-    return with_tile(*params, [&](auto tile) { return Launcher<decltype(tile)>::forward(derived, stream); });
+    auto launch = [&](auto tile) { return Launcher<decltype(tile)>::forward(derived, stream); };
+    return params->windows > 0 ? with_blocked_tile(*params, launch) : with_tile(*params, launch);
 }
 
 extern "C" int fft_conv_filter_spectrum(const fft_conv_filter_params* params, void* stream) {
     FilterParams derived;
     static_cast<fft_conv_filter_params&>(derived) = *params;
     derived.log_points = log2_of(params->fft_size);
+    if (params->windows > 0 && params->taps_rev > 0) return kUnsupported;
     if (params->fft_size < kColumns || params->fft_size > kMaximumFilterPoints || 1 << derived.log_points != params->fft_size) return kUnsupported;
     return launch_filter(derived, stream);
 }
@@ -107,10 +118,17 @@ extern "C" int64_t fft_conv_backward_scratch(const fft_conv_params* params) {
     return int64_t(kMaximumBackwardBlocks) * with_tile(*params, [](auto tile) { return Launcher<decltype(tile)>::kSumBytes; });
 }
 
+extern "C" int64_t fft_conv_blocked_scratch(const fft_conv_params* params, int device) {
+    int error = 0;
+    const int64_t blocks = processor_count(device, &error), pairs = int64_t(params->batch + 1) / 2 * params->channels;
+    return error ? kUnsupported : blocks * params->windows * kBlockVectors<BlockedTile<float>> * 16 + (pairs + blocks) * 4;
+}
+
 extern "C" int fft_conv_shared_bytes(const fft_conv_params* params, int backward) {
     auto bytes_of = [&](auto launcher) { return backward ? decltype(launcher)::kBackwardSharedBytes : decltype(launcher)::kForwardSharedBytes; };
     if (params->outer_radix > 0) return with_long(*params, params->half ? params->outer_radix / 2 : params->outer_radix, bytes_of);
-    const int bytes = with_tile(*params, [&](auto tile) { return bytes_of(Launcher<decltype(tile)>{}); });
+    auto bytes_of_tile = [&](auto tile) { return bytes_of(Launcher<decltype(tile)>{}); };
+    const int bytes = params->windows > 0 ? with_blocked_tile(*params, bytes_of_tile) : with_tile(*params, bytes_of_tile);
     return bytes < 0 ? bytes : std::max(bytes, filter_shared_bytes(params->fft_size));
 }
 
@@ -177,4 +195,4 @@ extern "C" int fft_conv_short_backward(const fft_conv_short_params* params, void
 
 extern "C" int fft_conv_short_splits(const fft_conv_short_params* params) { return derive(*params).splits; }
 
-extern "C" int fft_conv_version() { return 2; }
+extern "C" int fft_conv_version() { return 3; }

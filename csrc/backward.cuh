@@ -12,7 +12,7 @@ template <class T>
 struct BackwardPlan {
     static constexpr int kThreads = 512, kWarps = 16, kRowsPerWarp = T::kRows / kWarps;
     static constexpr int kExchangeBytes = 2 * 32 * 4;
-    static constexpr int kControlBytes = 2 * T::kEnergyBytes + kExchangeBytes + 4 * int(sizeof(TileHeader));
+    static constexpr int kControlBytes = (2 * T::kEnergyBytes + kExchangeBytes + 4 * int(sizeof(TileHeader)) + 127) / 128 * 128;      // copies like whole lines
     static constexpr bool kRegisterSums = kRowsPerWarp <= 2;            // else in global scratch memory, where they stay in the L2 cache
     static constexpr int kSumBytes = kRegisterSums ? 0 : T::kRows * 2048;
     // Where the inputs wait. Staged: u, pre_gate and grad_output of this tile, which its end needs again, and of the next, and post_gate of one of
@@ -226,7 +226,7 @@ struct Backward {
 
         DEVICE void store(int at, float x, float y) const {
             if constexpr (kRegular) {
-                narrow_two_if(at < left, to + at, x, y);
+                narrow_two_if<false>(at < left, to + at, x, y);
             } else {
                 store_global(to, at, left, aligned, x, y);
             }

@@ -17,14 +17,17 @@ enum fft_conv_element { FFT_CONV_BFLOAT16 = 0, FFT_CONV_FLOAT16 = 1, FFT_CONV_FL
 
 // y = post_gate * conv(pre_gate * u, k) with the filter k given by its spectrum of fft_size points (hf_flashfftconv/ops/filters.py).
 // half: inputs and outputs lie in the first half of the transform (causal and bidirectional convolution).
+// windows > 0: causal convolution of sequences of any length in blocks of fft_size / 2, which is 4,096; k is given by the spectra of so many windows
+// (fft_conv_filter_params), enough for its taps or for all blocks. reverse: the convolution is transposed, anticausal.
 struct fft_conv_params {
     fft_conv_tensor u, pre_gate, post_gate, grad_output;
     fft_conv_tensor output, grad_u, grad_pre_gate, grad_post_gate;
+    fft_conv_tensor second_gate, second_output;     // of blocked sequences: another gate of the convolution, and its product
     const uint32_t* tables;         // hf_flashfftconv/ops/tables.py
     const uint32_t* spectrum;       // (channels, fft_size) complex half precision in kernel order, conjugated where stated
     const float* spectrum_scale;    // (channels,) what the spectrum was divided by
     float* grad_filter;             // (fft_conv_backward_splits, channels, fft_size) partial sums of the gradient of the taps
-    void* scratch;                  // fft_conv_backward_scratch bytes
+    void* scratch;                  // fft_conv_backward_scratch bytes; of blocked sequences, fft_conv_blocked_scratch
     // Of the fft_conv_long functions (hf_flashfftconv/ops/long_plan.py): how the work is laid out, and memory that it needs besides `scratch`.
     const uint32_t* schedule;       // (period,) kind, delay in groups and index of each ticket
     uint32_t* counters;             // all zero
@@ -33,15 +36,18 @@ struct fft_conv_params {
     int32_t batch, channels, length, fft_size, element, half;
     int32_t outer_radix, group_pairs, ring, part_count, column_items, middle_items, row_pairs, period, tickets;
     int32_t group_channels, channel_splits, tap_halves;
+    int32_t windows, reverse;
 };
 
 // Spectra of real filters on a circle of fft_size points: tap n < taps is k[n], tap fft_size - 1 - n for n < taps_rev is k_rev[n].
+// windows > 0: so many spectra for each filter, with one scale. Of window d, point n < fft_size / 2 is tap d fft_size / 2 + n, and point
+// fft_size - n is the tap n before the window's first; there are no taps_rev.
 struct fft_conv_filter_params {
     const float *k, *k_rev, *skip;  // (channels, taps), (channels, taps_rev) or null, (channels,) or null
-    uint32_t* spectrum;
-    float* scale;
+    uint32_t* spectrum;             // (channels, windows, fft_size)
+    float* scale;                   // (channels,)
     int64_t k_stride, k_rev_stride;
-    int32_t channels, taps, taps_rev, fft_size;
+    int32_t channels, taps, taps_rev, fft_size, windows;
 };
 
 // A (batch, channels, length) tensor of any strides.
@@ -71,6 +77,8 @@ int fft_conv_backward(const struct fft_conv_params* params, void* stream);
 int fft_conv_long_backward(const struct fft_conv_params* params, void* stream);
 int fft_conv_backward_splits(const struct fft_conv_params* params);
 int64_t fft_conv_backward_scratch(const struct fft_conv_params* params);
+// Of blocked sequences, on a device; negative if it cannot be asked.
+int64_t fft_conv_blocked_scratch(const struct fft_conv_params* params, int device);
 // The most shared memory that a block takes in a call of forward or backward, its filter spectra included; negative where there is no kernel.
 int fft_conv_shared_bytes(const struct fft_conv_params* params, int backward);
 // What a block may take on a device; negative if it cannot be asked.

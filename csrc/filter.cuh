@@ -103,12 +103,30 @@ struct FilterSpectrum {
     const FilterParams& params;
     FilterPoints points;
     u32* largest;
+    float* exchange;    // one for each warp
 
-    DEVICE float tap(int channel, int n) const {
+    DEVICE int windows() const { return params.windows > 0 ? params.windows : 1; }
+
+    DEVICE float tap(int channel, int window, int n) const {
+        if (params.windows > 0) {
+            const int at = window * (params.fft_size / 2) + n - (n < params.fft_size / 2 ? 0 : params.fft_size);
+            return at >= 0 && at < params.taps ? any_tap(channel, at) : 0.f;
+        }
         float sum = 0.f;
         if (n < params.taps) sum += params.k[channel * params.k_stride + n];
         if (n >= params.fft_size - params.taps_rev) sum += params.k_rev[channel * params.k_rev_stride + params.fft_size - 1 - n];
         return n == 0 && params.skip ? sum + params.skip[channel] : sum;
+    }
+
+    // A tap of the whole filter.
+    DEVICE float any_tap(int channel, int n) const {
+        const float k = params.k[channel * params.k_stride + n];
+        return n == 0 && params.skip ? k + params.skip[channel] : k;
+    }
+
+    DEVICE static void note(u32& magnitude, float value) {
+        const u32 bits = bits_from_float(value) & 0x7fffffffu;
+        magnitude = bits > magnitude ? bits : magnitude;
     }
 
     // From the transform Z of z to that of the real sequence, X, in place: X[f] = E[f] + w_N^f O[f] with E and O the transforms of the even and
@@ -123,10 +141,7 @@ struct FilterSpectrum {
             const Complex turned = odd * unit_root(f, params.log_points), x = even + turned, y = even - turned;
             mirrored = conjugate(y);
             at = f == 0 ? Complex{x.re, y.re} : x;
-            for (float value : {x.re, x.im, y.re, y.im}) {
-                const u32 bits = bits_from_float(value) & 0x7fffffffu;
-                magnitude = bits > magnitude ? bits : magnitude;
-            }
+            for (float value : {x.re, x.im, y.re, y.im}) note(magnitude, value);
         }
         magnitude = warp_maximum(magnitude);
         if (thread_index() % 32 == 0) atomic_maximum(largest, magnitude);
@@ -140,11 +155,39 @@ struct FilterSpectrum {
         if (frequency == 0) x = {x.re, 0.f}, y = {-y.im, 0.f};
     }
 
-    DEVICE void store(int channel) const {
+    // The power of two below the largest magnitude of the spectrum; NaN if it is not finite.
+    DEVICE float scale_of_spectrum() const {
         const u32 exponent = *largest >> 23;
-        const bool finite = exponent != 255;
-        const float scale = float_from_bits((exponent == 0 ? 1 : exponent) << 23);
-        uint2* words = reinterpret_cast<uint2*>(params.spectrum + int64_t(channel) * params.fft_size);
+        return exponent == 255 ? float_from_bits(0x7fc00000u) : float_from_bits((exponent == 0 ? 1 : exponent) << 23);
+    }
+
+    // All windows of a filter have one scale, from its norm: eight times that is more than most values, of all windows. All threads.
+    DEVICE float scale_of_windows(int channel) const {
+        u32 magnitude = 0;
+        for (int n = thread_index(); n < params.taps; n += kFilterThreads) note(magnitude, any_tap(channel, n));
+        magnitude = warp_maximum(magnitude);
+        if (thread_index() % 32 == 0) atomic_maximum(largest, magnitude);
+        block_barrier();
+        const int exponent = int(*largest >> 23);
+        if (exponent == 255) return float_from_bits(0x7fc00000u);
+        const float down = power_of_two(exponent < 1 ? 126 : 127 - exponent);
+        float sum = 0.f;
+        for (int n = thread_index(); n < params.taps; n += kFilterThreads) {
+            const float k = any_tap(channel, n) * down;
+            sum += k * k;
+        }
+        for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
+        if (thread_index() % 32 == 0) exchange[thread_index() / 32] = sum;
+        block_barrier();
+        sum = 0.f;
+        for (int warp = 0; warp < kFilterThreads / 32; warp++) sum += exchange[warp];
+        const int root = (exponent < 1 ? -126 : exponent - 127) + ((int(bits_from_float(sum) >> 23) - 127) >> 1) + 3;
+        return power_of_two(sum == 0.f || root < -126 ? -126 : root > 127 ? 127 : root);
+    }
+
+    DEVICE void store(int channel, int window, float scale) const {
+        const bool finite = scale == scale;
+        uint2* words = reinterpret_cast<uint2*>(params.spectrum + (int64_t(channel) * windows() + window) * params.fft_size);
         for (int i = thread_index(); i < params.fft_size / 2; i += kFilterThreads) {
             // Row, fragment, lane and point of a row that its words belong to (hf_flashfftconv/ops/tables.py, spectrum_order).
             const int k1 = i / 128, fragment = i / 64 % 2, lane = i / 2 % 32;
@@ -152,26 +195,31 @@ struct FilterSpectrum {
             at(k1 + (params.fft_size / kColumns) * (2 * (lane / 4) + i % 2 + 16 * (lane % 4 + 4 * fragment)), x, y);
             words[i] = finite ? uint2{pack(x.re / scale, y.re / scale), pack(x.im / scale, y.im / scale)} : uint2{0, 0};
         }
-        if (thread_index() == 0) params.scale[channel] = finite ? scale : float_from_bits(0x7fc00000u);
+        if (thread_index() == 0 && window == 0) params.scale[channel] = scale;
     }
 
     DEVICE void run() const {
-        for (int channel = block_index(); channel < params.channels; channel += block_count()) {
-            for (int i = thread_index(); i < 1 << points.log_count; i += kFilterThreads) points[i] = {tap(channel, 2 * i), tap(channel, 2 * i + 1)};
+        for (int unit = block_index(); unit < params.channels * windows(); unit += block_count()) {
+            const int channel = unit / windows(), window = unit % windows();
+            for (int i = thread_index(); i < 1 << points.log_count; i += kFilterThreads)
+                points[i] = {tap(channel, window, 2 * i), tap(channel, window, 2 * i + 1)};
             if (thread_index() == 0) *largest = 0;
             block_barrier();
+            const float scale = params.windows > 0 ? scale_of_windows(channel) : 0.f;
             points.transform();
             unpack();
             block_barrier();
-            store(channel);
+            store(channel, window, params.windows > 0 ? scale : scale_of_spectrum());
             block_barrier();
         }
     }
 };
 
-constexpr int filter_shared_bytes(int fft_size) { return FilterPoints::bytes(fft_size / 2) + 16; }
+constexpr int kFilterControlBytes = 16 + kFilterThreads / 32 * 4;
+constexpr int filter_shared_bytes(int fft_size) { return FilterPoints::bytes(fft_size / 2) + kFilterControlBytes; }
 
 DEVICE void filter_spectra(const FilterParams& params) {
     u32* const largest = reinterpret_cast<u32*>(shared_memory());
-    FilterSpectrum{params, {reinterpret_cast<Complex*>(shared_memory() + 16), params.log_points - 1}, largest}.run();
+    const FilterPoints points{reinterpret_cast<Complex*>(shared_memory() + kFilterControlBytes), params.log_points - 1};
+    FilterSpectrum{params, points, largest, reinterpret_cast<float*>(largest + 4)}.run();
 }

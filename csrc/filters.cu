@@ -5,6 +5,6 @@ __global__ void __launch_bounds__(kFilterThreads, 3) filter_kernel(const __grid_
 
 int launch_filter(const FilterParams& params, void* stream) {
     static Prepared prepared;
-    const Grid grid{params.channels, 3, kFilterThreads, filter_shared_bytes(params.fft_size), filter_shared_bytes(kMaximumFilterPoints)};
+    const Grid grid{int64_t(params.channels) * std::max(params.windows, 1), 3, kFilterThreads, filter_shared_bytes(params.fft_size), filter_shared_bytes(kMaximumFilterPoints)};
     return launch(filter_kernel, prepared, grid, params, stream);
 }

@@ -2,52 +2,65 @@
 // different tiles at the same time: the first packs inputs and does the outer stage, the second transforms the rows, multiplies them by the
 // filter's spectrum and transforms them back, the third does the inverse outer stage, gates and stores. Rows pass from group to group in buffers
 // of shared memory, guarded by barriers: full for the second group, full for the third, empty for the first.
+//
+// Sequences too long for one tile are blocked: with blocks x(j) of kPositions, y(i) = sum over d of x(i - d) * k(d), where window d of the filter is
+// its taps around lag d kPositions, on a circle of two blocks. The transforms of earlier blocks are kept in global memory by the lanes that will
+// read them again. In reverse, the last block comes first and the spectra are conjugated: the transposed convolution.
 #pragma once
-#include "tile_io.cuh"
+#include "block_scale.cuh"
 #include "transform.cuh"
 
 // What shared memory holds, if all of it fits: a third buffer of rows, the row twiddles, and the filter's spectrum for all rows of a tile, which
-// stays as long as the channel does. Else each warp of the second group has both for its next row only.
+// stays as long as the channel does. Else each warp of the second group has both for its next row only; of blocked sequences, the spectra of
+// filter window and block for its next products.
 template <class T>
 struct ForwardPlan {
     static constexpr int kThreads = 3 * T::kThreads;
     static constexpr int kScaleSlots = 4;       // tiles under way between the first and the third group
-    static constexpr int kControlBytes = T::kEnergyBytes + kScaleSlots * 32 * 4 + 4 * int(sizeof(TileHeader));
+    static constexpr int kControlBytes = (T::kEnergyBytes + kScaleSlots * 32 * 4 + 4 * int(sizeof(TileHeader)) + 4 + 127) / 128 * 128;
     static constexpr int kRowsPerWarp = T::kRows / T::kWarps;
-    static constexpr int ahead(bool wide) { return wide ? kRowsPerWarp : 1; }           // rows whose operands a warp has before it comes to them
-    static constexpr int operand_vectors(bool wide) { return wide ? 64 : 128; }         // of a row: spectrum, twiddles
+    static constexpr bool kNarrowElements = sizeof(typename T::Element) == 2;
+    static constexpr int ahead(bool wide) { return T::kBlocked ? (kNarrowElements ? 4 : 1) : wide ? kRowsPerWarp : 1; }     // operands a warp has before it comes to them
+    static constexpr int operand_vectors(bool wide) { return wide ? 64 : 128; }         // of a row: spectrum, and twiddles or a block's transform
+    static constexpr int buffers(bool wide) { return wide ? 3 : 2; }
     template <bool kWide>
     static constexpr int bytes(int stages) {
-        return Tables<T, kWide>::kSharedBytes + (kWide ? 3 : 2) * T::kRowBytes + T::kWarps * ahead(kWide) * operand_vectors(kWide) * 16 + kControlBytes +
-               stages * T::kStageBytes;
+        return Tables<T, kWide || T::kBlocked>::kSharedBytes + buffers(kWide) * T::kRowBytes + T::kWarps * ahead(kWide) * operand_vectors(kWide) * 16 +
+               kControlBytes + stages * T::kStageBytes;
     }
-    static constexpr bool kWide = bytes<true>(3) <= kSharedLimit;
-    static constexpr bool kStaged = bytes<kWide>(3) <= kSharedLimit;        // else inputs come from global memory
-    static constexpr int kBuffers = kWide ? 3 : 2, kAhead = ahead(kWide), kOperandVectors = operand_vectors(kWide);
+    static constexpr bool kWide = !T::kBlocked && bytes<true>(3) <= kSharedLimit;
+    static constexpr bool kStaged = bytes<kWide>(3) <= kSharedLimit;      // else inputs come from global memory
+    static constexpr int kBuffers = buffers(kWide), kAhead = ahead(kWide), kOperandVectors = operand_vectors(kWide);
     static constexpr int kOperandBytes = T::kWarps * kAhead * kOperandVectors * 16;
     static constexpr int kSharedBytes = bytes<kWide>(kStaged ? 3 : 0);
-    static_assert(kSharedBytes <= kSharedLimit, "shared memory of a block");
+    static_assert(kSharedBytes <= kSharedLimit && (kStaged || !T::kBlocked), "shared memory of a block");
 };
+
+// The spectrum of a window, or the transform of a block. A thread block keeps as many of these as the filter has windows.
+template <class T>
+constexpr int kBlockVectors = T::kRows * kColumns / 4;
 
 template <class T>
 struct Forward {
     using Plan = ForwardPlan<T>;
     using Element = typename T::Element;
-    using Tables = ::Tables<T, Plan::kWide>;
+    using Tables = ::Tables<T, Plan::kWide || T::kBlocked>;
     using Result = OuterResult<T, typename Choose<(T::kSlots > 16), HalfSums, SingleSums>::type>;
     enum Barrier { kPack = 1, kStore = 2, kPacked = 3, kTransformed = kPacked + Plan::kBuffers, kEmpty = kTransformed + Plan::kBuffers };
     const LaunchParams& params;
     const int lane, warp;
-    const int radix, pairs_per_tile;
+    const int radix;
     const SlotMap<T> slots;
     const Tables tables;
+    const OwnPairs pairs;       // of blocked sequences
     const WorkRange range;
     char* const memory;
 
-    DEVICE explicit Forward(const LaunchParams& params)
+    // Of blocked sequences, the own pairs that are to be done.
+    DEVICE Forward(const LaunchParams& params, const OwnPairs& pairs)
         : params(params), lane(thread_index() % 32), warp(thread_index() / 32 % T::kWarps), radix(1 << params.log_radix),
-          pairs_per_tile(T::kAllRows >> params.log_radix), slots{params.log_radix - T::kHalf}, tables(params.tables, shared_memory(), radix),
-          range(work_range(tile_count<T>(params))), memory(shared_memory() + Tables::kSharedBytes) {}
+          slots{params.log_radix - T::kHalf}, tables(params.tables, shared_memory(), radix),
+          pairs(pairs), range(T::kBlocked ? WorkRange{0, pairs.count * params.blocks.divisor} : work_range(tile_count<T>(params))), memory(shared_memory() + Tables::kSharedBytes) {}
 
     DEVICE uint4* rows(int buffer) const { return reinterpret_cast<uint4*>(memory + buffer * T::kRowBytes); }
     DEVICE char* control() const { return memory + Plan::kBuffers * T::kRowBytes + Plan::kOperandBytes; }
@@ -58,10 +71,11 @@ struct Forward {
     DEVICE TileHeader& header(int group, int tile) const {
         return reinterpret_cast<TileHeader*>(control() + T::kEnergyBytes + Plan::kScaleSlots * 32 * 4)[2 * group + tile % 2];
     }
+    DEVICE TilePlace place(int tile) const { return TilePlace::of<T>(params, pairs, tile); }
     DEVICE void fill_header(int group, int tile) const {
-        if (warp == 0) header(group, tile).template fill<Element>(params, RegularSequences::consecutive<T>(params, tile * pairs_per_tile));
+        if (warp == 0) header(group, tile).template fill<Element>(params, RegularSequences::consecutive<T>(params, place(tile).first_pair), place(tile).start);
     }
-    DEVICE TileSequences sequences(int tile) const { return TileSequences::consecutive(params, tile * pairs_per_tile, lane); }
+    DEVICE TileSequences sequences(int tile) const { return TileSequences::consecutive(params, place(tile).first_pair, lane, place(tile).start); }
     DEVICE int part_number(int tile, int part) const { return (tile - range.first) * T::kParts + part; }
 
     // The first group.
@@ -76,6 +90,13 @@ struct Forward {
             }
             copy_async_commit();
         };
+        // Of blocked sequences: their scale, the largest mean square of their blocks so far, the pairs that it did not fit.
+        const BlockScales<T> block_scales{params, reinterpret_cast<float*>(control()), 0, warp, lane};
+        typename BlockScales<T>::Samples samples{};
+        BlockScale scale{};
+        float largest = 0.f;
+        int misfits = 0;
+        if (T::kBlocked) samples = block_scales.start(pair_of(range.first));
         fill_header(0, range.first);
         named_barrier<256>(kPack);
         start_inputs(range.first);
@@ -86,13 +107,28 @@ struct Forward {
             const TileSequences current = sequences(tile);
             const float spectrum_scale = warp == 0 && current.valid ? params.spectrum_scale[current.channel] : 0.f;
             u32 x[T::kSlots / 4][4];
-            if constexpr (Plan::kStaged)
+            if constexpr (T::kBlocked) {
+                const int step = place(tile).step;
+                if (step == 0) {
+                    scale = pairs.list ? block_scales.from_all(pair_of(tile)) : block_scales.from_samples(pair_of(tile), samples);
+                    largest = 0.f;
+                }
+                sequence_scales.pack_known(x, u, pre, scale);
+                const float square = sequence_scales.mean_square();
+                largest = square > largest || square != square ? square : largest;
+                if (step == params.blocks.divisor - 1 && !pairs.list && warp_any(current.valid && lane < 2 && !BlockScales<T>::fits(largest))) {
+                    if (thread_index() == 0) misfit_list()[misfits] = params.blocks.divide(tile);
+                    misfits++;
+                }
+            } else if constexpr (Plan::kStaged) {
                 sequence_scales.template pack_scaled<false>(x, u, pre, current.valid);
-            else
+            } else {
                 sequence_scales.template pack_direct<false>(x, params.u, params.pre_gate, params, current);
+            }
             // Every thread has read its inputs (a barrier has passed): the next tile's may come.
             start_inputs(tile + 1);
             if (warp == 0) scales(tile)[lane] = current.valid ? spectrum_scale * sequence_scales.up : 0.f;
+            if (T::kBlocked && place(tile).step == params.blocks.divisor - 1) samples = block_scales.start(pair_of(tile + 1));
 #pragma unroll 1
             for (int part = 0; part < T::kParts; part++) {
                 const int number = part_number(tile, part), buffer = number % Plan::kBuffers;
@@ -101,7 +137,16 @@ struct Forward {
                 named_barrier_arrive<512>(kPacked + buffer);
             }
         }
+        if (T::kBlocked && thread_index() == 0) *misfit_count() = misfits;
     }
+
+    // Of blocked sequences: the whole sequences of a tile's pair, and the own pairs which the sampled scale did not fit.
+    DEVICE TileSequences pair_of(int tile) const { return TileSequences::consecutive(params, place(tile).first_pair, lane); }
+    DEVICE int* misfit_list() const {
+        uint4* const history = static_cast<uint4*>(params.scratch) + int64_t(block_count()) * params.windows * kBlockVectors<T>;
+        return reinterpret_cast<int*>(history) + int64_t(block_index()) * ((params.batch + 1) / 2 * params.channels / block_count() + 1);
+    }
+    DEVICE int* misfit_count() const { return reinterpret_cast<int*>(control() + T::kEnergyBytes + Plan::kScaleSlots * 32 * 4 + 4 * int(sizeof(TileHeader))); }
 
     // The second group. A warp's rows, part after part and tile after tile, are its steps.
     DEVICE void transform() const {
@@ -147,9 +192,116 @@ struct Forward {
         copy_async_wait<0>();
     }
 
+    // The same for blocked sequences. A warp's steps are the products of its rows: of a block's transform with window 0 of the filter, then of the
+    // blocks before it, whose transforms wait in global memory, with the other windows. Here is where the operands of a step lie.
+    struct Products {
+        int tile, row, left;        // products left in the row
+        int windows, slot;          // of the tile: products of a row, and where its block's transform goes
+        const uint4* spectra;       // of the channel
+        int window, block;          // vectors of this lane: of the window's spectrum, of the block's transform
+
+        DEVICE explicit Products(const Forward& pass) : tile(pass.range.first) { start_tile(pass); }
+
+        DEVICE void start_tile(const Forward& pass) {
+            const int step = pass.place(tile).step, channel = pass.row_channel(tile - pass.range.first, 0);
+            windows = step + 1 < pass.params.windows ? step + 1 : pass.params.windows;
+            slot = step % pass.params.windows;
+            spectra = reinterpret_cast<const uint4*>(pass.params.spectrum) + int64_t(channel) * pass.params.windows * kBlockVectors<T>;
+            start_row(pass, pass.warp);
+        }
+        DEVICE void start_row(const Forward& pass, int next) {
+            row = next, left = windows;
+            window = row * 64 + pass.lane, block = slot * kBlockVectors<T> + window;
+        }
+        DEVICE void advance(const Forward& pass) {
+            if (--left > 0) {
+                window += kBlockVectors<T>, block -= kBlockVectors<T>;
+                if (block < 0) block += pass.params.windows * kBlockVectors<T>;
+            } else if (row + T::kWarps < T::kRows) {
+                start_row(pass, row + T::kWarps);
+            } else {
+                tile++;
+                start_tile(pass);
+            }
+        }
+    };
+
+    DEVICE void transform_blocked() const {
+        const InnerMatrices constants(InnerTables{tables.inner, lane});
+        uint4* const operands = reinterpret_cast<uint4*>(memory + Plan::kBuffers * T::kRowBytes) + warp * Plan::kAhead * Plan::kOperandVectors;
+        uint4* const history = static_cast<uint4*>(params.scratch) + int64_t(block_index()) * params.windows * kBlockVectors<T>;
+        static_assert((Plan::kAhead & (Plan::kAhead - 1)) == 0, "places of operands");
+        int place = 0;      // of the operands of this step, and then of those kAhead steps later
+        Products next(*this);
+        auto start_operands = [&] {
+            if (next.tile < range.last) {
+                uint4* const to = operands + place * Plan::kOperandVectors + lane;
+                copy_async<16>(to, next.spectra + next.window), copy_async<16>(to + 32, next.spectra + next.window + 32);
+                if (next.left < next.windows) copy_async<16>(to + 64, history + next.block), copy_async<16>(to + 96, history + next.block + 32);
+                next.advance(*this);
+            }
+            copy_async_commit();
+            place = (place + 1) & (Plan::kAhead - 1);
+        };
+        auto operand = [&] {
+            copy_async_wait<Plan::kAhead - 1>();
+            return operands + place * Plan::kOperandVectors;
+        };
+        for (int i = 0; i < Plan::kAhead; i++) start_operands();
+#pragma unroll 1
+        for (int tile = range.first; tile < range.last; tile++) {
+            const int buffer = (tile - range.first) % Plan::kBuffers, step = this->place(tile).step;
+            const int windows = step + 1 < params.windows ? step + 1 : params.windows;
+            uint4* const kept = history + step % params.windows * kBlockVectors<T>;
+            named_barrier<512>(kPacked + buffer);
+#pragma unroll 1
+            for (int row = warp; row < T::kRows; row += T::kWarps) {
+                uint4* const words = rows(buffer) + row * (kRowPitch / 4);
+                RowFragment value, other, sum;
+                value.load(words, lane);
+                other.load(tables.twiddle + row * 64, lane);
+                value = inner_transform(value * other, constants);
+                if (params.windows > 1) value.store(kept + row * 64, lane);
+                other.load(operand(), lane);
+                sum = params.reverse ? product_of_conjugate(value, other) : conjugate_product(value, other);
+                start_operands();
+#pragma unroll 1
+                for (int window = 1; window < windows; window++) {
+                    const uint4* const both = operand();
+                    other.load(both, lane), value.load(both + 64, lane);
+                    if (params.reverse)
+                        add_product_of_conjugate(sum, value, other);
+                    else
+                        add_conjugate_product(sum, value, other);
+                    start_operands();
+                }
+                sum.store(words, lane);
+            }
+            named_barrier_arrive<512>(kTransformed + buffer);
+        }
+        copy_async_wait<0>();
+    }
+
+    // The way back of the rows of a blocked tile, which is the third group's work: the second has the products.
+    DEVICE void transform_back(uint4* rows) const {
+        const InnerTables constants{tables.inner, lane};
+#pragma unroll 1
+        for (int first = warp; first < T::kRows; first += 2 * T::kWarps) {
+            RowFragment values[2], twiddles;
+            for (int i = 0; i < 2; i++) values[i].load(rows + (first + i * T::kWarps) * (kRowPitch / 4), lane);
+            inner_transform(values, constants);
+            for (int i = 0; i < 2; i++) {
+                const int row = first + i * T::kWarps;
+                twiddles.load(tables.twiddle + row * 64, lane);
+                (values[i] * twiddles).store(rows + row * (kRowPitch / 4), lane);
+            }
+        }
+        named_barrier<256>(kStore);
+    }
+
     // The channel of the pair that a row of a tile belongs to; some channel if there is none.
     DEVICE int row_channel(int tile, int row) const {
-        const int channel = params.pairs.divide((range.first + tile) * pairs_per_tile + (T::kMaxPairs == 1 ? 0 : row >> params.log_radix));
+        const int channel = params.pairs.divide(place(range.first + tile).first_pair + (T::kMaxPairs == 1 ? 0 : row >> params.log_radix));
         return channel < params.channels ? channel : 0;
     }
 
@@ -171,6 +323,7 @@ struct Forward {
             for (int part = 0; part < T::kParts; part++) {
                 const int number = part_number(tile, part), buffer = number % Plan::kBuffers;
                 named_barrier<512>(kTransformed + buffer);
+                if constexpr (T::kBlocked) transform_back(rows(buffer));
                 result.add(rows(buffer), tables.outer_inverse, part, warp, lane);
                 scale = scales(tile)[lane];
                 if (number + Plan::kBuffers < part_number(range.last, 0)) named_barrier_arrive<512>(kEmpty + buffer);
@@ -178,52 +331,65 @@ struct Forward {
             copy_async_wait<0>();
             named_barrier<256>(kStore);
             fill_header(1, tile + 1);
-            const TileHeader& current = header(1, tile);
-            if (current.regular && post)
-                store_regular<true>(result, current, post, scale);
-            else if (current.regular && !params.post_gate.data)
-                store_regular<false>(result, current, post, scale);
-            else
-                store_any(result, sequences(tile), post, scale);
+            store_gated(result, tile, kOutput, kPostGate, post, scale);
+            if (T::kBlocked && params.second_output.data) {
+                // The second gate comes to the place of the first.
+                named_barrier<256>(kStore);
+                if (post) stager.start(post, kSecondGate, header(1, tile), sequences(tile));
+                copy_async_commit();
+                copy_async_wait<0>();
+                named_barrier<256>(kStore);
+                store_gated(result, tile, kSecondOutput, kSecondGate, post, scale);
+            }
             named_barrier<256>(kStore);
             start_post(tile + 1);
         }
     }
 
-    // Gates and stores a tile of regular sequences; the gate is staged if kGated and absent if not. `scale` undoes the scales of the sequence that
-    // a lane knows; the second sequence of a pair comes out conjugated.
+    // Gates and stores a tile. `stage` holds the gate if there is one and it is staged; `scale` undoes the scales of the sequence that a lane knows;
+    // the second sequence of a pair comes out conjugated.
+    DEVICE void store_gated(const Result& result, int tile, TensorIndex output, TensorIndex gate, const Stage<T>& stage, float scale) const {
+        const TileHeader& current = header(1, tile);
+        const bool gated = (&params.u)[gate].data;
+        if (current.regular && stage)
+            store_regular<true>(result, current, output, stage, scale, sequences(tile).length);
+        else if (current.regular && !gated)
+            store_regular<false>(result, current, output, stage, scale, sequences(tile).length);
+        else
+            store_any(result, sequences(tile), (&params.u)[output], (&params.u)[gate], stage, scale);
+    }
+
     template <bool kGated>
-    DEVICE void store_regular(const Result& result, const TileHeader& header, const Stage<T>& post, float scale) const {
+    DEVICE void store_regular(const Result& result, const TileHeader& header, TensorIndex output, const Stage<T>& stage, float scale, int length) const {
         const int column = outer_column(warp, lane), slot = lane % 4;
 #pragma unroll
         for (int c = 0; c < 2; c++) {
             if (c == 1 && !header.second) break;
-            const int64_t second = c * params.output.batch_stride;
-            Element* to = reinterpret_cast<Element*>(header.first[kOutput]) + second + column + (T::kMaxPairs == 1 ? slot * kColumns : 0);
+            const int64_t second = c * (&params.u)[output].batch_stride;
+            Element* to = reinterpret_cast<Element*>(header.first[output]) + second + column + (T::kMaxPairs == 1 ? slot * kColumns : 0);
             float factor = shuffle(scale, c) * (c == 0 ? 1.f : -1.f);
 #pragma unroll
             for (int n = 0; n < Result::kTiles; n++) {
                 const int at = slots.position(slot + 4 * n);
                 if (T::kMaxPairs > 1) {
                     factor = shuffle(scale, 2 * slots.pair(slot + 4 * n) + c) * (c == 0 ? 1.f : -1.f);
-                    to = reinterpret_cast<Element*>(header.first[kOutput] + slots.pair(slot + 4 * n) * header.pair_stride[kOutput]) + second + column + at;
+                    to = reinterpret_cast<Element*>(header.first[output] + slots.pair(slot + 4 * n) * header.pair_stride[output]) + second + column + at;
                 }
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     Pair y = result.columns(n, half, c);
                     y = {y.x * factor, y.y * factor};
                     if constexpr (kGated) {
-                        const Pair gate = post.load(c, slot + 4 * n, column + 128 * half);
+                        const Pair gate = stage.load(c, slot + 4 * n, column + 128 * half);
                         y = {y.x * gate.x, y.y * gate.y};
                     }
-                    narrow_two_if(at + column + 128 * half < params.length, to + (T::kMaxPairs == 1 ? 4 * n * kColumns : 0) + 128 * half, y.x, y.y);
+                    narrow_two_if<T::kBlocked>(at + column + 128 * half < length, to + (T::kMaxPairs == 1 ? 4 * n * kColumns : 0) + 128 * half, y.x, y.y);
                 }
             }
         }
     }
 
-    // The same for any tile.
-    DEVICE void store_any(const Result& result, const TileSequences& sequences, const Stage<T>& post, float scale) const {
+    DEVICE void store_any(const Result& result, const TileSequences& sequences, const fft_conv_tensor& output, const fft_conv_tensor& gate, const Stage<T>& stage, float scale) const {
         const int column = outer_column(warp, lane);
 #pragma unroll
         for (int c = 0; c < 2; c++)
@@ -232,15 +398,15 @@ struct Forward {
                 const int slot = 4 * n + lane % 4, owner = 2 * slots.pair(slot) + c;
                 const bool valid = shuffle(int(sequences.valid), owner);
                 const float factor = shuffle(scale, owner) * (c == 0 ? 1.f : -1.f);
-                Element* const to = sequences.address<Element>(params.output, owner);
-                const Element* const gates = sequences.address<const Element>(params.post_gate, owner);
+                Element* const to = sequences.address<Element>(output, owner);
+                const Element* const gates = sequences.address<const Element>(gate, owner);
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     const int at = column + 128 * half, position = slots.position(slot) + at;
-                    if (!valid || position >= params.length) continue;
-                    Pair y = result.columns(n, half, c), gate = {1.f, 1.f};
-                    if (params.post_gate.data) gate = post ? post.load(c, slot, at) : load_global(gates, position, params.length, params.pair_aligned);
-                    store_global(to, position, params.length, params.pair_aligned, y.x * factor * gate.x, y.y * factor * gate.y);
+                    if (!valid || position >= sequences.length) continue;
+                    Pair y = result.columns(n, half, c), by = {1.f, 1.f};
+                    if (gate.data) by = stage ? stage.load(c, slot, at) : load_global(gates, position, sequences.length, params.pair_aligned);
+                    store_global(to, position, sequences.length, params.pair_aligned, y.x * factor * by.x, y.y * factor * by.y);
                 }
             }
     }
@@ -250,8 +416,25 @@ struct Forward {
         block_barrier();
         switch (thread_index() / T::kThreads) {
             case 0: return pack();
-            case 1: return transform();
+            case 1:
+                if constexpr (T::kBlocked)
+                    return transform_blocked();
+                else
+                    return transform();
             default: return store();
         }
     }
 };
+
+template <class T>
+DEVICE void forward_pass(const LaunchParams& params) {
+    OwnPairs pairs(params);
+    const Forward<T> all(params, pairs);
+    all.run();
+    if constexpr (T::kBlocked) {
+        block_barrier();
+        pairs.count = *all.misfit_count(), pairs.list = all.misfit_list();
+        block_barrier();
+        if (pairs.count > 0) Forward<T>(params, pairs).run();
+    }
+}

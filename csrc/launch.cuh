@@ -7,7 +7,7 @@
 
 template <class T>
 __global__ void __launch_bounds__(ForwardPlan<T>::kThreads, 1) forward_kernel(const __grid_constant__ LaunchParams params) {
-    Forward<T>(params).run();
+    forward_pass<T>(params);
 }
 
 template <class T>
@@ -31,12 +31,7 @@ using Prepared = std::atomic<bool>[kKnownDevices];
 
 // Blocks for a persistent grid: every multiprocessor full, or one block a tile where there are fewer.
 inline int grid_size(int device, int64_t tiles, int blocks_per_processor, int* error) {
-    static std::atomic<int> known[kKnownDevices];
-    int processors = device < kKnownDevices ? known[device].load(std::memory_order_relaxed) : 0;
-    if (processors == 0) {
-        *error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-        if (device < kKnownDevices && *error == 0) known[device].store(processors, std::memory_order_relaxed);
-    }
+    const int processors = processor_count(device, error);
     return int(std::min<int64_t>(processors, (tiles + blocks_per_processor - 1) / blocks_per_processor)) * blocks_per_processor;
 }
 
@@ -68,7 +63,7 @@ template <class T>
 int Launcher<T>::forward(const LaunchParams& params, void* stream) {
     using Plan = ForwardPlan<T>;
     static Prepared prepared;
-    const Grid grid{tile_count<T>(params), 1, Plan::kThreads, Plan::kSharedBytes, Plan::kSharedBytes};
+    const Grid grid{tile_count<T>(params) / (T::kBlocked ? params.blocks.divisor : 1), 1, Plan::kThreads, Plan::kSharedBytes, Plan::kSharedBytes};
     return launch(forward_kernel<T>, prepared, grid, params, stream);
 }
 
@@ -101,6 +96,11 @@ int LongLauncher<Element, kSlots>::backward(const LongParams& params, void* stre
     template struct LongLauncher<bfloat16, slots>; \
     template struct LongLauncher<float16, slots>;  \
     template struct LongLauncher<float, slots>;
+
+#define INSTANTIATE_BLOCKED(...)                                                                       \
+    template int Launcher<Tile<bfloat16, __VA_ARGS__>>::forward(const LaunchParams&, void*); \
+    template int Launcher<Tile<float16, __VA_ARGS__>>::forward(const LaunchParams&, void*);  \
+    template int Launcher<Tile<float, __VA_ARGS__>>::forward(const LaunchParams&, void*);
 
 #define INSTANTIATE_TILES(...)                        \
     template struct Launcher<Tile<bfloat16, __VA_ARGS__>>; \

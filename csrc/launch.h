@@ -21,6 +21,8 @@ struct Launcher {
 };
 
 int launch_filter(const FilterParams& params, void* stream);
+// Of a device, or zero and an error.
+int processor_count(int device, int* error);
 
 // Long sequences, by the slots that the outer pass has room for.
 template <class Element, int kSlots>
@@ -43,6 +45,9 @@ inline int common_alignment(const fft_conv_tensor& t, int element_bytes) {
 // Rows of the tile for a transform: those of hf_flashfftconv/ops/tables.py.
 inline int tile_rows(int radix) { return radix == 1 ? 16 : radix < 32 ? 32 : radix; }
 
+template <class Element>
+using BlockedTile = Tile<Element, 32, true, 1, 1, true>;
+
 // Calls function(Tile<...>{}) with the tile for a transform.
 template <class Element, bool kHalf, class Function>
 int with_rows(int radix, Function function) {
@@ -54,6 +59,17 @@ int with_rows(int radix, Function function) {
     if constexpr (kHalf)
         if (radix == 64) return function(Tile<Element, 32, kHalf, 1, 2>{});
     return kUnsupported;
+}
+
+// The same for blocked sequences.
+template <class Function>
+int with_blocked_tile(const fft_conv_params& p, Function function) {
+    switch (p.element) {
+        case FFT_CONV_BFLOAT16: return function(BlockedTile<bfloat16>{});
+        case FFT_CONV_FLOAT16: return function(BlockedTile<float16>{});
+        case FFT_CONV_FLOAT32: return function(BlockedTile<float>{});
+        default: return kUnsupported;
+    }
 }
 
 template <class Function>

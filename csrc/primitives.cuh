@@ -80,6 +80,13 @@ template <int kBytes>
 DEVICE void copy_async(void* to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], %2;" :: "r"(static_cast<u32>(__cvta_generic_to_shared(to))), "l"(from), "n"(kBytes) : "memory");
 }
+// The same for what will not be read again, which leaves the L2 cache first.
+DEVICE void copy_async_once(void* to, const void* from, int valid) {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;"
+                 :: "r"(static_cast<u32>(__cvta_generic_to_shared(to))), "l"(from), "r"(valid), "l"(policy) : "memory");
+}
 DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 DEVICE void copy_async_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(kPending) : "memory"); }
@@ -172,6 +179,13 @@ DEVICE void store_if(bool really, u32* p, u32 x) {
 DEVICE void store_if(bool really, uint2* p, uint2 x) {
     asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.v2.u32 [%1], {%2,%3}; }" :: "r"(u32(really)), "l"(p), "r"(x.x), "r"(x.y) : "memory");
 }
+// The same for what is not read again by the kernel.
+DEVICE void store_once_if(bool really, u32* p, u32 x) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.cs.u32 [%1], %2; }" :: "r"(u32(really)), "l"(p), "r"(x) : "memory");
+}
+DEVICE void store_once_if(bool really, uint2* p, uint2 x) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.cs.v2.u32 [%1], {%2,%3}; }" :: "r"(u32(really)), "l"(p), "r"(x.x), "r"(x.y) : "memory");
+}
 DEVICE u32 narrow(const bfloat16*, float x, float y) {
     const __nv_bfloat162 v = __floats2bfloat162_rn(x, y);
     return *reinterpret_cast<const u32*>(&v);
@@ -180,8 +194,9 @@ DEVICE u32 narrow(const float16*, float x, float y) { return pack(x, y); }
 DEVICE uint2 narrow(const float*, float x, float y) { return make_uint2(__float_as_uint(x), __float_as_uint(y)); }
 template <class Element>
 DEVICE void narrow_two(Element* p, float x, float y) { *reinterpret_cast<typename PairWord<Element>::type*>(p) = narrow(p, x, y); }
-template <class Element>
+template <bool kOnce, class Element>
 DEVICE void narrow_two_if(bool really, Element* p, float x, float y) {
-    store_if(really, reinterpret_cast<typename PairWord<Element>::type*>(p), narrow(p, x, y));
+    const auto to = reinterpret_cast<typename PairWord<Element>::type*>(p);
+    kOnce ? store_once_if(really, to, narrow(p, x, y)) : store_if(really, to, narrow(p, x, y));
 }
 #endif

@@ -2,6 +2,7 @@
 //
 // A transform of N = radix * 256 complex points has the points n = 256 n1 + p; a tile is `kRows` rows of 256 points: the `radix` rows of one
 // pair of sequences, or of several pairs where the radix is below 32. Two batch rows of a channel form a pair: real and imaginary part.
+// Of blocked sequences, a tile transforms one block of kPositions positions; the tiles of a pair follow each other.
 #pragma once
 #include "fft_conv.h"
 #include "primitives.cuh"
@@ -10,15 +11,16 @@ constexpr int kColumns = 256;       // points of the inner transform, done by on
 constexpr int kRowPitch = 260;      // words between rows in shared memory: a 16-byte unit beyond the row, against bank conflicts
 constexpr int kSharedLimit = 232448;
 
-template <typename Element_, int kRows_, bool kHalf_, int kMaxPairs_, int kParts_ = 1>
+template <typename Element_, int kRows_, bool kHalf_, int kMaxPairs_, int kParts_ = 1, bool kBlocked_ = false>
 struct Tile {
     using Element = Element_;
     static constexpr int kRows = kRows_;
     static constexpr int kParts = kParts_;                       // the rows of a transform are worked on in so many parts of kRows each
     static constexpr int kAllRows = kRows * kParts;
     static constexpr int kSlots = kHalf_ ? kAllRows / 2 : kAllRows;     // rows of 256 positions that are read and written
-    static constexpr bool kHalf = kHalf_;
+    static constexpr bool kHalf = kHalf_, kBlocked = kBlocked_;
     static constexpr int kWarps = 8, kThreads = 256;             // a group of eight warps covers the 256 columns
+    static constexpr int kPositions = kSlots * kColumns;         // of a block
     static constexpr int kMaxPairs = kMaxPairs_;                 // one, or sixteen: the lanes of a warp know the sequences of a tile
     static constexpr int kSegment = kColumns * int(sizeof(Element));
     static constexpr int kStageBytes = 2 * kSlots * kSegment;    // one tensor of a tile
@@ -44,6 +46,7 @@ struct LaunchParams : fft_conv_params {
     int whole_units;    // whether all rows of the inputs consist of aligned 16-byte units, and pair_aligned
     int log_radix;
     Divider pairs;      // pairs of sequences in a channel
+    Divider blocks;     // blocks of a sequence
     // Backward: 2^log_sharing pairs of a channel share a tile, and a channel's tiles are dealt to splits blocks.
     int log_sharing, tiles_per_split;
     Divider splits;
@@ -65,29 +68,56 @@ DEVICE WorkRange work_range(int tiles) {
 template <class T>
 HOST_DEVICE int tile_count(const LaunchParams& params) {
     const int pairs = (params.batch + 1) / 2 * params.channels, per_tile = T::kAllRows >> params.log_radix;
-    return (pairs + per_tile - 1) / per_tile;
+    return T::kBlocked ? pairs * params.blocks.divisor : (pairs + per_tile - 1) / per_tile;
 }
+
+// The pairs of a thread block where sequences are blocked: every block_count()-th, so that all blocks work on few channels at a time, whose windows
+// stay in the L2 cache. Of these, all or those in a list.
+struct OwnPairs {
+    int count;
+    const int* list;
+
+    DEVICE explicit OwnPairs(const LaunchParams& params) : list(nullptr) {
+        const int pairs = (params.batch + 1) / 2 * params.channels;
+        count = block_index() < pairs ? (pairs - 1 - block_index()) / block_count() + 1 : 0;
+    }
+    DEVICE int operator[](int i) const { return block_index() + (list ? list[i < count ? i : 0] : i) * block_count(); }
+};
+
+// Where a tile lies: its first pair, and the positions of its block.
+struct TilePlace {
+    int first_pair, step, start;
+
+    template <class T>
+    DEVICE static TilePlace of(const LaunchParams& params, const OwnPairs& pairs, int tile) {
+        if constexpr (!T::kBlocked) return {tile * (T::kAllRows >> params.log_radix), 0, 0};
+        const int own = params.blocks.divide(tile), step = tile - own * params.blocks.divisor;
+        return {pairs[own], step, (params.reverse ? params.blocks.divisor - 1 - step : step) * T::kPositions};
+    }
+};
 
 // The sequences of a tile: lane 2 p + c of every warp knows the batch row and the channel of sequence c of pair p
 // (further lanes: of the pairs that follow the tile).
 struct TileSequences {
     int row, channel;
     bool valid;
+    int start, length;      // the tile's first position, and how many follow in the sequence
 
     // Consecutive pairs: over the batch first, then over the channels.
-    DEVICE static TileSequences consecutive(const LaunchParams& params, int first_pair, int lane) {
+    DEVICE static TileSequences consecutive(const LaunchParams& params, int first_pair, int lane, int start = 0) {
         const int pair = first_pair + lane / 2, channel = params.pairs.divide(pair);
-        return TileSequences(params, channel, 2 * (pair - channel * params.pairs.divisor) + lane % 2);
+        return TileSequences(params, channel, 2 * (pair - channel * params.pairs.divisor) + lane % 2, start);
     }
-    DEVICE TileSequences(const LaunchParams& params, int channel, int row) : row(row), channel(channel) {
+    DEVICE TileSequences(const LaunchParams& params, int channel, int row, int start = 0)
+        : row(row), channel(channel), start(start), length(params.length - start) {
         valid = channel < params.channels && row < params.batch;
         if (!valid) this->row = this->channel = 0;
     }
 
-    // Where a tensor keeps the sequence that lane `owner` knows.
+    // Where a tensor keeps the tile's part of the sequence that lane `owner` knows.
     template <class Element>
     DEVICE Element* address(const fft_conv_tensor& tensor, int owner, int scale = 1) const {
-        const int64_t offset = row * tensor.batch_stride + channel * tensor.channel_stride;
+        const int64_t offset = row * tensor.batch_stride + channel * tensor.channel_stride + start;
         return static_cast<Element*>(tensor.data) + shuffle(offset, owner) * scale;
     }
 };
@@ -113,7 +143,7 @@ struct RegularSequences {
 };
 
 // The tensors of fft_conv_params in their order.
-enum TensorIndex { kU, kPreGate, kPostGate, kGradOutput, kOutput, kGradU, kGradPreGate, kGradPostGate, kTensors };
+enum TensorIndex { kU, kPreGate, kPostGate, kGradOutput, kOutput, kGradU, kGradPreGate, kGradPostGate, kSecondGate, kSecondOutput, kTensors };
 
 // Where a tile of regular sequences lies in every tensor, worked out once by the lanes of one warp and read by all from shared memory.
 struct TileHeader {
@@ -123,11 +153,11 @@ struct TileHeader {
 
     // All lanes of one warp.
     template <class Element>
-    DEVICE void fill(const LaunchParams& params, const RegularSequences& sequences) {
+    DEVICE void fill(const LaunchParams& params, const RegularSequences& sequences, int start = 0) {
         const int lane = thread_index() % 32;
         if (lane < kTensors) {
             const fft_conv_tensor& tensor = (&params.u)[lane];
-            first[lane] = static_cast<char*>(tensor.data) + (sequences.row * tensor.batch_stride + sequences.channel * tensor.channel_stride) * int(sizeof(Element));
+            first[lane] = static_cast<char*>(tensor.data) + (sequences.row * tensor.batch_stride + sequences.channel * tensor.channel_stride + start) * int(sizeof(Element));
             pair_stride[lane] = (sequences.row_step * tensor.batch_stride + sequences.channel_step * tensor.channel_stride) * int(sizeof(Element));
         }
         if (lane == 0) regular = sequences.regular && params.whole_units, second = sequences.second;

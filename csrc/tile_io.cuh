@@ -39,13 +39,13 @@ struct Stage {
 template <class T>
 struct Stager {
     using Element = typename T::Element;
-        const LaunchParams& params;
+    const LaunchParams& params;
     SlotMap<T> slots;
 
     DEVICE void start(Stage<T> stage, TensorIndex index, const TileHeader& header, const TileSequences& sequences) const {
         const fft_conv_tensor& tensor = (&params.u)[index];
         if (header.regular)
-            copy_units(stage, index, header);
+            copy_units(stage, index, header, sequences.length);
         else if (params.alignment >= 16)
             copy_parts<16>(stage, tensor, sequences);
         else if (params.alignment >= 4)
@@ -55,7 +55,15 @@ struct Stager {
     }
 
 private:
-    DEVICE void copy_units(Stage<T> stage, TensorIndex index, const TileHeader& header) const {
+    // Blocked sequences share the L2 cache with what the kernel keeps there.
+    DEVICE static void copy(char* to, const char* from, int bytes) {
+        if constexpr (T::kBlocked)
+            copy_async_once(to, from, bytes);
+        else
+            copy_async<16>(to, from, bytes);
+    }
+
+    DEVICE void copy_units(Stage<T> stage, TensorIndex index, const TileHeader& header, int length) const {
         constexpr int kUnit = 16 / int(sizeof(Element));
         const int warp = thread_index() / 32 % T::kWarps, at = thread_index() % 32 * kUnit;
         const int64_t second = (&params.u)[index].batch_stride * int(sizeof(Element));
@@ -68,9 +76,9 @@ private:
             if (T::kMaxPairs > 1) from += slots.pair(slot) * header.pair_stride[index];
 #pragma unroll
             for (int part = 0; part < kColumns; part += 32 * kUnit) {
-                const int bytes = position + at + part < params.length ? 16 : 0, offset = part * int(sizeof(Element));
-                copy_async<16>(stage.at(0, slot, at + part), from + offset, bytes);
-                copy_async<16>(stage.at(1, slot, at + part), from + second + offset, header.second ? bytes : 0);
+                const int bytes = position + at + part < length ? 16 : 0, offset = part * int(sizeof(Element));
+                copy(stage.at(0, slot, at + part), from + offset, bytes);
+                copy(stage.at(1, slot, at + part), from + second + offset, header.second ? bytes : 0);
             }
         }
     }
@@ -79,7 +87,7 @@ private:
     DEVICE void copy_parts(Stage<T> stage, const fft_conv_tensor& tensor, const TileSequences& sequences) const {
 #pragma unroll 1
         for (int index = thread_index() / 32 % T::kWarps; index < 2 * T::kSlots; index += T::kWarps) {
-            const int slot = index % T::kSlots, owner = 2 * slots.pair(slot) + index / T::kSlots, left = params.length - slots.position(slot);
+            const int slot = index % T::kSlots, owner = 2 * slots.pair(slot) + index / T::kSlots, left = sequences.length - slots.position(slot);
             const char* from = sequences.address<const char>(tensor, owner, sizeof(Element)) + int64_t(slots.position(slot)) * int(sizeof(Element));
             const int bytes = shuffle(int(sequences.valid), owner) && left > 0 ? (left < kColumns ? left : kColumns) * int(sizeof(Element)) : 0;
 #pragma unroll 1
@@ -120,7 +128,7 @@ struct GlobalSequence {
     int length;     // zero if the sequence or the tensor is absent
 
     DEVICE GlobalSequence(const fft_conv_tensor& tensor, const LaunchParams& params, const TileSequences& sequences, int owner)
-        : data(sequences.address<Element>(tensor, owner)), length(shuffle(int(sequences.valid), owner) && tensor.data ? params.length : 0) {}
+        : data(sequences.address<Element>(tensor, owner)), length(shuffle(int(sequences.valid), owner) && tensor.data ? sequences.length : 0) {}
 
     // Without branches where it can be, so that many loads are under way at a time.
     DEVICE Pair load(int position) const {
@@ -291,7 +299,19 @@ struct SequenceScales {
         }
     }
 
-    // The same with inputs in global memory; an absent gate has no data.
+    // The same for blocked sequences, whose scales are known; a barrier passes, and mean_square() is that of the scaled tile.
+    template <class Source, class Scale>
+    DEVICE void pack_known(u32 (&x)[T::kSlots / 4][4], const Source& u, const Source& gate, const Scale& scale) {
+        const int column = outer_column(warp, lane);
+        if (gate)
+            pack_product<T, true, true>(x, u, gate, slots, scale.down, column, lane);
+        else
+            pack_product<T, true, false>(x, u, gate, slots, scale.down, column, lane);
+        up = scale.up;
+        publish(x);
+    }
+
+    // The same as pack_scaled with inputs in global memory; an absent gate has no data.
     template <bool kCommon>
     DEVICE void pack_direct(u32 (&x)[T::kSlots / 4][4], const fft_conv_tensor& u, const fft_conv_tensor& gate, const LaunchParams& params,
                             const TileSequences& sequences) {

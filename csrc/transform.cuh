@@ -32,6 +32,16 @@ DEVICE PlanarPair product_of_conjugate(PlanarPair x, PlanarPair w) {
     return {multiply_add2(x.re, w.re, multiply2(x.im, w.im)), multiply_add2(x.re, w.im, negate2(multiply2(x.im, w.re)))};
 }
 
+// sum += conj(x * w)
+DEVICE void add_conjugate_product(PlanarPair& sum, PlanarPair x, PlanarPair w) {
+    sum = {multiply_add2(x.re, w.re, multiply_add2(negate2(x.im), w.im, sum.re)), multiply_add2(negate2(x.re), w.im, multiply_add2(negate2(x.im), w.re, sum.im))};
+}
+
+// sum += conj(x) * w
+DEVICE void add_product_of_conjugate(PlanarPair& sum, PlanarPair x, PlanarPair w) {
+    sum = {multiply_add2(x.re, w.re, multiply_add2(x.im, w.im, sum.re)), multiply_add2(x.re, w.im, multiply_add2(negate2(x.im), w.re, sum.im))};
+}
+
 // The constant operands of the inner stages: DFT-16 matrices as A and as B operand, and the twiddles w256^(k2 n3), read from shared memory where
 // they are used. Operands of a matrix product are whole register groups, so that no move is needed in front of it.
 struct InnerTables {
@@ -56,6 +66,20 @@ struct InnerConstants {
     DEVICE uint4 a(int m, int s) const { return a_[m][s]; }
     DEVICE uint4 b(int h, int t) const { return b_[h][t]; }
     DEVICE uint4 twiddle(int m) const { return twiddle_[m]; }
+};
+
+// The matrices in registers, the twiddles in shared memory.
+struct InnerMatrices {
+    uint4 a_[2][2], b_[2][2];
+    InnerTables tables;
+
+    DEVICE explicit InnerMatrices(const InnerTables& tables) : tables(tables) {
+        for (int i = 0; i < 2; i++)
+            for (int j = 0; j < 2; j++) a_[i][j] = tables.a(i, j), b_[i][j] = tables.b(i, j);
+    }
+    DEVICE uint4 a(int m, int s) const { return a_[m][s]; }
+    DEVICE uint4 b(int h, int t) const { return b_[h][t]; }
+    DEVICE uint4 twiddle(int m) const { return tables.twiddle(m); }
 };
 constexpr int kInnerConstantVectors = 320;
 
@@ -109,6 +133,16 @@ DEVICE RowFragment product_of_conjugate(const RowFragment& x, const RowFragment&
     for (int s = 0; s < 2; s++)
         for (int t = 0; t < 2; t++) z.value[s][t] = product_of_conjugate(x.value[s][t], w.value[s][t]);
     return z;
+}
+
+DEVICE void add_conjugate_product(RowFragment& sum, const RowFragment& x, const RowFragment& w) {
+    for (int s = 0; s < 2; s++)
+        for (int t = 0; t < 2; t++) add_conjugate_product(sum.value[s][t], x.value[s][t], w.value[s][t]);
+}
+
+DEVICE void add_product_of_conjugate(RowFragment& sum, const RowFragment& x, const RowFragment& w) {
+    for (int s = 0; s < 2; s++)
+        for (int t = 0; t < 2; t++) add_product_of_conjugate(sum.value[s][t], x.value[s][t], w.value[s][t]);
 }
 
 // DFT-256 of rows in place: contracts value[s][t] over s and lane % 4 (data as B), multiplies by the twiddles, contracts over t and lane % 4

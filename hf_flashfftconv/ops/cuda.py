@@ -39,7 +39,7 @@ def unsupported(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, backwa
         return "the kernels compute float32 with TF32 precision, which torch.backends.cuda.matmul does not allow"
     if (u.shape[0] + 1) // 2 * u.shape[1] > MAX_PAIRS:
         return f"u has the shape {tuple(u.shape)}, and the kernels take up to {MAX_PAIRS} pairs of sequences"
-    chosen = _plan(u, k, k_rev, causal)
+    chosen = _plan(u, k, k_rev, causal, backward)
     if isinstance(chosen, str):
         return chosen
     return _verdict(u.device) or _lacks_memory(u.device, chosen, u.dtype, backward)
@@ -77,12 +77,14 @@ def backward(
 ) -> Gradients:
     """Gradients (du, dk, dskip, dpre, dpost, dk_rev) of a supported call, each in its operand's dtype.
 
-    Of long sequences, gradients of u and the gates that are not in `needs` are None and cost no pass back.
+    Of sequences in blocks and long ones, gradients of u and the gates that are not in `needs` are None and cost no pass.
     """
     with _device_guard(u.device):
-        if _plan(u, k, k_rev, causal).is_long:
+        if _plan(u, k, k_rev, causal).windows:
+            return _blocked_backward(dy, u, k, skip, pre_gate, post_gate, needs)
+        if _plan(u, k, k_rev, causal, backward=True).is_long:
             return _long_backward(dy, u, k, skip, pre_gate, post_gate, k_rev, causal, needs)
-        call = _Call(u, k, skip, pre_gate, post_gate, k_rev, causal)
+        call = _Call(u, k, skip, pre_gate, post_gate, k_rev, causal, backward=True)
         call.operand("grad_output", dy)
         du = call.result("grad_u")
         dpre = None if pre_gate is None else call.result("grad_pre_gate")
@@ -96,6 +98,37 @@ def backward(
         total = partial[0] if splits == 1 else partial.sum(0)
         dk, dskip, dk_rev = filters.tap_gradients(total, k, skip, k_rev, u.shape[2])
     return du, dk, dskip, dpre, dpost, dk_rev
+
+
+def _blocked_backward(
+    dy: Tensor,
+    u: Tensor,
+    k: Tensor,
+    skip: Tensor | None,
+    pre_gate: Tensor | None,
+    post_gate: Tensor | None,
+    needs: Sequence[bool],
+) -> Gradients:
+    """The same for sequences in blocks: the forward kernel, as it is and transposed; gradients of taps as for long ones."""
+    du = dpre = dpost = dk = dskip = None
+    if post_gate is not None and needs[4]:
+        dpost = forward(u, k, skip, pre_gate, dy, None, True)
+    if needs[0] or needs[3]:
+        du = torch.empty_like(u, memory_format=torch.contiguous_format)
+        if pre_gate is not None:
+            dpre = torch.empty_like(du)
+        for channels, tensors in _blocks(dy, k, skip, post_gate, pre_gate, None, True):
+            call = _Call(*tensors, True)
+            call.parameters.reverse = 1
+            call.operand("output", du[:, channels])
+            if dpre is not None:
+                call.operand("second_gate", u[:, channels])
+                call.operand("second_output", dpre[:, channels])
+            call.launch("forward")
+    if needs[1] or needs[2]:
+        taps_alone = (False, needs[1], needs[2], False, False, False)
+        _, dk, dskip, _, _, _ = _long_backward(dy, u, k, skip, pre_gate, post_gate, None, True, taps_alone)
+    return du, dk, dskip, dpre, dpost, None
 
 
 def _long_backward(
@@ -120,7 +153,7 @@ def _long_backward(
         "grad_post_gate": like(post_gate, needs[4]),
     }
     taps: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
-    for channels, tensors in _blocks(u, k, skip, pre_gate, post_gate, k_rev, causal):
+    for channels, tensors in _blocks(u, k, skip, pre_gate, post_gate, k_rev, causal, backward=True):
         call = _Call(*tensors, causal, backward=True)
         call.operand("grad_output", dy[:, channels])
         for name, x in results.items():
@@ -153,22 +186,21 @@ class _Call:
         backward: bool = False,
     ) -> None:
         self.u = u
-        self.plan: plan.Plan = _plan(u, k, k_rev, causal)
+        self.plan: plan.Plan = _plan(u, k, k_rev, causal, backward)
         self.stream = _current_stream(u.device)
-        length, fft_size = u.shape[2], self.plan.fft_size
-        long = self.plan.is_long
+        length, long = u.shape[2], self.plan.is_long
         if _is_capturing():
             # The graph outlives the cache's entries, and its replays are to see what has become of the filter.
-            spectrum = filters.prepare(k, skip, k_rev, length, fft_size, self.stream)
+            spectrum = filters.prepare(k, skip, k_rev, length, self.plan, self.stream)
         else:
-            spectrum = _spectra.get(k, skip, k_rev, length, fft_size, self.stream)
-        constants = tables.device_tables(*(ON_CHIP if long else self.plan), u.device)
+            spectrum = _spectra.get(k, skip, k_rev, length, self.plan, self.stream)
+        constants = tables.device_tables(*(ON_CHIP if long else self.plan)[:2], u.device)
         self.parameters = parameters = extension.Parameters()
         parameters.tables = constants.data_ptr()
         parameters.spectrum = spectrum.words.data_ptr()
         parameters.spectrum_scale = spectrum.scale.data_ptr()
         parameters.batch, parameters.channels, parameters.length = u.shape
-        parameters.fft_size, parameters.half = self.plan
+        parameters.fft_size, parameters.half, parameters.windows = self.plan
         parameters.element = extension.ELEMENTS[u.dtype]
         # Memory that is given back before the launch may be given to another stream.
         self._alive: list[Any] = [spectrum, constants]
@@ -179,11 +211,14 @@ class _Call:
             self.operand("post_gate", post_gate)
         if long:
             self._lay_out(backward)
+        elif self.plan.windows:
+            scratch_bytes = extension.call("fft_conv_blocked_scratch", parameters, u.device.index or 0)
+            self.buffer("scratch", (scratch_bytes,), torch.uint8)
 
     def _lay_out(self, backward: bool) -> None:
         """Adds the layout of a long transform and its memory."""
         batch, channels, length = self.u.shape
-        layout = long_plan.lay_out(*self.plan, length, batch, channels, backward)
+        layout = long_plan.lay_out(*self.plan[:2], length, batch, channels, backward)
         items = _device_schedule(self.plan.fft_size, layout.period_key(), backward, self.u.device)
         self._alive.append(items)
         self.parameters.schedule, self.parameters.period = items.data_ptr(), items.shape[0]
@@ -228,8 +263,8 @@ class _Call:
         extension.launch(f"fft_conv_{kind}{name}", self.parameters, self.stream)
 
 
-def _plan(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool) -> Any:
-    return plan.choose(u.shape[2], k.shape[1], 0 if k_rev is None else k_rev.shape[1], causal)
+def _plan(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, backward: bool = False) -> Any:
+    return plan.choose(u.shape[2], k.shape[1], 0 if k_rev is None else k_rev.shape[1], causal, backward)
 
 
 def _blocks(
@@ -240,18 +275,19 @@ def _blocks(
     post_gate: Tensor | None,
     k_rev: Tensor | None,
     causal: bool,
+    backward: bool = False,
 ) -> Iterator[tuple[slice, Operands]]:
     """The channels that one launch serves, and the operands with these channels alone.
 
     The spectra of long filters outweigh everything else where the batch is small. So they are made for some channels at
     a time, unless all of them are small beside the output, or will be kept.
     """
-    chosen, count = _plan(u, k, k_rev, causal), u.shape[1]
+    chosen, count = _plan(u, k, k_rev, causal, backward), u.shape[1]
     block = count
-    if chosen.is_long:
+    if chosen.is_long or chosen.windows:
         bound = min(SPECTRUM_BYTES, u.numel() * u.element_size() // 4)
-        if not _spectra.keeps(k, skip, k_rev, chosen.fft_size):
-            block = min(count, max(1, bound // (4 * chosen.fft_size)))
+        if not _spectra.keeps(k, skip, k_rev, chosen):
+            block = min(count, max(1, bound // (4 * chosen.points)))
     if block == count:
         yield slice(None), (u, k, skip, pre_gate, post_gate, k_rev)
         return
@@ -293,9 +329,10 @@ def _verdict(device: torch.device) -> str | None:
 @lru_cache(maxsize=1024)
 def _lacks_memory(device: torch.device, chosen: plan.Plan, dtype: torch.dtype, backward: bool) -> str | None:
     """Why a kernel does not fit the device, or None. Only the shared memory of GPUs for data centres holds all."""
-    parameters = extension.Parameters(fft_size=chosen.fft_size, half=chosen.half, element=extension.ELEMENTS[dtype])
+    parameters = extension.Parameters(element=extension.ELEMENTS[dtype])
+    parameters.fft_size, parameters.half, parameters.windows = chosen
     if chosen.is_long:
-        parameters.outer_radix = long_plan.outer_radix(*chosen)
+        parameters.outer_radix = long_plan.outer_radix(*chosen[:2])
     needed = extension.call("fft_conv_shared_bytes", parameters, backward)
     available = extension.call("fft_conv_shared_limit", device.index)
     if needed <= available:

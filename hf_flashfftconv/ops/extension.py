@@ -10,7 +10,7 @@ import torch
 from ..errors import BackendError
 
 PATH = Path(__file__).parent.parent / "lib" / "libhf_flashfftconv.so"
-VERSION = 2
+VERSION = 3
 
 ELEMENTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -42,6 +42,8 @@ class Parameters(ctypes.Structure):
         ("grad_u", TensorArgument),
         ("grad_pre_gate", TensorArgument),
         ("grad_post_gate", TensorArgument),
+        ("second_gate", TensorArgument),
+        ("second_output", TensorArgument),
         ("tables", ctypes.c_void_p),
         ("spectrum", ctypes.c_void_p),
         ("spectrum_scale", ctypes.c_void_p),
@@ -69,6 +71,8 @@ class Parameters(ctypes.Structure):
         ("group_channels", ctypes.c_int32),
         ("channel_splits", ctypes.c_int32),
         ("tap_halves", ctypes.c_int32),
+        ("windows", ctypes.c_int32),
+        ("reverse", ctypes.c_int32),
     )
 
     def set_tensor(self, name: str, data: int, batch_stride: int, channel_stride: int) -> None:
@@ -95,6 +99,7 @@ class FilterParameters(ctypes.Structure):
         ("taps", ctypes.c_int32),
         ("taps_rev", ctypes.c_int32),
         ("fft_size", ctypes.c_int32),
+        ("windows", ctypes.c_int32),
     )
 
 
@@ -110,7 +115,7 @@ def load() -> ctypes.CDLL | str:
     try:
         library = ctypes.CDLL(str(PATH))
         version = library.fft_conv_version()
-        library.fft_conv_backward_scratch.restype = ctypes.c_int64
+        library.fft_conv_backward_scratch.restype = library.fft_conv_blocked_scratch.restype = ctypes.c_int64
         library.fft_conv_error_string.restype = ctypes.c_char_p
     except (OSError, AttributeError) as error:
         return f"{PATH} cannot be loaded: {error}"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import extension
+from .plan import Plan
 from .pools import outside_of_pools
 from .reference import circle_taps
 from .tables import kernel_order
@@ -34,8 +35,8 @@ class Spectrum(NamedTuple):
     """Filter spectra as operands of the other kernels.
 
     Args:
-        words (`torch.Tensor` of shape `(H, fft_size)`, int32):
-            Pairs of half-precision numbers (two real parts, two imaginary parts) in kernel order.
+        words (`torch.Tensor` of shape `(H, points)`, int32):
+            Pairs of half-precision numbers (two real parts, two imaginary parts) in kernel order, window after window.
         scale (`torch.Tensor` of shape `(H,)`, float32):
             What they were divided by; NaN, over zeros, where a filter is not finite.
     """
@@ -53,10 +54,10 @@ def prepare(
     skip: Tensor | None,
     k_rev: Tensor | None,
     length: int,
-    fft_size: int,
+    plan: Plan,
     stream: int,
 ) -> Spectrum:
-    """The spectra of the filters of [`fft_conv`], on the given, current stream.
+    """The spectra of the filters of [`fft_conv`] for a plan, on the given, current stream.
 
     On a circle of `fft_size` points the causal taps lie at the start, the anticausal ones at the end. The skip
     connection is one more weight of the tap at lag zero.
@@ -64,10 +65,10 @@ def prepare(
     The kernel computes in single precision and rounds the result. Beyond its sizes `torch.fft` does the same, which
     takes several times as long.
     """
-    if fft_size > MAX_FUSED_FFT_SIZE:
-        return _prepare_by_torch(k, skip, k_rev, length, fft_size)
+    if plan.fft_size > MAX_FUSED_FFT_SIZE:
+        return _prepare_by_torch(k, skip, k_rev, length, plan.fft_size)
     channels, device = k.shape[0], k.device
-    words = torch.empty((channels, fft_size), dtype=torch.int32, device=device)
+    words = torch.empty((channels, plan.points), dtype=torch.int32, device=device)
     scale = torch.empty((channels,), dtype=torch.float32, device=device)
     k = _taps(k, length)
     skip = None if skip is None else skip.float().contiguous()
@@ -83,7 +84,7 @@ def prepare(
     if skip is not None:
         parameters.skip = skip.data_ptr()
     parameters.spectrum, parameters.scale = words.data_ptr(), scale.data_ptr()
-    parameters.channels, parameters.fft_size = channels, fft_size
+    parameters.channels, parameters.fft_size, parameters.windows = channels, plan.fft_size, plan.windows
     extension.launch("fft_conv_filter_spectrum", parameters, stream)
     return Spectrum(words, scale)
 
@@ -167,12 +168,12 @@ class SpectrumCache:
         skip: Tensor | None,
         k_rev: Tensor | None,
         length: int,
-        fft_size: int,
+        plan: Plan,
         stream: int,
     ) -> Spectrum:
         """[`prepare`], or what it returned on this stream as long as the filters have not changed since."""
         reverse_taps = 0 if k_rev is None else min(k_rev.shape[1], length - 1)
-        key = (id(k), id(skip), id(k_rev), min(k.shape[1], length), reverse_taps, fft_size, stream)
+        key = (id(k), id(skip), id(k_rev), min(k.shape[1], length), reverse_taps, plan, stream)
         stamp = _stamp(k), skip is not None and _stamp(skip), k_rev is not None and _stamp(k_rev)
         with self._lock:
             entry = self._entries.get(key)
@@ -182,8 +183,8 @@ class SpectrumCache:
         self._drop(key)
         tensors = [x for x in (k, skip, k_rev) if x is not None]
         if not all(map(_is_constant, tensors)):
-            return prepare(k, skip, k_rev, length, fft_size, stream)
-        make = partial(prepare, k, skip, k_rev, length, fft_size, stream)
+            return prepare(k, skip, k_rev, length, plan, stream)
+        make = partial(prepare, k, skip, k_rev, length, plan, stream)
         # Compiled functions warm their CUDA graphs up on another stream, and allocate in a pool of the graph.
         spectrum = make() if stream == DEFAULT_STREAM else outside_of_pools(make, k.device)
         if spectrum.bytes <= self.max_bytes:
@@ -194,10 +195,10 @@ class SpectrumCache:
                 self._entries[key] = _Entry(spectrum, stamp, references)
         return spectrum
 
-    def keeps(self, k: Tensor, skip: Tensor | None, k_rev: Tensor | None, fft_size: int) -> bool:
+    def keeps(self, k: Tensor, skip: Tensor | None, k_rev: Tensor | None, plan: Plan) -> bool:
         """Whether the spectra of these filters would be kept."""
         filters = [x for x in (k, skip, k_rev) if x is not None]
-        return k.shape[0] * (fft_size + 1) * 4 <= self.max_bytes and all(map(_is_constant, filters))
+        return k.shape[0] * (plan.points + 1) * 4 <= self.max_bytes and all(map(_is_constant, filters))
 
     def clear(self) -> None:
         """Forgets all spectra."""

@@ -8,7 +8,11 @@ from .tables import COLUMNS
 # What one thread block transforms in shared memory, where a full transform leaves less room for its inputs.
 MAX_TILE_FFT_SIZE = 16384
 MAX_FULL_TILE_FFT_SIZE = 8192
-# Longer ones go through global memory in several passes.
+# Causal sequences that are longer go block by block through transforms of two blocks, as long as the filter has few windows: the work on the
+# transforms of earlier blocks grows with their number.
+BLOCK_POSITIONS = 4096
+MAX_WINDOWS = 16
+# All others that are longer go through global memory in several passes.
 MAX_FFT_SIZE = 1 << 24
 MAX_FULL_FFT_SIZE = 1 << 23
 
@@ -19,10 +23,18 @@ class Plan(NamedTuple):
     Args:
         fft_size (`int`): Points of the FFT, 256 times a power of two.
         half (`bool`): Whether inputs and outputs lie in its first half, so that the work on the other half is left out.
+        windows (`int`, *optional*, defaults to 0):
+            Of sequences in blocks of half the FFT, the windows of the filter: its spectra around lags a block apart.
     """
 
     fft_size: int
     half: bool
+    windows: int = 0
+
+    @property
+    def points(self) -> int:
+        """Points of a filter's spectrum, of all windows."""
+        return self.fft_size * max(1, self.windows)
 
     @property
     def is_long(self) -> bool:
@@ -31,13 +43,17 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def choose(length: int, taps: int, reverse_taps: int, causal: bool) -> Plan | str:
+def choose(length: int, taps: int, reverse_taps: int, causal: bool, backward: bool = False) -> Plan | str:
     """The transform for sequences of `length` and filters of `taps` and `reverse_taps`, or why there is none.
 
     On a circle of N points the output at t also receives what belongs at t + N and t - N. The linear convolution
     reaches from -R to L + K - 2, and the outputs are those from 0 to L - 1; none of them is reached if
     N > L + K - 2 and N > L - 1 + R. Taps beyond the sequence (K > L, R > L - 1) meet only zeros and are cut.
     """
+    if causal and reverse_taps == 0 and not backward and length > MAX_TILE_FFT_SIZE // 2:
+        windows = windows_of(length, taps)
+        if windows <= MAX_WINDOWS:
+            return Plan(2 * BLOCK_POSITIONS, True, windows)
     if causal:
         needed = length + max(reach(length, taps, reverse_taps))
         size = max(COLUMNS, 1 << (needed - 1).bit_length())
@@ -51,6 +67,12 @@ def choose(length: int, taps: int, reverse_taps: int, causal: bool) -> Plan | st
     if not half and size > MAX_FULL_FFT_SIZE:
         return f"there is no kernel for an FFT of {size} points whose second half is in use"
     return Plan(size, half)
+
+
+def windows_of(length: int, taps: int) -> int:
+    """Windows of a causal filter: window d has the taps less than a block away from d blocks."""
+    blocks = -(-length // BLOCK_POSITIONS)
+    return min(blocks, (min(taps, length) + BLOCK_POSITIONS - 2) // BLOCK_POSITIONS + 1)
 
 
 def reach(length: int, taps: int, reverse_taps: int) -> tuple[int, int]:

@@ -227,6 +227,7 @@ void copy_async(void* to, const void* from, int valid) {
 }
 template <int kBytes>
 void copy_async(void* to, const void* from) { copy_async<kBytes>(to, from, kBytes); }
+inline void copy_async_once(void* to, const void* from, int valid) { copy_async<16>(to, from, valid); }
 inline void copy_async_commit() { simt::block->current->groups.emplace_back(); }
 template <int kPending>
 void copy_async_wait() {
@@ -279,5 +280,5 @@ inline void narrow_one(float16* p, float x) { p->bits = half_bits(x); }
 inline void narrow_one(float* p, float x) { *p = x; }
 template <class Element>
 void narrow_two(Element* p, float x, float y) { narrow_one(p, x), narrow_one(p + 1, y); }
-template <class Element>
+template <bool kOnce, class Element>
 void narrow_two_if(bool really, Element* p, float x, float y) { if (really) narrow_two(p, x, y); }

@@ -1,0 +1,138 @@
+// The scales of blocked sequences. Spectra of several blocks are added up, so that all blocks of a sequence need one scale before the first of them
+// is transformed. It is taken from samples of the sequence; a pair whose blocks then turn out not to fit it is done again, by a scale from all.
+#pragma once
+#include "tile_io.cuh"
+
+// What brings a sequence to a root mean square near one, and what undoes it; zero and NaN if the sequence is not finite.
+struct BlockScale {
+    float down, up;
+
+    // Of an energy given as value 4^exponent.
+    DEVICE static BlockScale of(float value, int exponent, int length) {
+        const int wanted = exponent + ((int(bits_from_float(value / float(length)) >> 23) - 127) >> 1);
+        const int root = wanted < -126 ? -126 : wanted > 126 ? 126 : wanted;
+        return {power_of_two(-root), power_of_two(root)};
+    }
+};
+
+// Called by a group of eight warps; the results are those of sequence lane % 2 of a pair.
+template <class T>
+struct BlockScales {
+    using Element = typename T::Element;
+    static constexpr int kUnit = 16 / int(sizeof(Element));     // neighbours that each thread samples
+    const LaunchParams& params;
+    float* exchange;        // shared memory, one for each warp
+    int group, warp, lane;
+
+    // On their way from memory.
+    struct Samples {
+        uint4 values[2], gates[2];
+    };
+
+    DEVICE int first_sample() const { return int(int64_t(params.length) * (thread_index() % T::kThreads) / T::kThreads) / kUnit * kUnit; }
+
+    DEVICE Samples start(const TileSequences& pair) const {
+        Samples samples{};
+        if (!params.whole_units) return samples;
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            samples.values[c] = load_spectrum(reinterpret_cast<const uint4*>(pair.address<const Element>(params.u, c) + first_sample()));
+            if (params.pre_gate.data) samples.gates[c] = load_spectrum(reinterpret_cast<const uint4*>(pair.address<const Element>(params.pre_gate, c) + first_sample()));
+        }
+        return samples;
+    }
+
+    DEVICE BlockScale from_samples(const TileSequences& pair, const Samples& samples) const {
+        BlockScale scale{1.f, 1.f};
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            float sum = 0.f;
+            auto add = [&](Pair v) { sum += v.x * v.x + v.y * v.y; };
+            if (params.whole_units) {
+                for (int i = 0; i < kUnit / 2; i++) {
+                    const Pair v = elements(samples.values[c], i), g = elements(samples.gates[c], i);
+                    add(params.pre_gate.data ? Pair{v.x * g.x, v.y * g.y} : v);
+                }
+            } else {
+                visit(pair, c, first_sample(), first_sample() + kUnit, 2, add);
+            }
+            sum = group_sum(sum);
+            if (sum > 0x1p-60f && sum < 0x1p100f && lane % 2 == c) scale = BlockScale::of(sum, 0, kUnit * T::kThreads);
+        }
+        return scale;
+    }
+
+    // Whether a scale fits a sequence, the largest mean square of whose scaled blocks is given: neither sequence of the pair drowns in the
+    // rounding of the other.
+    DEVICE static bool fits(float largest) { return largest >= 0.5f && largest <= 32.f; }
+
+    DEVICE BlockScale from_all(const TileSequences& pair) const {
+        BlockScale scale{1.f, 1.f};
+        const int first = 2 * (thread_index() % T::kThreads);
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            u32 largest = 0;
+            visit(pair, c, first, params.length, 2 * T::kThreads, [&](Pair v) {
+                const u32 a = bits_from_float(v.x) & 0x7fffffffu, b = bits_from_float(v.y) & 0x7fffffffu, larger = a > b ? a : b;
+                largest = larger > largest ? larger : largest;
+            });
+            largest = group_maximum(largest);
+            const int exponent = largest >> 23 < 1 ? -126 : int(largest >> 23) - 127;
+            const float down = power_of_two(-exponent < 127 ? -exponent : 127);
+            float sum = 0.f;
+            visit(pair, c, first, params.length, 2 * T::kThreads, [&](Pair v) { sum += v.x * down * (v.x * down) + v.y * down * (v.y * down); });
+            sum = group_sum(sum);
+            if (lane % 2 != c) continue;
+            // What the rounding of the other sequence leaves of zeros is zero.
+            scale = largest == 0 ? BlockScale{1.f, 0.f} : exponent == 128 ? BlockScale{0.f, float_from_bits(0x7fc00000u)} : BlockScale::of(sum, exponent, params.length);
+        }
+        return scale;
+    }
+
+private:
+    // The i-th two elements of a vector.
+    DEVICE static Pair elements(uint4 v, int i) {
+        const u32 words[4] = {v.x, v.y, v.z, v.w};
+        if constexpr (sizeof(Element) == 2)
+            return widen(static_cast<const Element*>(nullptr), words[i]);
+        else
+            return {float_from_bits(words[2 * i]), float_from_bits(words[2 * i + 1])};
+    }
+
+    // Calls function for gated neighbours of sequence c: those at `first` and every `step` positions on, as far as `end`.
+    template <class Function>
+    DEVICE void visit(const TileSequences& pair, int c, int first, int end, int step, Function function) const {
+        const GlobalSequence<const Element, false> u(params.u, params, pair, c), gate(params.pre_gate, params, pair, c);
+#pragma unroll 4
+        for (int position = first; position < end; position += step) {
+            Pair v = u.load(position);
+            if (params.pre_gate.data) {
+                const Pair g = gate.load(position);
+                v = {v.x * g.x, v.y * g.y};
+            }
+            function(v);
+        }
+    }
+
+    DEVICE float group_sum(float x) const {
+        for (int mask = 1; mask < 32; mask *= 2) x += shuffle_xor(x, mask);
+        group_barrier(group);
+        if (lane == 0) exchange[warp] = x;
+        group_barrier(group);
+        float sum = 0.f;
+        for (int w = 0; w < T::kWarps; w++) sum += exchange[w];
+        return sum;
+    }
+
+    DEVICE u32 group_maximum(u32 x) const {
+        x = warp_maximum(x);
+        group_barrier(group);
+        if (lane == 0) exchange[warp] = float_from_bits(x);
+        group_barrier(group);
+        for (int w = 0; w < T::kWarps; w++) {
+            const u32 other = bits_from_float(exchange[w]);
+            x = other > x ? other : x;
+        }
+        return x;
+    }
+};

@@ -1,0 +1,138 @@
+"""The kernel for sequences in blocks without a GPU; see test_kernels_emulated.py."""
+
+import math
+
+import pytest
+import torch
+from kernel_cases import BOUNDS, DTYPES, GATES, check_values, gradients, make, oracle
+from numerics import gradient_violations
+from test_kernels_emulated import emulation, in_natural_order, library
+
+from hf_flashfftconv import fft_conv
+from hf_flashfftconv.ops import cuda, filters
+from hf_flashfftconv.ops.plan import BLOCK_POSITIONS, Plan
+
+__all__ = ["emulation", "library"]
+
+
+def windows(arguments: dict[str, torch.Tensor]) -> int:
+    plan = cuda._plan(arguments["u"], arguments["k"], None, True)
+    assert plan[:2] == (2 * BLOCK_POSITIONS, True)
+    return plan.windows
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "length, taps, count", [(8193, 9000, 3), (20001, 1, 1), (16500, 2, 2), (17000, 4097, 2), (24575, 7000, 3)]
+)
+def test_lengths(length: int, taps: int, count: int, dtype: torch.dtype) -> None:
+    arguments = make(length, taps, ("skip", *GATES), dtype=dtype, channels=1)
+    assert windows(arguments) == count
+    check_values(fft_conv(**arguments, backend="cuda"), arguments)
+
+
+@pytest.mark.parametrize("options", [(), ("pre_gate",), ("post_gate",), ("skip",)], ids="+".join)
+def test_options(options: tuple[str, ...]) -> None:
+    arguments = make(12288, 12288, options, batch=2, channels=3)
+    assert windows(arguments) == 3
+    check_values(fft_conv(**arguments, backend="cuda"), arguments)
+
+
+def test_the_longest_filter() -> None:
+    arguments = make(66000, 61441, ("pre_gate",), batch=1, channels=1)
+    assert windows(arguments) == 16
+    check_values(fft_conv(**arguments, backend="cuda"), arguments)
+
+
+@pytest.mark.parametrize(
+    "options, dtype", [(("skip", *GATES), torch.bfloat16), (("post_gate",), torch.float32), ((), torch.float16)]
+)
+def test_gradients_of_sequences(options: tuple[str, ...], dtype: torch.dtype) -> None:
+    arguments = make(9000, 5000, options, batch=3, channels=2, dtype=dtype)
+    assert windows(arguments) == 3
+    dy = torch.randn_like(arguments["u"].float()).to(dtype)
+    leaves = {name: x.double().requires_grad_() for name, x in arguments.items()}
+    oracle(leaves).backward(dy.double())
+    inputs = [arguments.get(name) for name in ("u", "k", "skip", *GATES, "k_rev")]
+    needs = (True, False, False, True, True, False)
+    du, dk, dskip, dpre, dpost, _ = cuda.backward(dy, *inputs, True, needs)
+    assert dk is None and dskip is None
+    for name, actual in {"u": du, "pre_gate": dpre, "post_gate": dpost}.items():
+        assert (actual is None) == (name not in arguments)
+        assert actual is None or not gradient_violations(name, actual, leaves[name].grad, BOUNDS[dtype])
+
+
+def test_gradients_of_taps() -> None:
+    arguments = make(8200, 3000, ("skip", "pre_gate"), batch=2, channels=1)
+    assert windows(arguments) == 2
+    leaves = {name: x.double().requires_grad_() for name, x in arguments.items()}
+    dy = torch.randn(arguments["u"].shape).bfloat16()
+    oracle(leaves).backward(dy.double())
+    _, grads = gradients(arguments, dy)
+    for name in ("k", "skip"):
+        assert not gradient_violations(name, grads[name], leaves[name].grad, BOUNDS[torch.bfloat16])
+
+
+def test_sequences_that_samples_do_not_show() -> None:
+    arguments = make(9001, 9001, GATES, batch=10, channels=1)
+    u = arguments["u"]
+    u[0] = 0
+    u[0, 0, 4500] = 0.01
+    u[3] = 0
+    u[4, :, :4096] *= 1e-3
+    u[5] *= 1e-30
+    u[6] *= 2.0**50
+    u[7, :, 5000:] *= 2.0**-60
+    y = fft_conv(**arguments, backend="cuda")
+    check_values(y, arguments)
+    assert (y[3] == 0).all()
+    # Every pair but the last is done again, and nothing changes for that.
+    alone = {name: x[8:] if x.dim() == 3 else x for name, x in arguments.items()}
+    assert torch.equal(fft_conv(**alone, backend="cuda"), y[8:])
+
+
+@pytest.mark.parametrize(
+    "name, value, position", [("u", math.nan, 8500), ("pre_gate", math.inf, 17), ("post_gate", -math.inf, 17)]
+)
+def test_rows_that_are_not_finite_keep_to_themselves(name: str, value: float, position: int) -> None:
+    arguments = make(8600, 8600, GATES, batch=3, channels=2)
+    y = fft_conv(**arguments, backend="cuda")
+    arguments[name][2, 1, position] = value
+    actual = fft_conv(**arguments, backend="cuda")
+    others = torch.ones(y.shape[:2], dtype=torch.bool)
+    others[2, 1] = False
+    assert torch.equal(actual[others], y[others])
+    assert not actual[2, 1, position].isfinite() and (name == "post_gate" or actual[2, 1].isnan().all())
+
+
+def test_any_layout_gives_the_same_bits() -> None:
+    arguments = make(8328, 100, GATES)
+    y = fft_conv(**arguments, backend="cuda")
+    for offset, gap in ((0, 8), (1, 0), (2, 2), (4, 3)):
+        strange = dict(arguments)
+        for name in ("u", *GATES):
+            x = arguments[name]
+            rows = torch.full((x.shape[0] * x.shape[1] * (x.shape[2] + gap) + offset,), math.nan, dtype=x.dtype)
+            strange[name] = rows[offset:].view(*x.shape[:2], -1)[..., : x.shape[2]].copy_(x)
+        assert torch.equal(fft_conv(**strange, backend="cuda"), y)
+
+
+def test_windows_of_a_filter() -> None:
+    size, taps = 2 * BLOCK_POSITIONS, 9000
+    k, skip = torch.randn(3, taps) * torch.tensor([[1.0], [2.0**-90], [0.0]]), torch.tensor([1.0, 0.0, 0.0])
+    spectrum = filters.prepare(k, skip, None, 20000, Plan(size, True, 4), 0)
+    taps_of = torch.nn.functional.pad(k.double(), (BLOCK_POSITIONS, 5 * BLOCK_POSITIONS - taps))
+    taps_of[:, BLOCK_POSITIONS] += skip
+    for window in range(4):
+        # From a block before the window's lag to a block after it, the lag itself at the start of the circle.
+        part = taps_of[:, window * BLOCK_POSITIONS :][:, :size].roll(-BLOCK_POSITIONS, 1)
+        words = spectrum.words.view(3, 4, size)[:, window].contiguous()
+        actual, expected = in_natural_order(filters.Spectrum(words, spectrum.scale)), torch.fft.fft(part)
+        assert (actual - expected).norm(dim=1).le(2.5e-4 * expected.norm(dim=1)).all()
+    k[1, 8000] = math.nan
+    assert filters.prepare(k, skip, None, 20000, Plan(size, True, 4), 0).scale.isnan().tolist() == [False, True, False]
+
+
+def test_same_bits_every_time() -> None:
+    arguments = make(8300, 8300, GATES, batch=5)
+    assert torch.equal(fft_conv(**arguments, backend="cuda"), fft_conv(**arguments, backend="cuda"))
