@@ -49,7 +49,8 @@ static bool valid_long(const fft_conv_params& p) {
     const int radix = p.fft_size / kLongPoints, slots = p.half ? p.outer_radix / 2 : p.outer_radix, rest = radix / std::max(p.outer_radix, 1);
     const bool shapes = radix * kLongPoints == p.fft_size && (p.fft_size & (p.fft_size - 1)) == 0 && p.fft_size <= kLongMaximum && rest * p.outer_radix == radix;
     return shapes && (rest == 1 || rest == kLongMiddleRadix) && p.outer_radix >= 2 && slots <= 32 && p.outer_radix <= (slots <= 8 ? 16 : 64) && p.batch > 0 &&
-           p.channels > 0 && p.length > 0 && p.length <= (p.half ? p.fft_size / 2 : p.fft_size) && p.group_pairs > 0 && p.group_channels > 0 && p.channel_splits > 0 && p.ring > 0 && p.period > 0;
+           p.channels > 0 && p.length > 0 && p.length <= (p.half ? p.fft_size / 2 : p.fft_size) && p.group_pairs > 0 && p.group_channels > 0 && p.channel_splits > 0 && p.ring > 0 && p.period > 0 &&
+           p.row_steps > 0 && int64_t(p.column_items) * kLongItemPoints == p.fft_size;
 }
 
 static LongParams derive_long(const fft_conv_params& p, int operands) {
@@ -57,7 +58,6 @@ static LongParams derive_long(const fft_conv_params& p, int operands) {
     static_cast<LaunchParams&>(derived) = derive(p);
     derived.radix = p.fft_size / kLongPoints;
     derived.outer_slots = p.half ? p.outer_radix / 2 : p.outer_radix;
-    derived.subs = derived.has_middle() ? p.outer_radix : 1;
     derived.operands = operands;
     const int inner = 2 * stage_exponent(16) + stage_exponent(32), middle = derived.has_middle() ? stage_exponent(kLongMiddleRadix) : 0;
     derived.spectrum_unit = float(1 << (inner + middle + stage_exponent(p.outer_radix)));
@@ -86,6 +86,13 @@ extern "C" int fft_conv_filter_spectrum(const fft_conv_filter_params* params, vo
     return launch_filter(derived, stream);
 }
 
+extern "C" int fft_conv_round_spectrum(const fft_conv_rounding_params* params, void* stream) {
+    RoundingParams derived;
+    static_cast<fft_conv_rounding_params&>(derived) = *params;
+    if (params->fft_size < kColumns || 1 << log2_of(params->fft_size) != params->fft_size || params->channels <= 0) return kUnsupported;
+    return launch_rounding(derived, stream);
+}
+
 extern "C" int fft_conv_long_backward(const fft_conv_params* params, void* stream) {
     if (!valid_long(*params)) return kUnsupported;
     const LongParams derived = derive_long(*params, 2);
@@ -109,7 +116,10 @@ extern "C" int64_t fft_conv_backward_scratch(const fft_conv_params* params) {
 
 extern "C" int fft_conv_shared_bytes(const fft_conv_params* params, int backward) {
     auto bytes_of = [&](auto launcher) { return backward ? decltype(launcher)::kBackwardSharedBytes : decltype(launcher)::kForwardSharedBytes; };
-    if (params->outer_radix > 0) return with_long(*params, params->half ? params->outer_radix / 2 : params->outer_radix, bytes_of);
+    if (params->outer_radix > 0)
+        return with_long(*params, params->half ? params->outer_radix / 2 : params->outer_radix, [&](auto launcher) {
+            return backward ? decltype(launcher)::kBackwardSharedBytes : decltype(launcher)::forward_shared_bytes(params->fft_size / kLongPoints > params->outer_radix);
+        });
     const int bytes = with_tile(*params, [&](auto tile) { return bytes_of(Launcher<decltype(tile)>{}); });
     return bytes < 0 ? bytes : std::max(bytes, filter_shared_bytes(params->fft_size));
 }
@@ -177,4 +187,4 @@ extern "C" int fft_conv_short_backward(const fft_conv_short_params* params, void
 
 extern "C" int fft_conv_short_splits(const fft_conv_short_params* params) { return derive(*params).splits; }
 
-extern "C" int fft_conv_version() { return 2; }
+extern "C" int fft_conv_version() { return 3; }

@@ -55,7 +55,10 @@ def test_three_stages_outside_of_the_rows() -> None:
 @pytest.fixture
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two pairs of the smallest long transform a group in a forward pass, one in a backward pass."""
-    monkeypatch.setattr(long_plan, "GROUP_BYTES", 2 * 4 * 16384)
+    for name in ("FORWARD_GROUP_BYTES", "BACKWARD_GROUP_BYTES"):
+        monkeypatch.setattr(long_plan, name, 2 * 4 * 16384)
+    # Passes follow closely, so that places in memory are used again.
+    monkeypatch.setattr(long_plan, "_DISTANCE", 0)
     long_plan.lay_out.cache_clear()
     yield
     long_plan.lay_out.cache_clear()
