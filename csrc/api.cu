@@ -48,7 +48,7 @@ static LaunchParams derive(const fft_conv_params& p) {
 static bool valid_long(const fft_conv_params& p) {
     const int radix = p.fft_size / kLongPoints, slots = p.half ? p.outer_radix / 2 : p.outer_radix, rest = radix / std::max(p.outer_radix, 1);
     const bool shapes = radix * kLongPoints == p.fft_size && (p.fft_size & (p.fft_size - 1)) == 0 && p.fft_size <= kLongMaximum && rest * p.outer_radix == radix;
-    return shapes && (rest == 1 || rest == kLongMiddleRadix) && p.outer_radix >= 2 && slots <= 32 && p.outer_radix <= (slots <= 8 ? 16 : 64) && p.batch > 0 &&
+    return shapes && (rest == 1 || rest == 8 || rest == 16 || rest == 32) && p.outer_radix >= 2 && slots <= 32 && p.outer_radix <= (slots <= 8 ? 16 : 64) && p.batch > 0 &&
            p.channels > 0 && p.length > 0 && p.length <= (p.half ? p.fft_size / 2 : p.fft_size) && p.group_pairs > 0 && p.group_channels > 0 && p.channel_splits > 0 && p.ring > 0 && p.period > 0 &&
            p.row_steps > 0 && int64_t(p.column_items) * kLongItemPoints == p.fft_size;
 }
@@ -59,7 +59,7 @@ static LongParams derive_long(const fft_conv_params& p, int operands) {
     derived.radix = p.fft_size / kLongPoints;
     derived.outer_slots = p.half ? p.outer_radix / 2 : p.outer_radix;
     derived.operands = operands;
-    const int inner = 2 * stage_exponent(16) + stage_exponent(32), middle = derived.has_middle() ? stage_exponent(kLongMiddleRadix) : 0;
+    const int inner = 2 * stage_exponent(16) + stage_exponent(32), middle = stage_exponent(derived.middle_radix());
     derived.spectrum_unit = float(1 << (inner + middle + stage_exponent(p.outer_radix)));
     derived.pair_count = (p.batch + 1) / 2 * p.channels;
     derived.groups = p.channel_splits > 1 ? p.channels * p.channel_splits : (derived.pair_count + p.group_pairs - 1) / p.group_pairs;

@@ -1,9 +1,9 @@
-// Convolutions whose transform does not fit into one block's shared memory: N = R 8192 points with R = Ra or Ra 32, in passes over an
+// Convolutions whose transform does not fit into one block's shared memory: N = R 8192 points with R = Ra or Ra Rb, in passes over an
 // intermediate in global memory that stays in the L2 cache.
 //
-//   n = n0 8192 + p,  f = k0 + R f'        with n0 = n0a Rb + n0b and k0 = k0a + Ra k0b where R = Ra Rb
+//   n = n0 8192 + p,  f = k0 + R f'        with n0 = n0a Rb + n0b and k0 = k0a + Ra k0b, Rb being 8, 16 or 32
 //
-// The outer pass contracts n0: n0a and, where R = Ra 32, after the twist w_R^(n0b k0a) also n0b, which passes through shared memory. The row pass
+// The outer pass contracts n0: n0a and, where R = Ra Rb, after the twist w_R^(n0b k0a) also n0b, which passes through shared memory. The row pass
 // transforms the 8,192 points of each k0, multiplies by the filter's spectrum and transforms back, and the inverse pass returns to positions. The
 // twist between the outer pass and the rows, w_N^(p k0), has no pass of its own: the first stage of a row contracts its slot n with the matrix
 // w_(32 R)^(n (k0 + R k)), which holds that of its slots, and what is left, w_N^(c k0) by the columns of the innermost 256 points, is a factor of
@@ -16,7 +16,7 @@
 #include "tile_io.cuh"
 #include "transform.cuh"
 
-constexpr int kLongPoints = 8192, kLongMiddleRadix = 32, kLongMaximum = 1 << 24;
+constexpr int kLongPoints = 8192, kLongMaximum = 1 << 24;
 constexpr int kLongItemPoints = 16384;     // of an item of the outer passes
 constexpr int kPartPositions = 16384;       // positions of a sequence whose energy one item sums up
 
@@ -31,10 +31,10 @@ struct LongParams : LaunchParams {
     float spectrum_unit;    // what a transform as the passes scale it has to be multiplied by to be one
 
     HOST_DEVICE bool has_middle() const { return radix > outer_radix; }
-    HOST_DEVICE int middle_radix() const { return has_middle() ? kLongMiddleRadix : 1; }
+    HOST_DEVICE int middle_radix() const { return radix / outer_radix; }
     // Units of four columns (long_columns.cuh) that an item of the outer passes works on.
     HOST_DEVICE int item_units() const { return kLongPoints / 4 / column_items; }
-    HOST_DEVICE int natural_k0(int row) const { return has_middle() ? row / kLongMiddleRadix + outer_radix * (row % kLongMiddleRadix) : row; }
+    HOST_DEVICE int natural_k0(int row) const { return row / middle_radix() + outer_radix * (row % middle_radix()); }
     // A sheet is the intermediate of one transform: first those of the group's pairs, then those of the gradients of its channels' taps.
     HOST_DEVICE int pair_sheets() const { return group_pairs * operands; }
     HOST_DEVICE int sheets() const { return pair_sheets() + (operands == 2 ? group_channels : 0); }
@@ -50,10 +50,10 @@ struct LongParams : LaunchParams {
 template <typename Element>
 using LongTile = Tile<Element, 32, false, 1>;
 
-// Whether two neighbouring elements of every tensor may be moved as one word, as a type.
-template <bool kValue>
-struct Aligned {
-    static constexpr bool value = kValue;
+// A condition or a radix as a type.
+template <int kValue>
+struct Constant {
+    static constexpr int value = kValue;
 };
 
 // One ticket: a part of a pass over a group of pairs.

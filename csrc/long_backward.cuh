@@ -181,7 +181,7 @@ struct LongBackward : LongPasses<Element, kSlots> {
             const float factor = float_from_bits(load_shared_by_blocks(taps_scale(channel)).x) * params.spectrum_unit;
             const int half_size = params.outer_slots * Base::slot_stride();
             float* const taps = params.grad_filter + int64_t(channel) * params.tap_halves * half_size;
-            Base::return_columns(item, tile, params.tap_halves, [&](const auto& value, int position, int half) { store_taps(value, taps + half * half_size + position, factor); });
+            Base::return_columns(item, tile, params.tap_halves, [&](const auto& value, int position, int half) __attribute__((always_inline)) { store_taps(value, taps + half * half_size + position, factor); });
             return counters.done(item.group, kInverse);
         }
         const int pair = Base::pair_number(item.group, sheet / 2), which = sheet % 2;
@@ -190,7 +190,7 @@ struct LongBackward : LongPasses<Element, kSlots> {
         const float spectrum_scale = params.spectrum_scale[params.pairs.divide(pair)];
         Base::with_alignment([&](auto aligned) {
             constexpr bool kAligned = decltype(aligned)::value;
-            Base::return_columns(item, tile, 1, [&](const auto& value, int position, int) {
+            Base::return_columns(item, tile, 1, [&](const auto& value, int position, int) __attribute__((always_inline)) {
                 store_gradients<kAligned>(value, position, sequences, which, scales, spectrum_scale);
             });
         });
@@ -210,8 +210,10 @@ struct LongBackward : LongPasses<Element, kSlots> {
     // From the first operand comes grad_post_gate, from the second grad_u and grad_pre_gate: its result times another input.
     template <bool kAligned>
     DEVICE void store_gradients(const SingleSums (&value)[kSlots / 4][2], int first, const TileSequences& sequences, int which, const PairScales& scales, float spectrum_scale) const {
+        constexpr int kBatch = kSlots == 8 ? 2 : 4;
         const bool has_factor = which == 0 || params.pre_gate.data, has_second = which == 1 && params.grad_pre_gate.data;
         const fft_conv_tensor &factors = which == 0 ? params.grad_output : has_factor ? params.pre_gate : params.u;
+        auto position = [&](int n, int half) { return (4 * n + lane % 4) * Base::slot_stride() + first + 128 * half; };
 #pragma unroll
         for (int c = 0; c < 2; c++) {
             const GlobalSequence<const Element, kAligned> factor(factors, params, sequences, c), input(params.u, params, sequences, c);
@@ -219,26 +221,25 @@ struct LongBackward : LongPasses<Element, kSlots> {
             const GlobalSequence<Element, kAligned> second(params.grad_pre_gate, params, sequences, c);
             const float undo = spectrum_scale * scales.up[c] * (c == 0 ? 1.f : -1.f);
 #pragma unroll
-            for (int n = 0; n < kSlots / 4; n++) {
-                const int slot = 4 * n + lane % 4;
-                if (slot >= params.outer_slots) continue;
+            for (int batch = 0; batch < kSlots / 4; batch += kBatch) {
+                Pair f[kBatch][2], u[kBatch][2];
+                load_batch(f, factor, has_factor, [&](int n, int half) { return position(batch + n, half); });
+                load_batch(u, input, has_second, [&](int n, int half) { return position(batch + n, half); });
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    const int position = slot * Base::slot_stride() + first + 128 * half;
-                    const Pair z{value[n][0].d[2 * half + c] * undo, value[n][1].d[2 * half + c] * undo};
-                    const Pair f = has_factor ? factor.load(position) : Pair{1.f, 1.f};
-                    output.store(position, z.x * f.x, z.y * f.y);
-                    if (has_second) {
-                        const Pair u = input.load(position);
-                        second.store(position, z.x * u.x, z.y * u.y);
+                for (int n = 0; n < kBatch; n++)
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        const int at = position(batch + n, half);
+                        const Pair z{value[batch + n][0].d[2 * half + c] * undo, value[batch + n][1].d[2 * half + c] * undo};
+                        output.store(at, z.x * f[n][half].x, z.y * f[n][half].y);
+                        if (has_second) second.store(at, z.x * u[n][half].x, z.y * u[n][half].y);
                     }
-                }
             }
         }
     }
 
     DEVICE void run() const {
-        for_each_ticket(params, reinterpret_cast<u32*>(Base::exchange) + 16, [&](const LongItem& item) -> u32* {
+        for_each_ticket(params, reinterpret_cast<u32*>(Base::exchange) + 16, [&](const LongItem& item) __attribute__((always_inline)) -> u32* {
             switch (item.kind) {
                 case kScale: return Base::scale_item(item);
                 case kOuter: return Base::outer_item(item);

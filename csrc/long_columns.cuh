@@ -42,7 +42,7 @@ struct ColumnTile {
     DEVICE uint4* in_sheet(int row, int unit) const { return sheet + int64_t(row) * kLongUnits + unit; }
     // The point of the indices k0a and n0b.
     DEVICE uint4& exchanged(int outer, int middle, int unit) const {
-        const int place = ((outer * kLongMiddleRadix + middle) << log_units) + unit;
+        const int place = ((outer * middle_radix + middle) << log_units) + unit;
         return exchange[log_units < 3 ? place : place ^ ((outer ^ middle) & 3) << 1];
     }
     DEVICE Complex twist(int outer, int middle) const { return roots[outer * middle]; }
@@ -62,7 +62,7 @@ DEVICE void for_each_task(const ColumnTile& tile, int tasks, Work work) {
 
 // From a pair of sequences, whose position of the tile's first unit is `column`, to the sheet or, with a middle stage, to shared memory.
 template <int kSlots, class Sequence>
-DEVICE void outer_pass(const LongParams& params, const ColumnTile& tile, const Sequence& first, const Sequence& second, const PairScales& scales, const uint4* matrix,
+DEVICE void outer_pass(const ColumnTile& tile, const Sequence& first, const Sequence& second, const PairScales& scales, const uint4* matrix,
                        int first_unit) {
     const int q = tile.lane % 4, tiles = tile.outer_radix < 8 ? 2 : tile.outer_radix / 4;
     for_each_task(tile, tile.outer_tasks(), [&](int number) {
@@ -71,11 +71,10 @@ DEVICE void outer_pass(const LongParams& params, const ColumnTile& tile, const S
 #pragma unroll
         for (int j = 0; j < kSlots / 4; j++) {
             const int slot = 4 * j + q, position = slot * tile.middle_radix * kLongPoints + column;
-            const bool used = slot < params.outer_slots;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                Pair v{0.f, 0.f}, w{0.f, 0.f};
-                if (used) v = first.load(position + 128 * half), w = second.load(position + 128 * half);
+                // Slots that are not there lie beyond the sequence.
+                Pair v = first.load(position + 128 * half), w = second.load(position + 128 * half);
                 v = PairScales::apply(v, scales.down[0]), w = PairScales::apply(w, scales.down[1]);
                 x[j][2 * half] = pack(v.x, w.x), x[j][2 * half + 1] = pack(v.y, w.y);
             }
@@ -92,28 +91,30 @@ DEVICE void outer_pass(const LongParams& params, const ColumnTile& tile, const S
 }
 
 // From shared memory to the sheet.
+template <int kRadix>
 DEVICE void middle_pass(const ColumnTile& tile, const uint4* matrix) {
     const int q = tile.lane % 4;
     for_each_task(tile, tile.middle_tasks(), [&](int number) {
         const int unit = tile.unit(number), outer = number >> tile.log_units;
-        u32 x[kLongMiddleRadix / 4][4];
+        u32 x[kRadix / 4][4];
 #pragma unroll
-        for (int j = 0; j < kLongMiddleRadix / 4; j++) spread_unit(x[j], tile.exchanged(outer, 4 * j + q, unit));
-        contract<kLongMiddleRadix>(x, matrix, 0, kLongMiddleRadix / 4, tile.lane, [&](int n, const SingleSums (&d)[2]) {
-            store_for_blocks(tile.in_sheet(outer * kLongMiddleRadix + 4 * n + q, unit), unit_of(d));
+        for (int j = 0; j < kRadix / 4; j++) spread_unit(x[j], tile.exchanged(outer, 4 * j + q, unit));
+        contract<kRadix>(x, matrix, 0, kRadix / 4, tile.lane, [&](int n, const SingleSums (&d)[2]) {
+            store_for_blocks(tile.in_sheet(outer * kRadix + 4 * n + q, unit), unit_of(d));
         });
     });
 }
 
 // From the sheet to shared memory.
+template <int kRadix>
 DEVICE void middle_pass_back(const ColumnTile& tile, const uint4* matrix) {
     const int q = tile.lane % 4;
     for_each_task(tile, tile.middle_tasks(), [&](int number) {
         const int unit = tile.unit(number), outer = number >> tile.log_units;
-        u32 x[kLongMiddleRadix / 4][4];
+        u32 x[kRadix / 4][4];
 #pragma unroll
-        for (int j = 0; j < kLongMiddleRadix / 4; j++) spread_unit(x[j], load_shared_by_blocks(tile.in_sheet(outer * kLongMiddleRadix + 4 * j + q, unit)));
-        contract<kLongMiddleRadix>(x, matrix, 0, kLongMiddleRadix / 4, tile.lane, [&](int n, const SingleSums (&d)[2]) {
+        for (int j = 0; j < kRadix / 4; j++) spread_unit(x[j], load_shared_by_blocks(tile.in_sheet(outer * kRadix + 4 * j + q, unit)));
+        contract<kRadix>(x, matrix, 0, kRadix / 4, tile.lane, [&](int n, const SingleSums (&d)[2]) {
             const int middle = 4 * n + q;
             tile.exchanged(outer, middle, unit) = unit_of(d, tile.twist(outer, middle));
         });

@@ -87,40 +87,39 @@ struct LongForward : LongPasses<Element, kSlots> {
             const float spectrum_scale = params.spectrum_scale[params.pairs.divide(pair)];
             Base::with_alignment([&](auto aligned) {
                 constexpr bool kAligned = decltype(aligned)::value;
-                Base::return_columns(item, tile, 1, [&](const auto& value, int position, int) { store_output<kAligned>(value, position, sequences, scales, spectrum_scale); });
+                Base::return_columns(item, tile, 1, [&](const auto& value, int position, int) __attribute__((always_inline)) { store_output<kAligned>(value, position, sequences, scales, spectrum_scale); });
             });
         }
         return counters.done(item.group, kInverse);
     }
 
-    // Gates and stores; the imaginary sequence comes out conjugated.
+    // Gates and stores; the imaginary sequence comes out conjugated. Slots that are not there lie beyond the sequence.
     template <bool kAligned>
     DEVICE void store_output(const SingleSums (&value)[kSlots / 4][2], int first, const TileSequences& sequences, const PairScales& scales, float spectrum_scale) const {
+        constexpr int kBatch = kSlots == 8 ? 2 : 4;
+        auto position = [&](int n, int half) { return (4 * n + lane % 4) * Base::slot_stride() + first + 128 * half; };
 #pragma unroll
         for (int c = 0; c < 2; c++) {
             const GlobalSequence<Element, kAligned> output(params.output, params, sequences, c);
             const GlobalSequence<const Element, kAligned> gate(params.post_gate.data ? params.post_gate : params.u, params, sequences, c);
             const float factor = spectrum_scale * scales.up[c] * (c == 0 ? 1.f : -1.f);
 #pragma unroll
-            for (int n = 0; n < kSlots / 4; n++) {
-                const int slot = 4 * n + lane % 4;
-                if (slot >= params.outer_slots) continue;
+            for (int batch = 0; batch < kSlots / 4; batch += kBatch) {
+                Pair gates[kBatch][2];
+                load_batch(gates, gate, params.post_gate.data, [&](int n, int half) { return position(batch + n, half); });
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    const int position = slot * Base::slot_stride() + first + 128 * half;
-                    Pair y{value[n][0].d[2 * half + c] * factor, value[n][1].d[2 * half + c] * factor};
-                    if (params.post_gate.data) {
-                        const Pair g = gate.load(position);
-                        y = {y.x * g.x, y.y * g.y};
+                for (int n = 0; n < kBatch; n++)
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        const SingleSums(&sums)[2] = value[batch + n];
+                        output.store(position(batch + n, half), sums[0].d[2 * half + c] * factor * gates[n][half].x, sums[1].d[2 * half + c] * factor * gates[n][half].y);
                     }
-                    output.store(position, y.x, y.y);
-                }
             }
         }
     }
 
     DEVICE void run() const {
-        for_each_ticket(params, reinterpret_cast<u32*>(Base::exchange) + 16, [&](const LongItem& item) -> u32* {
+        for_each_ticket(params, reinterpret_cast<u32*>(Base::exchange) + 16, [&](const LongItem& item) __attribute__((always_inline)) -> u32* {
             switch (item.kind) {
                 case kScale: return Base::scale_item(item);
                 case kOuter: return Base::outer_item(item);

@@ -10,7 +10,7 @@ struct LongPlan {
     static constexpr int kTwiddleBytes = kColumns * 4, kExchangeBytes = 128;
     static constexpr int kFixedBytes = Tables<T, false>::kSharedBytes + kTwiddleBytes + kExchangeBytes;
     // The region of an item of the outer passes: the matrix of its outer stage and, with a middle stage, the roots and the tile between the two.
-    static constexpr int kStageBytes = kStageVectors * 16, kRootBytes = (kSlots == 8 ? 16 : 64) * kLongMiddleRadix * 8, kTileBytes = kLongItemPoints * 4;
+    static constexpr int kStageBytes = kStageVectors * 16, kRootBytes = (kSlots == 8 ? 16 : 64) * 32 * 8, kTileBytes = kLongItemPoints * 4;
     static constexpr int column_bytes(bool has_middle) { return kStageBytes + (has_middle ? kRootBytes + kTileBytes : 0); }
 };
 
@@ -74,7 +74,7 @@ struct LongPasses {
 
     template <class Function>
     DEVICE void with_alignment(Function function) const {
-        params.pair_aligned ? function(Aligned<true>{}) : function(Aligned<false>{});
+        params.pair_aligned ? function(Constant<true>{}) : function(Constant<false>{});
     }
 
     // Calls function(first, second) with the two gated sequences of an operand.
@@ -83,8 +83,11 @@ struct LongPasses {
         const TileSequences sequences = TileSequences::consecutive(params, pair, lane);
         const fft_conv_tensor &tensor = operand == 0 ? params.u : params.grad_output, &gate = operand == 0 ? params.pre_gate : params.post_gate;
         with_alignment([&](auto aligned) {
-            using Sequence = GatedSequence<Element, decltype(aligned)::value>;
-            function(Sequence(tensor, gate, params, sequences, 0), Sequence(tensor, gate, params, sequences, 1));
+            auto with_gate = [&](auto gated) {
+                using Sequence = GatedSequence<Element, decltype(aligned)::value, decltype(gated)::value>;
+                function(Sequence(tensor, gate, params, sequences, 0), Sequence(tensor, gate, params, sequences, 1));
+            };
+            gate.data ? with_gate(Constant<true>{}) : with_gate(Constant<false>{});
         });
     }
 
@@ -111,12 +114,21 @@ struct LongPasses {
     }
     DEVICE int first_unit(const LongItem& item) const { return item.index % params.column_items * params.item_units(); }
 
+    template <class Function>
+    DEVICE void with_middle_radix(Function function) const {
+        switch (params.middle_radix()) {
+            case 8: return function(Constant<8>{});
+            case 16: return function(Constant<16>{});
+            default: return function(Constant<32>{});
+        }
+    }
+
     DEVICE void fill_column_stages(const ColumnTile& tile, bool back) const {
         u32* const matrix = words(outer);
         back ? fill_stage<kSlots>({matrix, 1, kSlots / 8}, params.outer_slots, params.outer_radix, 1, 0, true)
              : fill_stage<kSlots>({matrix, kSlots / 8, 1}, params.outer_slots, params.outer_radix, 1, 0, false);
         if (!params.has_middle()) return;
-        back ? fill_stage<32>({words(tables.outer_inverse), 4, 1}, 32, 32, 1, 0, true) : fill_stage<32>({words(tables.outer), 4, 1}, 32, 32, 1, 0, false);
+        with_middle_radix([&](auto radix) __attribute__((always_inline)) { fill_stage<radix.value>({words(tables.outer), radix.value / 8, 1}, radix.value, radix.value, 1, 0, back); });
         tile.fill_roots();
     }
 
@@ -129,11 +141,11 @@ struct LongPasses {
         if (pair >= 0) {
             const PairScales pair_scales = scales(pair, operand);
             with_operand(pair, operand, [&](const auto& first, const auto& second) {
-                outer_pass<kSlots>(params, tile, first, second, pair_scales, outer, first_unit(item));
+                outer_pass<kSlots>(tile, first, second, pair_scales, outer, first_unit(item));
             });
             if (params.has_middle()) {
                 block_barrier();
-                middle_pass(tile, tables.outer);
+                with_middle_radix([&](auto radix) __attribute__((always_inline)) { middle_pass<radix.value>(tile, tables.outer); });
             }
         }
         return counters.done(item.group, kOuter);
@@ -143,11 +155,11 @@ struct LongPasses {
     template <class Store>
     DEVICE void return_columns(const LongItem& item, const ColumnTile& tile, int halves, Store store) const {
         if (params.has_middle()) {
-            middle_pass_back(tile, tables.outer_inverse);
+            with_middle_radix([&](auto radix) __attribute__((always_inline)) { middle_pass_back<radix.value>(tile, tables.outer); });
             block_barrier();
         }
         for (int half = 0; half < halves; half++)
-            inverse_pass<kSlots>(tile, outer, first_unit(item), half == 0 ? 0 : 0x80008000u, [&](const auto& value, int position) { store(value, position, half); });
+            inverse_pass<kSlots>(tile, outer, first_unit(item), half == 0 ? 0 : 0x80008000u, [&](const auto& value, int position) __attribute__((always_inline)) { store(value, position, half); });
     }
 
     DEVICE int slot_stride() const { return params.middle_radix() * kLongPoints; }

@@ -105,5 +105,5 @@ def test_memory_is_bounded(log: int) -> None:
 
 
 def test_the_longest() -> None:
-    assert long_plan.outer_radix(1 << 24, True) * long_plan.MIDDLE_RADIX * ROW_POINTS == 1 << 24
+    assert long_plan.outer_radix(1 << 24, True) * long_plan.MAX_MIDDLE_RADIX * ROW_POINTS == 1 << 24
     assert long_plan.outer_radix(1 << 23, False) == 32

@@ -6,17 +6,17 @@ csrc/long.cuh has the mathematics. Nothing here depends on the device, so that r
 from functools import lru_cache
 from typing import NamedTuple
 
-# Points that one block transforms on chip, the radix of the middle pass, and the positions of one sum of energies.
+# Points that one block transforms on chip, the largest radix of a second outer stage, and the positions of one sum of energies.
 ROW_POINTS = 8192
-MIDDLE_RADIX = 32
+MAX_MIDDLE_RADIX = 32
 PART_POSITIONS = 16384
 
 # Points of an item of the outer passes.
 ITEM_POINTS = 16384
 
-# Intermediates of a group of pairs, which are to stay in the L2 cache of a data-centre GPU between the passes: a forward
-# pass has small groups and many under way, a backward pass larger ones, as its sums over the batch go through memory
-# from group to group. From 2^19 (2^20) points on a group is one pair, which is larger.
+# Intermediates of a group of pairs, which are to stay in the L2 cache of a data-centre GPU between the passes. A forward
+# pass has small groups and many under way; a backward pass larger ones, as its sums over the batch go through memory
+# from group to group. From 2^19 or 2^20 points on a group is one pair, which is larger.
 FORWARD_GROUP_BYTES = 2 << 20
 BACKWARD_GROUP_BYTES = 8 << 20
 
@@ -32,7 +32,7 @@ class LongPlan(NamedTuple):
     """The layout of one launch: fields of `fft_conv_params`, and bytes of memory.
 
     Args:
-        outer_radix (`int`): Radix of the first pass; the FFT has this times 8192 points, or 32 times as many.
+        outer_radix (`int`): Radix of the first stage; the FFT has this times 8192 points, or 8, 16 or 32 times as many.
         group_pairs (`int`): Pairs of sequences that go through the passes together.
         group_channels (`int`): In a backward pass, channels that these pairs are all pairs of, or one; else one.
         channel_splits (`int`): Groups that the pairs of a channel are split into, in a backward pass.
@@ -43,7 +43,7 @@ class LongPlan(NamedTuple):
         tickets (`int`): Items of the launch, with some at its ends that are empty.
         scratch_bytes (`int`):
             Intermediates, 4 bytes a point: of a pair in a forward pass, of each of its two operands and of a channel
-            in a backward one. They take up to 48 MiB, in a backward pass twice as much, or seven pairs if these take more.
+            in a backward one. They take up to 48 MiB, in a backward pass 96, or seven pairs if these take more.
         sums_bytes (`int`): Sums over the batch, 8 bytes a point of the channels in the ring and of their splits.
         energy_bytes (`int`): Partial energies, 8 bytes for each 16,384 positions of an operand.
         counter_bytes (`int`): Counters of what is done.
@@ -70,9 +70,14 @@ class LongPlan(NamedTuple):
 
 
 def outer_radix(fft_size: int, half: bool) -> int:
-    """The radix of the outer pass: all beyond a row, if its 32 slots can take that, or what a middle pass leaves."""
-    radix = fft_size // ROW_POINTS
-    return radix if radix <= (64 if half else 32) else radix // MIDDLE_RADIX
+    """The radix of the outer pass's first stage: all beyond a row, if its 32 slots can take that.
+
+    Else so much that a second stage, of radix 8, 16 or 32, takes the rest, and the first fills 8 or 32 slots.
+    """
+    radix, used = fft_size // ROW_POINTS, 2 if half else 1
+    if radix <= 32 * used:
+        return radix
+    return (8 if radix <= 8 * MAX_MIDDLE_RADIX * used else 32) * used
 
 
 @lru_cache(maxsize=256)
