@@ -6,7 +6,8 @@ csrc/long.cuh has the mathematics. Nothing here depends on the device, so that r
 from functools import lru_cache
 from typing import NamedTuple
 
-# Points that one block transforms on chip, the largest radix of a second outer stage, and the positions of one sum of energies.
+# Points that one block transforms on chip, the largest radix of a second outer stage, and the positions of one sum of
+# energies.
 ROW_POINTS = 8192
 MAX_MIDDLE_RADIX = 32
 PART_POSITIONS = 16384
@@ -14,9 +15,9 @@ PART_POSITIONS = 16384
 # Points of an item of the outer passes.
 ITEM_POINTS = 16384
 
-# Intermediates of a group of pairs, which are to stay in the L2 cache of a data-centre GPU between the passes. A forward
-# pass has small groups and many under way; a backward pass larger ones, as its sums over the batch go through memory
-# from group to group. From 2^19 or 2^20 points on a group is one pair, which is larger.
+# Intermediates of a group of pairs, to stay in the L2 cache of a data-centre GPU between the passes. A forward pass has
+# small groups and many under way; a backward pass larger ones, as its sums over the batch go through memory from group
+# to group. From 2^19 or 2^20 points on a group is one pair, which is larger.
 FORWARD_GROUP_BYTES = 2 << 20
 BACKWARD_GROUP_BYTES = 8 << 20
 
