@@ -210,7 +210,7 @@ struct LongBackward : LongPasses<Element, kSlots> {
     // From the first operand comes grad_post_gate, from the second grad_u and grad_pre_gate: its result times another input.
     template <bool kAligned>
     DEVICE void store_gradients(const SingleSums (&value)[kSlots / 4][2], int first, const TileSequences& sequences, int which, const PairScales& scales, float spectrum_scale) const {
-        constexpr int kBatch = kSlots == 8 ? 2 : 4;
+        constexpr int kBatch = 2;
         const bool has_factor = which == 0 || params.pre_gate.data, has_second = which == 1 && params.grad_pre_gate.data;
         const fft_conv_tensor &factors = which == 0 ? params.grad_output : has_factor ? params.pre_gate : params.u;
         auto position = [&](int n, int half) { return (4 * n + lane % 4) * Base::slot_stride() + first + 128 * half; };
