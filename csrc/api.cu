@@ -57,8 +57,9 @@ static LaunchParams derive(const fft_conv_params& p) {
 static bool valid_long(const fft_conv_params& p) {
     const int radix = p.fft_size / kLongPoints, slots = p.half ? p.outer_radix / 2 : p.outer_radix, rest = radix / std::max(p.outer_radix, 1);
     const bool shapes = radix * kLongPoints == p.fft_size && (p.fft_size & (p.fft_size - 1)) == 0 && p.fft_size <= kLongMaximum && rest * p.outer_radix == radix;
-    return shapes && (rest == 1 || rest == kLongMiddleRadix) && p.outer_radix >= 2 && slots <= 32 && p.outer_radix <= (slots <= 8 ? 16 : 64) && p.batch > 0 &&
-           p.channels > 0 && p.length > 0 && p.length <= (p.half ? p.fft_size / 2 : p.fft_size) && p.group_pairs > 0 && p.group_channels > 0 && p.channel_splits > 0 && p.ring > 0 && p.period > 0;
+    return shapes && (rest == 1 || rest == 8 || rest == 16 || rest == 32) && p.outer_radix >= 2 && slots <= 32 && p.outer_radix <= (slots <= 8 ? 16 : 64) && p.batch > 0 &&
+           p.channels > 0 && p.length > 0 && p.length <= (p.half ? p.fft_size / 2 : p.fft_size) && p.group_pairs > 0 && p.group_channels > 0 && p.channel_splits > 0 && p.ring > 0 && p.period > 0 &&
+           p.row_steps > 0 && int64_t(p.column_items) * kLongItemPoints == p.fft_size;
 }
 
 static LongParams derive_long(const fft_conv_params& p, int operands) {
@@ -66,9 +67,8 @@ static LongParams derive_long(const fft_conv_params& p, int operands) {
     static_cast<LaunchParams&>(derived) = derive(p);
     derived.radix = p.fft_size / kLongPoints;
     derived.outer_slots = p.half ? p.outer_radix / 2 : p.outer_radix;
-    derived.subs = derived.has_middle() ? p.outer_radix : 1;
     derived.operands = operands;
-    const int inner = 2 * stage_exponent(16) + stage_exponent(32), middle = derived.has_middle() ? stage_exponent(kLongMiddleRadix) : 0;
+    const int inner = 2 * stage_exponent(16) + stage_exponent(32), middle = stage_exponent(derived.middle_radix());
     derived.spectrum_unit = float(1 << (inner + middle + stage_exponent(p.outer_radix)));
     derived.pair_count = (p.batch + 1) / 2 * p.channels;
     derived.groups = p.channel_splits > 1 ? p.channels * p.channel_splits : (derived.pair_count + p.group_pairs - 1) / p.group_pairs;
@@ -95,6 +95,13 @@ extern "C" int fft_conv_filter_spectrum(const fft_conv_filter_params* params, vo
     if (params->windows > 0 && params->taps_rev > 0) return kUnsupported;
     if (params->fft_size < kColumns || params->fft_size > kMaximumFilterPoints || 1 << derived.log_points != params->fft_size) return kUnsupported;
     return launch_filter(derived, stream);
+}
+
+extern "C" int fft_conv_round_spectrum(const fft_conv_rounding_params* params, void* stream) {
+    RoundingParams derived;
+    static_cast<fft_conv_rounding_params&>(derived) = *params;
+    if (params->fft_size < kColumns || 1 << log2_of(params->fft_size) != params->fft_size || params->channels <= 0) return kUnsupported;
+    return launch_rounding(derived, stream);
 }
 
 extern "C" int fft_conv_long_backward(const fft_conv_params* params, void* stream) {
@@ -126,7 +133,10 @@ extern "C" int64_t fft_conv_blocked_scratch(const fft_conv_params* params, int d
 
 extern "C" int fft_conv_shared_bytes(const fft_conv_params* params, int backward) {
     auto bytes_of = [&](auto launcher) { return backward ? decltype(launcher)::kBackwardSharedBytes : decltype(launcher)::kForwardSharedBytes; };
-    if (params->outer_radix > 0) return with_long(*params, params->half ? params->outer_radix / 2 : params->outer_radix, bytes_of);
+    if (params->outer_radix > 0)
+        return with_long(*params, params->half ? params->outer_radix / 2 : params->outer_radix, [&](auto launcher) {
+            return backward ? decltype(launcher)::kBackwardSharedBytes : decltype(launcher)::forward_shared_bytes(params->fft_size / kLongPoints > params->outer_radix);
+        });
     auto bytes_of_tile = [&](auto tile) { return bytes_of(Launcher<decltype(tile)>{}); };
     const int bytes = params->windows > 0 ? with_blocked_tile(*params, bytes_of_tile) : with_tile(*params, bytes_of_tile);
     return bytes < 0 ? bytes : std::max(bytes, filter_shared_bytes(params->fft_size));

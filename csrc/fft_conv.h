@@ -34,7 +34,7 @@ struct fft_conv_params {
     void* energies;                 // (pairs, operands, 2, part_count) of eight bytes
     void* sums;                     // of the backward pass
     int32_t batch, channels, length, fft_size, element, half;
-    int32_t outer_radix, group_pairs, ring, part_count, column_items, middle_items, row_pairs, period, tickets;
+    int32_t outer_radix, group_pairs, ring, part_count, column_items, row_steps, period, tickets;
     int32_t group_channels, channel_splits, tap_halves;
     int32_t windows, reverse;
 };
@@ -48,6 +48,15 @@ struct fft_conv_filter_params {
     float* scale;                   // (channels,)
     int64_t k_stride, k_rev_stride;
     int32_t channels, taps, taps_rev, fft_size, windows;
+};
+
+// The same from half spectra in single precision: frequencies 0 to fft_size / 2, real and imaginary parts in turn.
+struct fft_conv_rounding_params {
+    const float* half_spectrum;     // (channels, fft_size / 2 + 1, 2)
+    const float* largest;           // (channels,) the largest magnitude of their parts, not finite where one is not
+    uint32_t* spectrum;
+    float* scale;
+    int32_t channels, fft_size;
 };
 
 // A (batch, channels, length) tensor of any strides.
@@ -71,6 +80,7 @@ int fft_conv_short_forward(const struct fft_conv_short_params* params, void* str
 int fft_conv_short_backward(const struct fft_conv_short_params* params, void* stream);
 int fft_conv_short_splits(const struct fft_conv_short_params* params);
 int fft_conv_filter_spectrum(const struct fft_conv_filter_params* params, void* stream);
+int fft_conv_round_spectrum(const struct fft_conv_rounding_params* params, void* stream);
 int fft_conv_forward(const struct fft_conv_params* params, void* stream);
 int fft_conv_long_forward(const struct fft_conv_params* params, void* stream);
 int fft_conv_backward(const struct fft_conv_params* params, void* stream);

@@ -189,7 +189,7 @@ struct FilterSpectrum {
         const bool finite = scale == scale;
         uint2* words = reinterpret_cast<uint2*>(params.spectrum + (int64_t(channel) * windows() + window) * params.fft_size);
         for (int i = thread_index(); i < params.fft_size / 2; i += kFilterThreads) {
-            // Row, fragment, lane and point of a row that its words belong to (hf_flashfftconv/ops/tables.py, spectrum_order).
+            // Row, fragment, lane and point of a row that its words belong to (csrc/transform.cuh).
             const int k1 = i / 128, fragment = i / 64 % 2, lane = i / 2 % 32;
             Complex x, y;
             at(k1 + (params.fft_size / kColumns) * (2 * (lane / 4) + i % 2 + 16 * (lane % 4 + 4 * fragment)), x, y);

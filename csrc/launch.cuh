@@ -80,7 +80,9 @@ template <class Element, int kSlots>
 int LongLauncher<Element, kSlots>::forward(const LongParams& params, void* stream) {
     using Plan = LongForwardPlan<Element, kSlots>;
     static Prepared prepared;
-    const Grid grid{params.tickets, Plan::kBlocks, Plan::kThreads, Plan::kSharedBytes, Plan::kSharedBytes};
+    const int bytes = Plan::shared_bytes(params.has_middle());
+    // Blocks beyond those that fit at a time find no tickets left.
+    const Grid grid{params.tickets, Plan::kBlocks, Plan::kThreads, bytes, Plan::shared_bytes(true)};
     return launch(long_forward_kernel<Element, kSlots>, prepared, grid, params, stream);
 }
 

@@ -4,6 +4,7 @@
 
 #include "backward.cuh"
 #include "filter.cuh"
+#include "filter_rounding.cuh"
 #include "forward.cuh"
 #include "long_backward.cuh"
 #include "long_forward.cuh"
@@ -21,6 +22,7 @@ struct Launcher {
 };
 
 int launch_filter(const FilterParams& params, void* stream);
+int launch_rounding(const RoundingParams& params, void* stream);
 // Of a device, or zero and an error.
 int processor_count(int device, int* error);
 
@@ -29,7 +31,8 @@ template <class Element, int kSlots>
 struct LongLauncher {
     static int forward(const LongParams& params, void* stream);
     static int backward(const LongParams& params, void* stream);
-    static constexpr int kForwardSharedBytes = LongForwardPlan<Element, kSlots>::kSharedBytes, kBackwardSharedBytes = LongBackwardPlan<Element, kSlots>::kSharedBytes;
+    static constexpr int forward_shared_bytes(bool has_middle) { return LongForwardPlan<Element, kSlots>::shared_bytes(has_middle); }
+    static constexpr int kBackwardSharedBytes = LongBackwardPlan<Element, kSlots>::kSharedBytes;
 };
 
 constexpr int kUnsupported = -1;

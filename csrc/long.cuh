@@ -1,12 +1,13 @@
-// Convolutions whose transform does not fit into one block's shared memory: N = R 8192 points with R = Ra or Ra 32, in passes over an
+// Convolutions whose transform does not fit into one block's shared memory: N = R 8192 points with R = Ra or Ra Rb, in passes over an
 // intermediate in global memory that stays in the L2 cache.
 //
-//   n = n0 8192 + p,  f = k0 + R f'        with n0 = n0a 32 + n0b and k0 = k0a + Ra k0b where R = Ra 32
+//   n = n0 8192 + p,  f = k0 + R f'        with n0 = n0a Rb + n0b and k0 = k0a + Ra k0b, Rb being 8, 16 or 32
 //
-// The outer pass contracts n0a, the middle pass n0b for each k0a, the row pass transforms the 8,192 points of each k0, multiplies by the filter's
-// spectrum and transforms back, and two passes return to positions. No twist has a pass of its own: stage s of radix r after stages of radices
-// P = r1 .. r(s-1) that left the index o contracts its slot n with the matrix w_(rP)^(n (o + P k)), which holds the twiddle w_(rP)^(n o) of all
-// stages before it. Only the twist by the columns of the innermost 256 points is left: w_N^(c k0), a factor of the row twiddles.
+// The outer pass contracts n0: n0a and, where R = Ra Rb, after the twist w_R^(n0b k0a) also n0b, which passes through shared memory. The row pass
+// transforms the 8,192 points of each k0, multiplies by the filter's spectrum and transforms back, and the inverse pass returns to positions. The
+// twist between the outer pass and the rows, w_N^(p k0), has no pass of its own: the first stage of a row contracts its slot n with the matrix
+// w_(32 R)^(n (k0 + R k)), which holds that of its slots, and what is left, w_N^(c k0) by the columns of the innermost 256 points, is a factor of
+// the row twiddles.
 //
 // One launch does it all. Blocks take tickets; a period of tickets, which hf_flashfftconv/ops/long_plan.py lays out, advances a group of pairs by
 // one group, each pass some groups behind the one before. An item waits for the counters of the items that it needs, all of which have smaller
@@ -15,106 +16,109 @@
 #include "tile_io.cuh"
 #include "transform.cuh"
 
-constexpr int kLongPoints = 8192, kLongMiddleRadix = 32, kLongMaximum = 1 << 24;
+constexpr int kLongPoints = 8192, kLongMaximum = 1 << 24;
+constexpr int kLongItemPoints = 16384;     // of an item of the outer passes
 constexpr int kPartPositions = 16384;       // positions of a sequence whose energy one item sums up
 
-enum LongKind { kScale, kOuter, kMiddle, kRows, kMiddleBack, kInverse, kTaps };
+enum LongKind { kScale, kOuter, kRows, kInverse, kTaps };
 
 struct LongParams : LaunchParams {
     int radix;          // R
     int outer_slots;    // slots of the outer pass that carry data
-    int subs;           // parts of a sheet that the middle passes work on: Ra, or one without middle passes
     int operands;       // of the passes to frequencies: pre_gate * u, in the backward pass also post_gate * grad_output
     int pair_count, groups;
 
     float spectrum_unit;    // what a transform as the passes scale it has to be multiplied by to be one
 
     HOST_DEVICE bool has_middle() const { return radix > outer_radix; }
-    HOST_DEVICE int column_chunks() const { return fft_size / outer_radix / kColumns; }
-    HOST_DEVICE int natural_k0(int row) const { return has_middle() ? row / kLongMiddleRadix + outer_radix * (row % kLongMiddleRadix) : row; }
+    HOST_DEVICE int middle_radix() const { return radix / outer_radix; }
+    // Units of four columns (long_columns.cuh) that an item of the outer passes works on.
+    HOST_DEVICE int item_units() const { return kLongPoints / 4 / column_items; }
+    HOST_DEVICE int natural_k0(int row) const { return row / middle_radix() + outer_radix * (row % middle_radix()); }
     // A sheet is the intermediate of one transform: first those of the group's pairs, then those of the gradients of its channels' taps.
     HOST_DEVICE int pair_sheets() const { return group_pairs * operands; }
     HOST_DEVICE int sheets() const { return pair_sheets() + (operands == 2 ? group_channels : 0); }
-    HOST_DEVICE int row_splits() const { return (group_pairs / group_channels + row_pairs - 1) / row_pairs; }
-    HOST_DEVICE int row_items() const { return group_channels * row_splits(); }
+    // Items of the row pass. Forward: of row_steps rows, each of one k0 and one pair, over the group's pairs first. Backward: of one k0 and row_steps
+    // pairs of a channel.
+    HOST_DEVICE int row_splits() const { return (group_pairs / group_channels + row_steps - 1) / row_steps; }
+    HOST_DEVICE int row_items() const {
+        return operands == 2 ? radix * group_channels * row_splits() : (radix * group_pairs + row_steps - 1) / row_steps;
+    }
 };
 
 // The transform of 8,192 points that the row pass does on chip.
 template <typename Element>
 using LongTile = Tile<Element, 32, false, 1>;
 
-// Whether two neighbouring elements of every tensor may be moved as one word, as a type.
-template <bool kValue>
-struct Aligned {
-    static constexpr bool value = kValue;
+// A condition or a radix as a type.
+template <int kValue>
+struct Constant {
+    static constexpr int value = kValue;
 };
 
 // One ticket: a part of a pass over a group of pairs.
 struct LongItem {
     int kind, group, index;
 
-    DEVICE LongItem(const LongParams& params, int ticket) {
-        const int period = ticket / params.period;
-        const u32 entry = params.schedule[ticket - period * params.period];
-        kind = entry & 15, group = period - int(entry >> 4 & 15), index = entry >> 8;
-    }
+    DEVICE LongItem(int period, u32 entry) : kind(entry & 15), group(period - int(entry >> 4 & 15)), index(entry >> 8) {}
 };
 
-// How many items of each pass over a group are done: the ticket counter, then for each group the passes over whole sheets and those over parts.
+// How many items of each pass over a group are done, after the ticket counter.
 struct LongCounters {
     const LongParams& params;
 
     DEVICE u32* ticket() const { return params.counters; }
-    DEVICE u32* scaled(int group) const { return of_group(group); }
-    DEVICE u32* columns(int group) const { return of_group(group) + 1; }
-    DEVICE u32* returned(int group) const { return of_group(group) + 2; }
-    DEVICE u32* inverted(int group) const { return of_group(group) + 3; }
-    DEVICE u32* middle(int group, int sub) const { return of_group(group) + 4 + sub; }
-    DEVICE u32* rows(int group, int sub) const { return of_group(group) + 4 + params.subs + sub; }
-    DEVICE u32* taps(int group, int sub) const { return of_group(group) + 4 + 2 * params.subs + sub; }
+    DEVICE u32* done(int group, int kind) const { return params.counters + 1 + int64_t(group) * 5 + kind; }
 
-    DEVICE void wait_for_scales(int group) const { wait(scaled(group), params.pair_sheets() * params.part_count); }
-    DEVICE void wait_for_inverse(int group) const { wait(inverted(group), params.sheets() * params.column_items); }
-    DEVICE void wait_for_columns(int group) const { wait(columns(group), params.pair_sheets() * params.column_items); }
-    // What the rows of a part need.
-    DEVICE void wait_for_part(int group, int sub) const {
-        params.has_middle() ? wait(middle(group, sub), params.pair_sheets() * params.middle_items) : wait_for_columns(group);
-    }
-    DEVICE void wait_for_rows(int group, int sub) const { wait(rows(group, sub), params.radix / params.subs * params.row_items()); }
-    DEVICE void wait_for_taps(int group, int sub) const { wait(taps(group, sub), params.radix / params.subs * params.group_channels); }
-    DEVICE void wait_for_return(int group, bool of_taps) const {
-        if (params.has_middle())
-            wait(returned(group), params.subs * params.sheets() * params.middle_items);
-        else
-            of_taps ? wait_for_taps(group, 0) : wait_for_rows(group, 0);
+    // All threads of the block wait until the group has passed.
+    DEVICE void wait(int group, int kind) const { wait(group, kind, group, kind); }
+    // The same for two groups, which are asked for at the same time; numbers below zero mean none.
+    DEVICE void wait(int group, int kind, int other_group, int other_kind) const {
+        const int thread = thread_index();
+        if (thread == 1) group = other_group, kind = other_kind;
+        if (thread < 2 && group >= 0) wait_acquire(done(group, kind), count(kind));
+        block_barrier();
     }
 
 private:
-    DEVICE u32* of_group(int group) const { return params.counters + 1 + int64_t(group) * (4 + 3 * params.subs); }
-
-    // All threads of the block.
-    DEVICE static void wait(const u32* counter, int count) {
-        if (thread_index() == 0) wait_acquire(counter, count);
-        block_barrier();
+    // Items of a group.
+    DEVICE u32 count(int kind) const {
+        switch (kind) {
+            case kScale: return params.pair_sheets() * params.part_count;
+            case kOuter: return params.pair_sheets() * params.column_items;
+            case kRows: return params.row_items();
+            case kInverse: return params.sheets() * params.column_items;
+            default: return params.radix * params.group_channels;
+        }
     }
 };
 
-// Calls work(item) for each ticket that the block gets; it returns the counter to raise, or null. The next ticket is fetched ahead.
+// Calls work(item) for each ticket that the block gets; it returns the counter to raise, or null. Tickets and their entries in the schedule are
+// fetched ahead: nothing waits for them.
 template <class Work>
 DEVICE void for_each_ticket(const LongParams& params, u32* shared_words, Work work) {
     const LongCounters counters{params};
-    if (thread_index() == 0) shared_words[0] = take_ticket(counters.ticket());
+    constexpr u32 kEnd = ~0u;
+    const bool first_thread = thread_index() == 0;
+    auto entry_of = [&](u32 ticket) { return ticket < u32(params.tickets) ? params.schedule[ticket % u32(params.period)] : kEnd; };
+    u32 next = 0;
+    if (first_thread) {
+        const u32 ticket = take_ticket(counters.ticket());
+        next = take_ticket(counters.ticket());
+        shared_words[0] = ticket / u32(params.period), shared_words[1] = entry_of(ticket);
+    }
     block_barrier();
-    for (int turn = 0;; turn ^= 1) {
-        const u32 ticket = shared_words[turn];
-        if (ticket >= u32(params.tickets)) return;
-        u32 next = 0;
-        if (thread_index() == 0) next = take_ticket(counters.ticket());
-        const LongItem item(params, ticket);
+    for (int turn = 0;; turn ^= 2) {
+        const u32 period = shared_words[turn], entry = shared_words[turn + 1];
+        if (entry == kEnd) return;
+        u32 later = 0, next_entry = 0;
+        if (first_thread) later = take_ticket(counters.ticket()), next_entry = entry_of(next);
+        const LongItem item(int(period), entry);
         u32* const done = item.group >= 0 && item.group < params.groups ? work(item) : nullptr;
-        if (thread_index() == 0) shared_words[turn ^ 1] = next;
+        if (first_thread) shared_words[turn ^ 2] = next / u32(params.period), shared_words[(turn ^ 2) + 1] = next_entry;
+        next = later;
         block_barrier();
-        if (done && thread_index() == 0) add_release(done);
+        if (done && first_thread) add_release(done);
     }
 }
 
@@ -144,17 +148,22 @@ HOST_DEVICE int stage_exponent(int radix) {
     return exponent;
 }
 
-// The stage of `radix` with `slots` slots in use after stages of radix `previous` that left the index `offset`, and its transpose, which is the
-// stage back. Both are padded with zeros, to kInputs slots and at least eight outputs.
+// The stage of `radix` with `slots` slots in use after stages of radix `previous` that left the index `offset`, or its transpose, the stage back.
+// Both are padded with zeros, to kInputs slots and at least eight outputs. A thread's outputs are some steps apart: from the first,
+// w_(radix previous)^(slot (offset + previous output)), the others differ by powers of w_radix^(slot step).
 template <int kInputs>
-DEVICE void fill_stage(MatrixOperand forward, MatrixOperand back, int slots, int radix, int previous, int offset) {
-    const float down = power_of_two(-stage_exponent(radix)), up = 1.f / (float(radix) * down);
-    for (int i = thread_index(); i < kInputs * (radix < 8 ? 8 : radix); i += block_size()) {
-        const int slot = i % kInputs, output = i / kInputs;
-        float re = 0.f, im = 0.f;
-        if (slot < slots && output < radix) root_of_unity(slot * (offset + previous * output), radix * previous, &re, &im);
-        forward.set(slot, output, re * down, im * down);
-        back.set(output, slot, re * up, im * up);
+DEVICE void fill_stage(MatrixOperand matrix, int slots, int radix, int previous, int offset, bool back) {
+    const float down = power_of_two(-stage_exponent(radix)), scale = back ? 1.f / (float(radix) * down) : down;
+    const int slot = thread_index() % kInputs, step = block_size() / kInputs, first = thread_index() / kInputs;
+    const bool used = slot < slots && first < radix;
+    float re = 0.f, im = 0.f, turn_re = 1.f, turn_im = 0.f;
+    if (used) root_of_unity(slot * (offset + previous * first), radix * previous, &re, &im);
+    if (used && first + step < radix) root_of_unity(slot * step, radix, &turn_re, &turn_im);
+    for (int output = first; output < (radix < 8 ? 8 : radix); output += step) {
+        const float kept = used && output < radix ? scale : 0.f;
+        back ? matrix.set(output, slot, re * kept, im * kept) : matrix.set(slot, output, re * kept, im * kept);
+        const float turned = re * turn_re - im * turn_im;
+        im = re * turn_im + im * turn_re, re = turned;
     }
 }
 

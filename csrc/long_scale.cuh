@@ -47,22 +47,64 @@ struct PairScales {
     DEVICE static Pair apply(Pair v, float down) { return down == 0.f ? Pair{0.f, 0.f} : Pair{v.x * down, v.y * down}; }
 };
 
-// The product of an operand and its gate, one sequence of a pair.
-template <class Element, bool kAligned>
+// Eight neighbouring elements of a sequence that consists of aligned 16-byte units, zero beyond its length.
+template <class Element>
+DEVICE void load_units(const Element* data, int position, int length, Pair (&v)[4]) {
+    constexpr int kPairs = 8 / int(sizeof(Element));
+#pragma unroll
+    for (int i = 0; i < 4; i += kPairs) {
+        const bool inside = position + 2 * i < length;
+        const uint4 unit = load_streaming(reinterpret_cast<const uint4*>(data + (inside ? position + 2 * i : 0)));
+        if constexpr (kPairs == 4)
+            v[0] = widen(data, unit.x), v[1] = widen(data, unit.y), v[2] = widen(data, unit.z), v[3] = widen(data, unit.w);
+        else
+            v[i] = widen(data, uint2{unit.x, unit.y}), v[i + 1] = widen(data, uint2{unit.z, unit.w});
+#pragma unroll
+        for (int pair = i; pair < i + kPairs; pair++)
+            if (!inside) v[pair] = {0.f, 0.f};
+    }
+}
+
+// The product of an operand and its gate, one sequence of a pair. Whether there is a gate is a constant, so that loads are under way together.
+template <class Element, bool kAligned, bool kGated>
 struct GatedSequence {
     GlobalSequence<const Element, kAligned> values, factors;
-    bool gated;
+    bool whole_units;
 
     DEVICE GatedSequence(const fft_conv_tensor& tensor, const fft_conv_tensor& gate, const LaunchParams& params, const TileSequences& sequences, int c)
-        : values(tensor, params, sequences, c), factors(gate.data ? gate : tensor, params, sequences, c), gated(gate.data) {}
+        : values(tensor, params, sequences, c), factors(kGated ? gate : tensor, params, sequences, c), whole_units(params.whole_units) {}
 
     DEVICE Pair load(int position) const {
         const Pair v = values.load(position);
-        if (!gated) return v;
+        if constexpr (!kGated) return v;
         const Pair g = factors.load(position);
         return {v.x * g.x, v.y * g.y};
     }
+
+    // Positions from a multiple of eight on.
+    DEVICE void load_eight(int position, Pair (&v)[4]) const {
+        if (!whole_units) {
+            for (int i = 0; i < 4; i++) v[i] = load(position + 2 * i);
+            return;
+        }
+        load_units(values.data, position, values.length, v);
+        if constexpr (kGated) {
+            Pair g[4];
+            load_units(factors.data, position, factors.length, g);
+            for (int i = 0; i < 4; i++) v[i] = {v[i].x * g[i].x, v[i].y * g[i].y};
+        }
+    }
 };
+
+// Pairs of a sequence at some positions, ones without it: all are under way before the first is used.
+template <int kBatch, class Sequence, class Positions>
+DEVICE void load_batch(Pair (&pairs)[kBatch][2], const Sequence& sequence, bool present, Positions position) {
+#pragma unroll
+    for (int i = 0; i < 2 * kBatch; i++) pairs[i / 2][i % 2] = {1.f, 1.f};
+    if (!present) return;
+#pragma unroll
+    for (int i = 0; i < 2 * kBatch; i++) pairs[i / 2][i % 2] = sequence.load(position(i / 2, i % 2));
+}
 
 // Sums over a block of up to 16 warps, in a fixed order.
 DEVICE float block_sum(float x, float* exchange) {
@@ -90,10 +132,12 @@ template <class Sequence>
 DEVICE void sum_energies(const Sequence& first, const Sequence& second, int begin, int end, uint2* parts, int part_count, float* exchange) {
     const int step = 2 * block_size();
     float sums[2] = {};
-#pragma unroll 4
-    for (int position = begin + 2 * thread_index(); position < end; position += step) {
-        const Pair v = first.load(position), w = second.load(position);
-        sums[0] += v.x * v.x + v.y * v.y, sums[1] += w.x * w.x + w.y * w.y;
+#pragma unroll 2
+    for (int position = begin + 8 * thread_index(); position < end; position += 4 * step) {
+        Pair v[4], w[4];
+        first.load_eight(position, v), second.load_eight(position, w);
+#pragma unroll
+        for (int i = 0; i < 4; i++) sums[0] += v[i].x * v[i].x + v[i].y * v[i].y, sums[1] += w[i].x * w[i].x + w[i].y * w[i].y;
     }
     for (int c = 0; c < 2; c++) {
         const Sequence& sequence = c == 0 ? first : second;

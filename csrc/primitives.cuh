@@ -162,6 +162,12 @@ DEVICE uint2 load_streaming(const uint2* p) {
     return v;
 }
 
+DEVICE uint4 load_streaming(const uint4* p) {
+    uint4 v;
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+
 // Two neighbouring elements of a tensor, as single precision.
 DEVICE Pair widen(const bfloat16*, u32 w) { return {__uint_as_float(w << 16), __uint_as_float(w & 0xffff0000u)}; }
 DEVICE Pair widen(const float16*, u32 w) { return {low_half(w), high_half(w)}; }

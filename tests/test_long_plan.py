@@ -5,20 +5,7 @@ from collections import Counter
 import pytest
 
 from hf_flashfftconv.ops import long_plan
-from hf_flashfftconv.ops.long_plan import (
-    INVERSE,
-    MIDDLE,
-    MIDDLE_BACK,
-    MIDDLE_RADIX,
-    OUTER,
-    ROW_POINTS,
-    ROWS,
-    SCALE,
-    TAPS,
-    LongPlan,
-    lay_out,
-    schedule,
-)
+from hf_flashfftconv.ops.long_plan import INVERSE, OUTER, ROW_POINTS, ROWS, SCALE, TAPS, LongPlan, lay_out, schedule
 
 # FFT size, half, length, batch, channels
 CASES = [
@@ -38,64 +25,40 @@ class Launch:
     def __init__(self, fft_size: int, plan: LongPlan, backward: bool) -> None:
         self.plan, self.backward = plan, backward
         self.radix = fft_size // ROW_POINTS
-        self.middle = self.radix > plan.outer_radix
-        self.subs = plan.outer_radix if self.middle else 1
         self.pair_sheets = plan.group_pairs * (2 if backward else 1)
         self.sheets = self.pair_sheets + (plan.group_channels if backward else 0)
-        self.row_items = plan.group_channels * -(-plan.group_pairs // plan.group_channels // plan.row_pairs)
-        self.done: Counter[tuple[object, ...]] = Counter()
+        self.done: Counter[tuple[int, int]] = Counter()
 
     def count(self, kind: int) -> int:
         """Items of a group."""
-        plan, middle = self.plan, self.plan.middle_items * self.subs if self.middle else 0
-        taps = plan.group_channels * self.radix if self.backward else 0
+        plan = self.plan
+        splits = plan.group_channels * -(-plan.group_pairs // plan.group_channels // plan.row_steps)
         return {
             SCALE: self.pair_sheets * plan.part_count,
             OUTER: self.pair_sheets * plan.column_items,
-            MIDDLE: self.pair_sheets * middle,
-            ROWS: self.radix * self.row_items,
-            TAPS: taps,
-            MIDDLE_BACK: self.sheets * middle,
+            ROWS: self.radix * splits if self.backward else -(-self.radix * plan.group_pairs // plan.row_steps),
             INVERSE: self.sheets * plan.column_items,
+            TAPS: plan.group_channels * self.radix if self.backward else 0,
         }[kind]
 
-    def of_part(self, kind: int, index: int) -> int:
-        """The part of a sheet that an item of the middle passes or of the rows works on."""
-        return index // (self.count(kind) // self.subs)
-
-    def needs(self, kind: int, group: int, index: int) -> list[tuple[tuple[object, ...], int]]:
-        def whole(of: int, group: int = group) -> tuple[tuple[object, ...], int]:
-            return (of, group), self.count(of)
-
-        def part(of: int, group: int = group) -> tuple[tuple[object, ...], int]:
-            return (of, group, self.of_part(kind, index)), self.count(of) // self.subs
-
-        of_taps = self.backward and index % (self.sheets * self.plan.middle_items) >= (
-            self.pair_sheets * self.plan.middle_items
-        )
+    def needs(self, kind: int, group: int, index: int) -> list[tuple[int, int]]:
         if kind == OUTER:
             earlier = group - self.plan.ring
-            return [whole(SCALE)] + ([whole(INVERSE, earlier)] if earlier >= 0 else [])
-        if kind == MIDDLE:
-            return [whole(OUTER)]
+            return [(SCALE, group)] + ([(INVERSE, earlier)] if earlier >= 0 else [])
         if kind == ROWS:
-            chained = [part(ROWS, group - 1)] if self.plan.channel_splits > 1 and group > 0 else []
-            return [*chained, part(MIDDLE) if self.middle else whole(OUTER)]
+            chained = self.plan.channel_splits > 1 and group > 0
+            return [(OUTER, group)] + ([(ROWS, group - 1)] if chained and self.backward else [])
         if kind == TAPS:
-            return [part(ROWS)]
-        if kind == MIDDLE_BACK:
-            return [part(TAPS if of_taps else ROWS)]
+            return [(ROWS, group)]
         if kind == INVERSE:
-            taps = self.backward and index // self.plan.column_items >= self.pair_sheets
-            return [whole(MIDDLE_BACK) if self.middle else whole(TAPS if taps else ROWS)]
+            return [(TAPS if index // self.plan.column_items >= self.pair_sheets else ROWS, group)]
         return []
 
     def run(self, kind: int, group: int, index: int) -> None:
-        for key, count in self.needs(kind, group, index):
-            assert self.done[key] == count, (kind, group, index, key, self.done[key], count)
+        for of, earlier in self.needs(kind, group, index):
+            found, wanted = self.done[of, earlier], self.count(of)
+            assert found == wanted, (kind, group, index, of, earlier, found, wanted)
         self.done[kind, group] += 1
-        if kind in (MIDDLE, ROWS, TAPS):
-            self.done[kind, group, self.of_part(kind, index)] += 1
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -113,7 +76,7 @@ def test_every_item_comes_once_and_after_what_it_needs(case: tuple[int, bool, in
         for kind, delay, index in period:
             if 0 <= step - delay < groups:
                 launch.run(kind, step - delay, index)
-    for kind in range(7):
+    for kind in range(5):
         items = [index for of, _, index in period if of == kind]
         assert sorted(items) == list(range(launch.count(kind))), kind
         assert all(launch.done[kind, group] == launch.count(kind) for group in range(groups) if items)
@@ -135,12 +98,12 @@ def test_memory_is_bounded(log: int) -> None:
     output = 2 * 64 * 768 * length
     for backward in (False, True):
         plan = lay_out(fft_size, True, length, 64, 768, backward)
-        assert plan.scratch_bytes <= max((72 if backward else 48) << 20, (3 if backward else 1) * 4 * 4 * fft_size)
+        assert plan.scratch_bytes <= max((96 if backward else 48) << 20, (3 if backward else 1) * 7 * 4 * fft_size)
         assert plan.scratch_bytes + plan.sums_bytes + plan.energy_bytes + plan.counter_bytes <= output // 8
     alone = lay_out(fft_size, True, length, 1, 1, False)
     assert alone.ring == alone.group_pairs == 1 and alone.scratch_bytes == 4 * fft_size
 
 
 def test_the_longest() -> None:
-    assert long_plan.outer_radix(1 << 24, True) * MIDDLE_RADIX * ROW_POINTS == 1 << 24
+    assert long_plan.outer_radix(1 << 24, True) * long_plan.MAX_MIDDLE_RADIX * ROW_POINTS == 1 << 24
     assert long_plan.outer_radix(1 << 23, False) == 32

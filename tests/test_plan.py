@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_flashfftconv.ops.plan import COLUMNS, MAX_FFT_SIZE, Plan, choose
+from hf_flashfftconv.ops.plan import BLOCK_POSITIONS, COLUMNS, MAX_FFT_SIZE, Plan, choose, windows_of
 
 
 def circular_is_right(length: int, taps: int, reverse_taps: int, size: int) -> bool:
@@ -29,11 +29,11 @@ def circular_is_right(length: int, taps: int, reverse_taps: int, size: int) -> b
 @settings(max_examples=300, deadline=None)
 @given(length=st.integers(1, 3000), taps=st.integers(1, 4000), reverse_taps=st.integers(0, 4000))
 def test_smallest_transform_without_wrap_around(length: int, taps: int, reverse_taps: int) -> None:
-    size, half = choose(length, taps, reverse_taps, True)
+    size, half, windows = choose(length, taps, reverse_taps, True)
     assert size % COLUMNS == 0 and size & (size - 1) == 0 and size <= MAX_FFT_SIZE
     assert circular_is_right(length, taps, reverse_taps, size)
     assert size == COLUMNS or not circular_is_right(length, taps, reverse_taps, size // 2)
-    assert half == (length <= size // 2 and size > COLUMNS)
+    assert half == (length <= size // 2 and size > COLUMNS) and windows == 0
 
 
 def test_the_check_of_wrap_around_agrees_with_a_convolution() -> None:
@@ -96,15 +96,34 @@ def test_what_is_too_long() -> None:
             f"sequence and filter need an FFT of {2 * MAX_FFT_SIZE} points, and the kernels have up to {MAX_FFT_SIZE}"
         )
     reason = f"there is no kernel for an FFT of {MAX_FFT_SIZE} points whose second half is in use"
-    assert choose(longest + 1, 3, 0, True) == choose(MAX_FFT_SIZE, 1, 0, False) == reason
+    assert choose(longest + 1, 3, 2, True) == choose(MAX_FFT_SIZE, 1, 0, False) == reason
     assert choose(longest, 1, 0, False) == Plan(longest, False)
 
 
 def test_what_takes_several_passes() -> None:
     assert choose(4000, 4097, 0, True) == Plan(8192, True)
     assert choose(5000, 3, 0, True) == Plan(8192, False)
-    assert choose(12000, 3, 0, True) == Plan(16384, False)
+    assert choose(12000, 3, 2, True) == choose(12000, 3, 0, True, backward=True) == Plan(16384, False)
     assert choose(8000, 8000, 0, True) == Plan(16384, True)
     long = [Plan(16384, False), Plan(32768, True), Plan(MAX_FFT_SIZE, True)]
     assert all(plan.is_long for plan in long)
     assert not any(plan.is_long for plan in (Plan(16384, True), Plan(8192, False)))
+
+
+def test_windows_of_causal_filters_of_longer_sequences() -> None:
+    for length, taps, windows in [
+        (8193, 1, 1),
+        (8193, 2, 2),
+        (8193, 4097, 2),
+        (8193, 4098, 3),
+        (8193, 1 << 20, 3),
+        (65536, 65536, 16),
+        (1 << 24, 61441, 16),
+    ]:
+        assert choose(length, taps, 0, True) == Plan(8192, True, windows)
+        assert choose(length, taps, 0, True, backward=True).windows == choose(length, taps, 1, True).windows == 0
+    assert choose(65537, 61442, 0, True) == Plan(131072, False)
+    # Every tap and no other meets an output: window d has the lags from (d - 1) 4096 to (d + 1) 4096, both exclusive.
+    for taps in (1, 2, 4096, 4097, 4098, 8193, 8194):
+        reached = [d for d in range(20) if (d - 1) * BLOCK_POSITIONS + 1 <= taps - 1]
+        assert windows_of(1 << 20, taps) == len(reached)

@@ -77,7 +77,7 @@ def backward(
 ) -> Gradients:
     """Gradients (du, dk, dskip, dpre, dpost, dk_rev) of a supported call, each in its operand's dtype.
 
-    Of sequences in blocks and long ones, gradients of u and the gates that are not in `needs` are None and cost no pass.
+    Of sequences in blocks and long ones, what is not in `needs` is None and costs no pass back.
     """
     with _device_guard(u.device):
         if _plan(u, k, k_rev, causal).windows:
@@ -109,7 +109,7 @@ def _blocked_backward(
     post_gate: Tensor | None,
     needs: Sequence[bool],
 ) -> Gradients:
-    """The same for sequences in blocks: the forward kernel, as it is and transposed; gradients of taps as for long ones."""
+    """The same for sequences in blocks: the forward kernel, also transposed; gradients of taps as of long ones."""
     du = dpre = dpost = dk = dskip = None
     if post_gate is not None and needs[4]:
         dpost = forward(u, k, skip, pre_gate, dy, None, True)

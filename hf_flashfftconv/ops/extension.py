@@ -64,8 +64,7 @@ class Parameters(ctypes.Structure):
         ("ring", ctypes.c_int32),
         ("part_count", ctypes.c_int32),
         ("column_items", ctypes.c_int32),
-        ("middle_items", ctypes.c_int32),
-        ("row_pairs", ctypes.c_int32),
+        ("row_steps", ctypes.c_int32),
         ("period", ctypes.c_int32),
         ("tickets", ctypes.c_int32),
         ("group_channels", ctypes.c_int32),
@@ -100,6 +99,19 @@ class FilterParameters(ctypes.Structure):
         ("taps_rev", ctypes.c_int32),
         ("fft_size", ctypes.c_int32),
         ("windows", ctypes.c_int32),
+    )
+
+
+class RoundingParameters(ctypes.Structure):
+    """`fft_conv_rounding_params`."""
+
+    _fields_ = (
+        ("half_spectrum", ctypes.c_void_p),
+        ("largest", ctypes.c_void_p),
+        ("spectrum", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("channels", ctypes.c_int32),
+        ("fft_size", ctypes.c_int32),
     )
 
 

@@ -15,7 +15,6 @@ from . import extension
 from .plan import Plan
 from .pools import outside_of_pools
 from .reference import circle_taps
-from .tables import kernel_order
 
 DEFAULT_STREAM = 0
 
@@ -25,10 +24,10 @@ CACHE_BYTES = 256 << 20
 # The kernel for spectra has no larger transform.
 MAX_FUSED_FFT_SIZE = 16384
 
-# Bound on what is alive at a time while torch.fft makes spectra: float32 taps, their spectrum and the FFT's own copy,
-# or the spectrum and both copies in half precision.
+# Bound on what is alive at a time while torch.fft makes spectra: float32 taps, half of their spectrum and the FFT's own
+# copies of both.
 WORKSPACE_BYTES = 256 << 20
-_WORKSPACE_PER_POINT = 4 + 8 + 8
+_WORKSPACE_PER_POINT = 4 + 4 + 8
 
 
 class Spectrum(NamedTuple):
@@ -62,11 +61,11 @@ def prepare(
     On a circle of `fft_size` points the causal taps lie at the start, the anticausal ones at the end. The skip
     connection is one more weight of the tap at lag zero.
 
-    The kernel computes in single precision and rounds the result. Beyond its sizes `torch.fft` does the same, which
-    takes several times as long.
+    The kernel computes in single precision and rounds the result. Beyond its sizes `torch.fft` transforms, and another
+    kernel scales, rounds and reorders.
     """
     if plan.fft_size > MAX_FUSED_FFT_SIZE:
-        return _prepare_by_torch(k, skip, k_rev, length, plan.fft_size)
+        return _prepare_by_torch(k, skip, k_rev, length, plan.fft_size, stream)
     channels, device = k.shape[0], k.device
     words = torch.empty((channels, plan.points), dtype=torch.int32, device=device)
     scale = torch.empty((channels,), dtype=torch.float32, device=device)
@@ -89,24 +88,25 @@ def prepare(
     return Spectrum(words, scale)
 
 
-def _prepare_by_torch(k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int, fft_size: int) -> Spectrum:
+def _prepare_by_torch(
+    k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int, fft_size: int, stream: int
+) -> Spectrum:
     """A block of channels at a time, to bound the memory."""
+    channels, device = k.shape[0], k.device
+    words = torch.empty((channels, fft_size), dtype=torch.int32, device=device)
+    scale = torch.empty((channels,), dtype=torch.float32, device=device)
     block = max(1, WORKSPACE_BYTES // (_WORKSPACE_PER_POINT * fft_size))
-    parts = []
-    for start in range(0, k.shape[0], block):
-        channels = slice(start, start + block)
-        part_skip, part_rev = None if skip is None else skip[channels], None if k_rev is None else k_rev[channels]
-        parts.append(_spectrum_by_torch(circle_taps(k[channels], part_skip, part_rev, length, fft_size)))
-    return parts[0] if len(parts) == 1 else Spectrum(*map(torch.cat, zip(*parts, strict=True)))
-
-
-def _spectrum_by_torch(taps: Tensor) -> Spectrum:
-    spectrum = torch.view_as_real(torch.fft.fft(taps))
-    largest = torch.linalg.vector_norm(spectrum, torch.inf, (1, 2))
-    # The exponent's bits alone are the power of two below, infinite where the filter is not finite.
-    scale = (largest.view(torch.int32) & 0x7F800000).clamp(min=0x00800000).view(torch.float32)
-    values = spectrum.div_(scale[:, None, None]).nan_to_num_(0.0, 0.0, 0.0).half()
-    return Spectrum(kernel_order(values), torch.where(scale.isfinite(), scale, torch.nan))
+    for start in range(0, channels, block):
+        part = slice(start, start + block)
+        part_skip, part_rev = (None if x is None else x[part] for x in (skip, k_rev))
+        half = torch.view_as_real(torch.fft.rfft(circle_taps(k[part], part_skip, part_rev, length, fft_size)))
+        largest = torch.linalg.vector_norm(half, torch.inf, (1, 2))
+        parameters = extension.RoundingParameters()
+        parameters.half_spectrum, parameters.largest = half.data_ptr(), largest.data_ptr()
+        parameters.spectrum, parameters.scale = words[part].data_ptr(), scale[part].data_ptr()
+        parameters.channels, parameters.fft_size = half.shape[0], fft_size
+        extension.launch("fft_conv_round_spectrum", parameters, stream)
+    return Spectrum(words, scale)
 
 
 def tap_gradients(

@@ -6,39 +6,45 @@ csrc/long.cuh has the mathematics. Nothing here depends on the device, so that r
 from functools import lru_cache
 from typing import NamedTuple
 
-# Points that one block transforms on chip, the radix of the middle pass, and the positions of one sum of energies.
+# Points that one block transforms on chip, the largest radix of a second outer stage, and the positions of one sum of
+# energies.
 ROW_POINTS = 8192
-MIDDLE_RADIX = 32
+MAX_MIDDLE_RADIX = 32
 PART_POSITIONS = 16384
 
-# Intermediates of a group of pairs: those under way at a time are to stay in the L2 cache of a data-centre GPU, as far
-# as they can. From 2^21 points on a group is one pair, which is larger.
-GROUP_BYTES = 8 << 20
+# Points of an item of the outer passes.
+ITEM_POINTS = 16384
 
-# Points of an item of the outer passes, and tickets that lie between an item and those that it waits for, as far as
-# there are so many: more than there are blocks on the largest GPUs.
-_ITEM_POINTS = 16384
-_DISTANCE = 320
+# Intermediates of a group of pairs, to stay in the L2 cache of a data-centre GPU between the passes. A forward pass has
+# small groups and many under way; a backward pass larger ones, as its sums over the batch go through memory from group
+# to group. From 2^19 or 2^20 points on a group is one pair, which is larger.
+FORWARD_GROUP_BYTES = 2 << 20
+BACKWARD_GROUP_BYTES = 8 << 20
 
-SCALE, OUTER, MIDDLE, ROWS, MIDDLE_BACK, INVERSE, TAPS = range(7)
+# Tickets that lie between an item and those that it waits for, as far as there are so many: more than there are blocks
+# on the largest GPUs. And the most groups that a pass may be behind the one before to reach it.
+_DISTANCE = 400
+_MAX_GAP = 4
+
+SCALE, OUTER, ROWS, INVERSE, TAPS = range(5)
 
 
 class LongPlan(NamedTuple):
     """The layout of one launch: fields of `fft_conv_params`, and bytes of memory.
 
     Args:
-        outer_radix (`int`): Radix of the first pass; the FFT has this times 8192 points, or 32 times as many.
+        outer_radix (`int`): Radix of the first stage; the FFT has this times 8192 points, or 8, 16 or 32 times as many.
         group_pairs (`int`): Pairs of sequences that go through the passes together.
         group_channels (`int`): In a backward pass, channels that these pairs are all pairs of, or one; else one.
         channel_splits (`int`): Groups that the pairs of a channel are split into, in a backward pass.
         ring (`int`): Groups whose intermediates have a place in memory.
         part_count (`int`): Partial energies of a sequence.
-        column_items, middle_items (`int`): Items of an outer pass over a pair, of a middle pass over a part of a pair.
-        row_pairs (`int`): Pairs of an item of the row pass.
+        column_items (`int`): Items of an outer pass over a pair.
+        row_steps (`int`): Rows of an item of the row pass, in a backward pass pairs that share one row's sums.
         tickets (`int`): Items of the launch, with some at its ends that are empty.
         scratch_bytes (`int`):
             Intermediates, 4 bytes a point: of a pair in a forward pass, of each of its two operands and of a channel
-            in a backward one. They take up to 48 MiB, in a backward pass a half more, or four pairs if these take more.
+            in a backward one. They take up to 48 MiB, in a backward pass 96, or seven pairs if these take more.
         sums_bytes (`int`): Sums over the batch, 8 bytes a point of the channels in the ring and of their splits.
         energy_bytes (`int`): Partial energies, 8 bytes for each 16,384 positions of an operand.
         counter_bytes (`int`): Counters of what is done.
@@ -51,8 +57,7 @@ class LongPlan(NamedTuple):
     ring: int
     part_count: int
     column_items: int
-    middle_items: int
-    row_pairs: int
+    row_steps: int
     tickets: int
     scratch_bytes: int
     sums_bytes: int
@@ -66,33 +71,37 @@ class LongPlan(NamedTuple):
 
 
 def outer_radix(fft_size: int, half: bool) -> int:
-    """The radix of the outer pass: all beyond a row, if its 32 slots can take that, or what a middle pass leaves."""
-    radix = fft_size // ROW_POINTS
-    return radix if radix <= (64 if half else 32) else radix // MIDDLE_RADIX
+    """The radix of the outer pass's first stage: all beyond a row, if its 32 slots can take that.
+
+    Else so much that a second stage, of radix 8, 16 or 32, takes the rest, and the first fills 8 or 32 slots.
+    """
+    radix, used = fft_size // ROW_POINTS, 2 if half else 1
+    if radix <= 32 * used:
+        return radix
+    return (8 if radix <= 8 * MAX_MIDDLE_RADIX * used else 32) * used
 
 
 @lru_cache(maxsize=256)
 def lay_out(fft_size: int, half: bool, length: int, batch: int, channels: int, backward: bool) -> LongPlan:
     """The layout for sequences (batch, channels, length)."""
     radix, outer = fft_size // ROW_POINTS, outer_radix(fft_size, half)
-    subs = outer if radix > outer else 1
     operands = 2 if backward else 1
     channel_pairs = (batch + 1) // 2
     pairs = channel_pairs * channels
 
-    room = max(1, GROUP_BYTES // (4 * fft_size * operands))
+    room = max(1, (BACKWARD_GROUP_BYTES if backward else FORWARD_GROUP_BYTES) // (4 * fft_size * operands))
     group_channels = channel_splits = 1
     if not backward:
         group_pairs = min(room, pairs)
-        row_pairs = 2 if group_pairs >= 8 else 1
+        row_steps = 2
     elif room >= channel_pairs:
         group_channels = min(room // channel_pairs, channels)
         group_pairs = group_channels * channel_pairs
-        row_pairs = min(4, channel_pairs)
+        row_steps = min(4, channel_pairs)
     else:
         channel_splits = -(-channel_pairs // room)
-        group_pairs = row_pairs = -(-channel_pairs // channel_splits)
-        row_pairs = min(4, group_pairs)
+        group_pairs = row_steps = -(-channel_pairs // channel_splits)
+        row_steps = min(4, group_pairs)
     groups = channels * channel_splits if channel_splits > 1 else -(-pairs // group_pairs)
 
     parts = -(-length // PART_POSITIONS)
@@ -104,23 +113,22 @@ def lay_out(fft_size: int, half: bool, length: int, batch: int, channels: int, b
         channel_splits=channel_splits,
         ring=0,
         part_count=parts,
-        column_items=fft_size // outer // 256 // max(1, _ITEM_POINTS // 256 // outer),
-        middle_items=16,
-        row_pairs=row_pairs,
+        column_items=fft_size // ITEM_POINTS,
+        row_steps=row_steps,
         tickets=0,
         scratch_bytes=0,
         sums_bytes=0,
         energy_bytes=8 * pairs * operands * 2 * parts,
-        counter_bytes=4 * (1 + groups * (4 + 3 * subs)),
+        counter_bytes=4 * (1 + 5 * groups),
     )
-    period = schedule(fft_size, plan, backward)
-    # Periods from the first item of a group to its last, less one: as many groups have intermediates.
-    depth = max(delay for _, delay, _ in period)
-    ring = min(depth, groups)
-    sums = ring * group_channels * -(-group_pairs // group_channels // row_pairs) * radix
+    order, counts, delays = _passes(fft_size, plan, backward)
+    period = sum(counts.values())
+    # An item of the outer pass waits until its place is free as others wait for the pass before.
+    ring = min(groups, delays[INVERSE] - delays[OUTER] + _gap(order, counts, INVERSE, OUTER))
+    sums = ring * group_channels * -(-group_pairs // group_channels // row_steps) * radix
     return plan._replace(
         ring=ring,
-        tickets=len(period) * (groups + depth),
+        tickets=period * (groups + delays[INVERSE]),
         scratch_bytes=4 * fft_size * sheets * ring,
         sums_bytes=sums * (8 * ROW_POINTS + 8) + 8 * channels if backward else 0,
     )
@@ -130,49 +138,36 @@ def schedule(fft_size: int, plan: LongPlan, backward: bool) -> list[tuple[int, i
     """The items of one period: (kind, delay, index). In period t, an item works on group t - delay.
 
     Each pass comes before the one that it needs, which has done its group in an earlier period: so an item waits for
-    nothing that other blocks have only just begun, if enough tickets lie between. Where a period has few, passes skip
-    one. Measured on an H100, that and this order made a forward pass twice as fast as passes that follow closely.
+    nothing that other blocks have only just begun, if enough tickets lie between.
     """
-    operands = 2 if backward else 1
-    taps = plan.group_channels if backward else 0
-    sheets = plan.group_pairs * operands
+    order, counts, delays = _passes(fft_size, plan, backward)
+    return [(kind, delays[kind], index) for kind in order for index in range(counts[kind])]
+
+
+def _passes(fft_size: int, plan: LongPlan, backward: bool) -> tuple[list[int], dict[int, int], dict[int, int]]:
+    """The order of the passes in a period, the items of each, and how many groups it is behind the first."""
     radix = fft_size // ROW_POINTS
-    items = []
-    if radix > plan.outer_radix:
-        rows = _rows_with_middle(plan, sheets, taps)
-    else:
-        rows = [(ROWS, index) for index in range(radix * _row_items(plan))]
-        items += [(TAPS, index) for index in range(radix * taps)]
-    items += [(INVERSE, index) for index in range((sheets + taps) * plan.column_items)] + rows
-    items += [(OUTER, index) for index in range(sheets * plan.column_items)]
-    items += [(SCALE, index) for index in range(sheets * plan.part_count)]
-    skip = 2 if len(items) < 4 * _DISTANCE else 1
-    delays = {SCALE: 1, OUTER: 2, INVERSE: 2 + 2 * skip}
-    if radix == plan.outer_radix:
-        delays[TAPS] = delays[INVERSE]
-    return [(kind, delays.get(kind, 2 + skip), index) for kind, index in items]
+    sheets = plan.group_pairs * (2 if backward else 1)
+    taps = plan.group_channels if backward else 0
+    splits = -(-plan.group_pairs // plan.group_channels // plan.row_steps)
+    counts = {
+        TAPS: radix * taps,
+        INVERSE: (sheets + taps) * plan.column_items,
+        ROWS: radix * plan.group_channels * splits if backward else -(-radix * plan.group_pairs // plan.row_steps),
+        OUTER: sheets * plan.column_items,
+        SCALE: sheets * plan.part_count,
+    }
+    order = list(counts)
+    delays = {SCALE: 0}
+    delays[OUTER] = _gap(order, counts, SCALE, OUTER)
+    delays[ROWS] = delays[OUTER] + _gap(order, counts, OUTER, ROWS)
+    # The taps' sheets are the last of the inverse pass.
+    delays[TAPS] = delays[INVERSE] = delays[ROWS] + _gap(order, counts, ROWS, TAPS)
+    return order, counts, delays
 
 
-def _row_items(plan: LongPlan) -> int:
-    return plan.group_channels * -(-plan.group_pairs // plan.group_channels // plan.row_pairs)
-
-
-def _rows_with_middle(plan: LongPlan, sheets: int, taps: int) -> list[tuple[int, int]]:
-    """Part after part through the passes, each `behind` parts behind the one before."""
-    back = (sheets + taps) * plan.middle_items
-    # Of each pass: how many passes come before, items of a part, which of them.
-    passes = [
-        (MIDDLE, 0, sheets * plan.middle_items, range(sheets * plan.middle_items)),
-        (ROWS, 1, MIDDLE_RADIX * _row_items(plan), range(MIDDLE_RADIX * _row_items(plan))),
-        (TAPS, 2, MIDDLE_RADIX * taps, range(MIDDLE_RADIX * taps)),
-        (MIDDLE_BACK, 2, back, range(sheets * plan.middle_items)),
-        (MIDDLE_BACK, 3, back, range(sheets * plan.middle_items, back)),
-    ]
-    behind = -(-_DISTANCE // sum(len(which) for *_, which in passes))
-    items = []
-    for step in range(plan.outer_radix + 3 * behind):
-        for kind, before, count, which in passes:
-            part = step - before * behind
-            if 0 <= part < plan.outer_radix:
-                items += [(kind, part * count + index) for index in which]
-    return items
+def _gap(order: list[int], counts: dict[int, int], first: int, second: int) -> int:
+    """Periods from one pass to another, so that `_DISTANCE` tickets lie between the two."""
+    start = {kind: sum(counts[x] for x in order[: order.index(kind)]) for kind in order}
+    wanted = _DISTANCE + start[first] + counts[first] - start[second]
+    return min(max(1, -(-wanted // sum(counts.values()))), _MAX_GAP)

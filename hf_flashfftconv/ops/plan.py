@@ -8,8 +8,8 @@ from .tables import COLUMNS
 # What one thread block transforms in shared memory, where a full transform leaves less room for its inputs.
 MAX_TILE_FFT_SIZE = 16384
 MAX_FULL_TILE_FFT_SIZE = 8192
-# Causal sequences that are longer go block by block through transforms of two blocks, as long as the filter has few windows: the work on the
-# transforms of earlier blocks grows with their number.
+# Causal sequences that are longer go block by block through transforms of two blocks, as long as the filter has few
+# windows: the work on the transforms of earlier blocks grows with their number.
 BLOCK_POSITIONS = 4096
 MAX_WINDOWS = 16
 # All others that are longer go through global memory in several passes.

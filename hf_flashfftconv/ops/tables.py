@@ -117,18 +117,6 @@ def transform_tables(fft_size: int, half: bool) -> Tensor:
         return torch.cat([part.flatten() for part in (_inner(), outer, back, _row_twiddles(fft_size))])
 
 
-def kernel_order(spectrum: Tensor) -> Tensor:
-    """Words (H, N) in kernel order of half-precision spectra (H, N, 2), real and imaginary parts in natural order.
-
-    Rows e of 256 frequencies f = e + N / 256 (k2 + 16 k3), and in a row: fragment h, lane, fragment t, real and
-    imaginary part, half i of a pair, with k2 = 2 (lane // 4) + t and k3 = lane % 4 + 4 h + 8 i.
-    """
-    channels, fft_size, _ = spectrum.shape
-    digits = spectrum.view(channels, 2, 2, 4, 8, 2, fft_size // COLUMNS, 2)
-    i, h, q, r, t, e, part = range(1, 8)
-    return digits.permute(0, e, h, r, q, t, part, i).reshape(channels, -1).view(torch.int32)
-
-
 def upload(constant: Tensor, device: torch.device) -> Tensor:
     """Copies a constant to a device, where it stays.
 

@@ -21,10 +21,15 @@ int launch_filter(const FilterParams& params, void*) {
     return 0;
 }
 
+int launch_rounding(const RoundingParams& params, void*) {
+    simt::launch(2, kRoundingThreads, kRoundingBytes, [&] { round_spectra(params); });
+    return 0;
+}
+
 template <class Element, int kSlots>
 int LongLauncher<Element, kSlots>::forward(const LongParams& params, void*) {
     using Plan = LongForwardPlan<Element, kSlots>;
-    simt::launch(2, Plan::kThreads, Plan::kSharedBytes, [&] { LongForward<Element, kSlots>(params).run(); });
+    simt::launch(2, Plan::kThreads, Plan::shared_bytes(params.has_middle()), [&] { LongForward<Element, kSlots>(params).run(); });
     return 0;
 }
 
