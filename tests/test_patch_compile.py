@@ -35,12 +35,10 @@ def test_compiles_as_one_graph(family: Family) -> None:
 def test_lengths_modes_and_unpatching_in_compiled_code() -> None:
     model = FAMILIES["hyenadna"].make(n_layer=1)
     compiled = torch.compile(patch_model(copy.deepcopy(model)), fullgraph=True, backend="eager")
-    for length, training in ((40, True), (40, False), (41, False), (66, False)):
+    for length, training in ((40, True), (41, False), (66, False)):
         compiled.train(training)
-        ids = dna_ids(length=length)
-        assert relative(compiled(ids).logits, model(ids).logits) <= 1e-5
-        with torch.no_grad():
-            assert relative(compiled(ids).logits, model(ids).logits) <= 1e-5
+        with torch.set_grad_enabled(training):
+            assert relative(logits(compiled, length), logits(model, length)) <= 1e-5
     with pytest.raises(torch._dynamo.exc.Unsupported, match="sequence length 67 exceeds l_max=66"):
         compiled(dna_ids(length=67))
     unpatch_model(compiled)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from family_models import FAMILIES, Family, families, logits, mixers
 from patching import relative, snapshot
+from remote_style import HyenaFilter
 from torch import nn
 
 from hf_flashfftconv.errors import PatchError
@@ -39,11 +40,18 @@ def test_autocast_is_no_less_accurate_than_unpatched(family: Family, dtype: torc
         assert error(patched, exact) <= NOISE * error(model, exact)
 
 
-@families(lambda family: family.narrow)
+@families(lambda family: family.narrow or family.filters == "filter_fn")
 @both_dtypes
 def test_16_bit_weights_are_no_less_accurate_than_unpatched(family: Family, dtype: torch.dtype) -> None:
     model, exact = family.make().to(dtype), exact_logits(family)
     patched = patch_model(copy.deepcopy(model))
+    if not family.narrow:
+        with pytest.raises(RuntimeError, match="Unsupported dtype"):
+            logits(model)
+        # Compared with the code that later revisions have.
+        for part in model.modules():
+            if isinstance(part, HyenaFilter):
+                part.float32 = True
     assert logits(patched).dtype == logits(model).dtype
     assert error(patched, exact) <= NOISE * error(model, exact)
 
