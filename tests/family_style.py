@@ -369,7 +369,9 @@ class STU(nn.Module):
     def __init__(self, width: int, seq_len: int, **options: Any):
         super().__init__()
         self.config = SimpleNamespace(seq_len=seq_len)
-        self.phi, self.n = torch.randn(seq_len, 3), options.pop("n", 4 * seq_len)
+        # A table of no checkpoint: like linspace, it is the same on every build.
+        self.phi = (torch.linspace(0, 9, seq_len)[:, None] * torch.linspace(1, 3, 3) + 1).sin()
+        self.n = options.pop("n", 4 * seq_len)
         self.K, self.d_in, self.d_out = 3, width, width
         self.use_hankel_L = options.pop("use_hankel_L", False)
         self.use_approx = options.pop("use_approx", True)

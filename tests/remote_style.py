@@ -18,10 +18,10 @@ from transformers.modeling_outputs import CausalLMOutput, MaskedLMOutput
 
 def fftconv(x: torch.Tensor, k: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     size = 2 * x.shape[-1]
-    spectrum = torch.fft.rfft(k.float(), n=size)
+    spectrum = torch.fft.rfft(k, n=size)
     if x.ndim > 3:
         spectrum = spectrum.unsqueeze(1)
-    y = torch.fft.irfft(torch.fft.rfft(x.float(), n=size) * spectrum, n=size)[..., : x.shape[-1]]
+    y = torch.fft.irfft(torch.fft.rfft(x.to(k.dtype), n=size) * spectrum, n=size)[..., : x.shape[-1]]
     return (y + x * bias.unsqueeze(-1)).to(x.dtype)
 
 
@@ -63,13 +63,17 @@ class ExponentialModulation(nn.Module):
 
 
 class HyenaFilter(nn.Module):
-    """Filter of all families; `use_bias` is honoured, as in safari and M2, whose forward takes k_fwd and k_rev."""
+    """Filter of all families; `use_bias` is honoured, as in safari and M2, whose forward takes k_fwd and k_rev.
+
+    `float32` is what HyenaDNA's later revisions do; all other code leaves the FFT in the dtype of the taps.
+    """
 
     def __init__(self, channels: int, length: int, width: int = 8, trained: bool = False, **options: Any):
         super().__init__()
         self.use_bias = options.get("bias", True)
         self.normalized = options.get("normalized", False)
         self.bidirectional = options.get("bidirectional", False)
+        self.float32 = options.get("float32", False)
         self.bias = nn.Parameter(torch.randn(channels))
         self.pos_emb = PositionalEmbedding(length, trained)
         sin = Sin(width, options.get("w", 10))
@@ -96,27 +100,28 @@ class HyenaFilter(nn.Module):
 
     def forward(self, x: torch.Tensor, length: int, k: Any = None, bias: Any = None, k_rev: Any = None) -> torch.Tensor:
         bias = bias if self.use_bias else 0 * bias
+        k = k.float() if self.float32 else k
         if k_rev is not None:
             # Taps beyond the input length sit at the negative lags of a circle of twice that length.
             size = 2 * length
             taps = F.pad(k, (0, size - length)) + F.pad(k_rev.flip(-1), (size - length, 0))
-            y = torch.fft.irfft(torch.fft.rfft(x.float(), n=size) * torch.fft.rfft(taps.float(), n=size), n=size)
+            y = torch.fft.irfft(torch.fft.rfft(x.to(k.dtype), n=size) * torch.fft.rfft(taps, n=size), n=size)
             return (y[..., :length] + x * bias.unsqueeze(-1)).to(x.dtype)
         return fftconv(x, k, bias)
 
 
 class HyenaOperator(nn.Module):
-    """HyenaDNA's operator, for any order."""
+    """HyenaDNA's operator, for any order; its first revision trains the positions and does not cast."""
 
-    def __init__(self, d_model: int, l_max: int, order: int = 2, dropout: float = 0.0, short_filter_order: int = 3):
+    def __init__(self, d_model: int, l_max: int, order: int = 2, first_revision: bool = False, **options: Any):
         super().__init__()
         self.d_model, self.l_max, self.order = d_model, l_max, order
         width = (order + 1) * d_model
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(options.get("dropout", 0.0))
         self.in_proj = nn.Linear(d_model, width)
         self.out_proj = nn.Linear(d_model, d_model)
-        self.short_filter = nn.Conv1d(width, width, short_filter_order, padding=2, groups=width)
-        self.filter_fn = HyenaFilter(d_model * (order - 1), l_max)
+        self.short_filter = nn.Conv1d(width, width, options.get("short_filter_order", 3), padding=2, groups=width)
+        self.filter_fn = HyenaFilter(d_model * (order - 1), l_max, trained=first_revision, float32=not first_revision)
 
     def forward(self, u: torch.Tensor) -> torch.Tensor:
         length = min(u.shape[1], self.l_max)
@@ -127,6 +132,61 @@ class HyenaOperator(nn.Module):
         for step, gate in enumerate(reversed(gates[1:])):
             v = self.filter_fn(self.dropout(v * gate), length, k=filters[step], bias=biases[step])
         return self.out_proj((v * gates[0]).transpose(1, 2))
+
+
+class HyenaDnaPositionalEmbedding(nn.Module):
+    """Tables that are in no checkpoint, and are made again in the first call."""
+
+    def __init__(self, length: int):
+        super().__init__()
+        self.length, self._initialized = length, False
+        self._build(None)
+
+    def _build(self, device: torch.device | None) -> None:
+        t = torch.linspace(0, 1, self.length, device=device).view(1, -1, 1)
+        angle = 2 * math.pi * t * torch.linspace(1e-4, 1.0, 2, device=device)
+        self.register_buffer("t", t, persistent=False)
+        self.register_buffer("z", torch.cat([t, angle.cos(), -angle.sin()], dim=-1), persistent=False)
+
+    def forward(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self._initialized:
+            self._build(device)
+            self._initialized = True
+        return self.z[:, :length], self.t[:, :length]
+
+
+class HyenaDnaFilter(nn.Module):
+    """Multimolecule's filter: a sine module of its own after each layer."""
+
+    def __init__(self, channels: int, length: int, width: int = 8):
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(channels))
+        self.pos_emb = HyenaDnaPositionalEmbedding(length)
+        hidden = [nn.Linear(5, width), Sin(width, 10), nn.Linear(width, width), Sin(width, 10)]
+        self.implicit_filter = nn.Sequential(*hidden, nn.Linear(width, channels, bias=False))
+        self.modulation = ExponentialModulation(channels, 0.05)
+
+    def filter(self, L: int) -> torch.Tensor:
+        weight = self.implicit_filter[0].weight
+        z, t = self.pos_emb(L, device=weight.device)
+        return self.modulation(t, self.implicit_filter(z.to(weight.dtype)))
+
+    def forward(self, x: torch.Tensor, L: int, k: Any = None, bias: Any = None) -> torch.Tensor:
+        return fftconv(x, k.float(), bias)
+
+
+class HyenaDnaOperator(nn.Module):
+    """Multimolecule's operator."""
+
+    def __init__(self, d_model: int, l_max: int):
+        super().__init__()
+        self.d_model, self.l_max, self.order = d_model, l_max, 2
+        self.dropout = nn.Dropout(0.0)
+        self.in_proj, self.out_proj = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
+        self.short_filter = nn.Conv1d(3 * d_model, 3 * d_model, 3, padding=2, groups=3 * d_model)
+        self.filter_fn = HyenaDnaFilter(d_model, l_max)
+
+    forward = HyenaOperator.forward
 
 
 class Safari:
@@ -207,13 +267,14 @@ class HyenaConfig(PreTrainedConfig):
 
     def __init__(self, d_model: int = 16, n_layer: int = 2, max_seq_len: int = 66, vocab_size: int = 16, **kwargs: Any):
         self.d_model, self.n_layer, self.max_seq_len, self.vocab_size = d_model, n_layer, max_seq_len, vocab_size
+        self.first_revision = kwargs.pop("first_revision", False)
         super().__init__(**{"tie_word_embeddings": False, **kwargs})
 
 
 class HyenaBlock(nn.Module):
     def __init__(self, config: HyenaConfig):
         super().__init__()
-        self.mixer = HyenaOperator(config.d_model, config.max_seq_len)
+        self.mixer = HyenaOperator(config.d_model, config.max_seq_len, first_revision=config.first_revision)
         self.norm1 = nn.LayerNorm(config.d_model)
         self.mlp = nn.Sequential(nn.Linear(config.d_model, 32), nn.GELU(), nn.Linear(32, config.d_model))
         self.norm2 = nn.LayerNorm(config.d_model)
@@ -256,6 +317,7 @@ class BertConfig(PreTrainedConfig):
 
     def __init__(self, hidden_size: int = 16, long_conv_l_max: int = 66, vocab_size: int = 16, **kwargs: Any):
         self.hidden_size, self.long_conv_l_max, self.vocab_size = hidden_size, long_conv_l_max, vocab_size
+        self.n_layer = kwargs.pop("n_layer", 2)
         super().__init__(**{"tie_word_embeddings": False, **kwargs})
 
 
@@ -263,22 +325,34 @@ class BertForMaskedLM(PreTrainedModel):
     """The weight of the head is that of the embedding, set in the constructor and declared nowhere."""
 
     config_class = BertConfig
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MonarchMixerSequenceMixing"]  # noqa: RUF012
 
     def __init__(self, config: BertConfig):
         super().__init__(config)
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         flags = {"bidirectional": True, "residual_long_conv": True}
-        mixers = [MonarchMixerSequenceMixing(config.hidden_size, config.long_conv_l_max, **flags) for _ in range(2)]
+        mixers = [
+            MonarchMixerSequenceMixing(config.hidden_size, config.long_conv_l_max, **flags)
+            for _ in range(config.n_layer)
+        ]
         self.attention = nn.ModuleList(mixers)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
         self.decoder.weight = self.word_embeddings.weight
+        self.gradient_checkpointing = False
         self.post_init()
 
-    def forward(self, input_ids: torch.Tensor) -> MaskedLMOutput:
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> MaskedLMOutput:
         x = self.word_embeddings(input_ids)
         for mixer in self.attention:
-            x = F.layer_norm(x + mixer(x)[0], x.shape[-1:])
-        return MaskedLMOutput(logits=self.decoder(x))
+            if self.gradient_checkpointing and self.training:
+                y, _ = self._gradient_checkpointing_func(mixer.__call__, x)
+            else:
+                y, _ = mixer(x)
+            x = F.layer_norm(x + y, x.shape[-1:])
+        logits = self.decoder(x).float()
+        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return MaskedLMOutput(loss=loss, logits=logits)
 
 
 def build(model_class: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:

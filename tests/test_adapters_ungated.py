@@ -53,13 +53,15 @@ def test_agrees(case: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_is_no_less_accurate_than_unpatched(make: Maker, dtype: torch.dtype) -> None:
     mixer = make().eval()
-    u = input_of(mixer, 40).to(dtype).float()
-    exact = first(mixer(u))
-    with torch.no_grad(), torch.autocast("cpu", dtype):
-        unpatched = first(mixer(u))
-        patched = first(patch_model(copy.deepcopy(mixer))(u))
-    assert patched.dtype == unpatched.dtype
-    assert relative(patched, exact) <= max(1.1 * relative(unpatched, exact), 1e-6)
+    u = input_of(mixer, 40).to(dtype)
+    exact = first(mixer(u.float()))
+    # Behind a norm, and behind a linear layer.
+    for x in (u.float(), u):
+        with torch.no_grad(), torch.autocast("cpu", dtype):
+            unpatched = first(mixer(x))
+            patched = first(patch_model(copy.deepcopy(mixer))(x))
+        assert patched.dtype == unpatched.dtype
+        assert relative(patched, exact) <= max(1.1 * relative(unpatched, exact), 1e-6)
 
 
 @pytest.mark.parametrize("case", ["fla", "fla-implicit", "long-conv", "stu"])

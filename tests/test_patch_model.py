@@ -7,54 +7,81 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from model_factory import dna_ids, tiny_hyena, tiny_hyenadna, tiny_hyenadna_classifier, tiny_m2bert
+from family_models import Family, families, logits, mixers
+from model_factory import dna_ids, tiny_hyenadna, tiny_hyenadna_classifier
 from patching import assert_equal_models, relative, snapshot
-from remote_style import BertConfig, BertForMaskedLM, HyenaConfig, HyenaDNAForCausalLM, HyenaOperator, build
+from remote_style import BertForMaskedLM, HyenaConfig, HyenaDNAForCausalLM, HyenaOperator, build
 from torch import nn
 
 from hf_flashfftconv import patch as patching_module
 from hf_flashfftconv.errors import PatchError
 from hf_flashfftconv.patch import PatchReport, patch_model, patch_report, unpatch_model
 
-MODELS = {
-    "hyenadna": tiny_hyenadna,
-    "hyenadna-classifier": tiny_hyenadna_classifier,
-    "hyena": tiny_hyena,
-    "m2bert": tiny_m2bert,
-    "remote-hyenadna": lambda: build(HyenaDNAForCausalLM, HyenaConfig()),
-    "remote-m2": lambda: build(BertForMaskedLM, BertConfig()),
-}
-every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+pytestmark = pytest.mark.usefixtures("transforms_pay")
 
 
-def logits(ids: torch.Tensor) -> Callable[[nn.Module], torch.Tensor]:
-    return lambda model: model(ids).logits
-
-
-@every_model
-def test_patched_equals_unpatched(make: Callable[[], nn.Module]) -> None:
-    model = make()
+@families()
+def test_patched_equals_unpatched_and_nothing_else_changes(family: Family) -> None:
+    model = family.make()
+    # Some code keeps things on the module in its first call.
+    expected = logits(model)
     untouched, patched = copy.deepcopy(model), copy.deepcopy(model)
-    state = snapshot(untouched)
+    classes = {type(module): dict(vars(type(module))) for module in model.modules()}
+    before = snapshot(untouched)
     assert patch_model(patched) is patched
+    assert patch_report(patched).replaced == 2
     assert list(patched.state_dict()) == list(model.state_dict())
-    for length in (1, 37, model.config.to_dict().get("max_seq_len", 66)):
-        assert_equal_models(patched, model, logits(dna_ids(length=length)))
-    assert snapshot(untouched) == state
+    for length in (1, 2, 37, family.longest or 90):
+        assert_equal_models(patched, model, lambda m, length=length: logits(m, length))
+    # The other model runs its own code still, and no class that both share has changed.
+    assert snapshot(untouched) == before and not mixers(untouched)
+    assert torch.equal(logits(untouched), expected)
+    assert {type(module): dict(vars(type(module))) for module in untouched.modules()} == classes
 
 
-@every_model
-def test_unpatch_restores_every_bit(make: Callable[[], nn.Module]) -> None:
-    model = make()
+@families(lambda family: family.longest is not None)
+def test_longer_than_the_filters_is_an_error(family: Family) -> None:
+    model, length = family.make(), family.longest + 1
+    if not isinstance(model, BertForMaskedLM):  # Whose original wraps around without a word.
+        with pytest.raises((ValueError, RuntimeError, IndexError)):
+            logits(model, length)
+    with pytest.raises(ValueError, match=rf"{length}.*{family.longest}"):
+        logits(patch_model(model), length)
+    assert logits(model, family.longest).isfinite().all()
+
+
+@families()
+def test_unpatch_restores_every_bit(family: Family) -> None:
+    model = family.make()
+    expected = logits(model)
     before = snapshot(model)
-    expected = model(dna_ids()).logits
     patch_model(model)
-    model(dna_ids())
+    logits(model)
     with torch.no_grad():
-        model(dna_ids())
+        logits(model)
     assert unpatch_model(model) is model
     assert snapshot(model) == before
-    assert torch.equal(model(dna_ids()).logits, expected)
+    assert torch.equal(logits(model), expected)
+
+
+@families()
+def test_copies_and_pickles(family: Family) -> None:
+    model = family.make()
+    expected = logits(model)
+    patch_model(model, backend="torch", cache_bytes=1000)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        caches = {mixer._flashfftconv.cache for mixer in mixers(twin)}
+        assert len(caches) == 1 and caches.pop().max_bytes == 1000
+        assert patch_report(twin).rows == patch_report(model).rows
+        assert relative(logits(twin), expected) <= 1e-5
+        assert torch.equal(logits(unpatch_model(twin)), expected)
+        assert patch_report(model).replaced == 2
+    state, other = pickle.loads(pickle.dumps(model.state_dict())), family.make()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    other.load_state_dict(state)
+    assert torch.equal(logits(other), expected)
 
 
 def test_planted_fault_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +90,12 @@ def test_planted_fault_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         patched.get_submodule(patch_report(patched).rows[0].name).filter_fn.bias.mul_(1.01)
     with pytest.raises(AssertionError):
-        assert_equal_models(patched, model, logits(dna_ids()))
+        assert_equal_models(patched, model, logits)
+
+
+def test_classifiers_are_patched_too() -> None:
+    model = tiny_hyenadna_classifier()
+    assert_equal_models(patch_model(copy.deepcopy(model)), model, logits)
 
 
 def test_patching_again_only_changes_the_backend() -> None:
@@ -161,24 +193,3 @@ def test_report_prints_as_text_html_and_json() -> None:
     assert lines[-1] == "1 of 2 long convolutions replaced"
     assert "<td>order 3: only order 2 is supported</td>" in report._repr_html_()
     assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
-
-
-def test_copies_and_pickles_are_patched_models_of_their_own() -> None:
-    model = build(HyenaDNAForCausalLM, HyenaConfig())
-    expected = model(dna_ids()).logits
-    patch_model(model, backend="torch", cache_bytes=1000)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        caches = {module._flashfftconv.cache for module in twin.modules() if hasattr(module, "_flashfftconv")}
-        assert len(caches) == 1 and caches.pop().max_bytes == 1000
-        assert patch_report(twin).rows == patch_report(model).rows
-        assert relative(twin(dna_ids()).logits, expected) <= 1e-5
-        unpatch_model(twin)
-        assert torch.equal(twin(dna_ids()).logits, expected)
-        assert patch_report(model).replaced == 2
-
-
-def test_state_dict_survives_a_pickle() -> None:
-    model = tiny_m2bert()
-    state = pickle.loads(pickle.dumps(patch_model(copy.deepcopy(model)).state_dict()))
-    assert list(state) == list(model.state_dict())
-    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in state.items())

@@ -1,138 +1,34 @@
-"""Patched models in the ways that models are really used."""
+"""Patched models in the ways that models are really used: adapters, offloading, replicas, checkpointing, generation."""
 
 import copy
-from collections.abc import Callable
+import re
+from pathlib import Path
 from types import MethodType
 
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_module
-from family_models import MIXERS, family_model
-from model_factory import dna_ids, tiny_hyenadna, tiny_m2bert
+from family_models import FAMILIES, Family, families, generation_state, logits, mixers
+from model_factory import dna_ids
 from patching import assert_equal_models, relative, snapshot
 from peft import LoraConfig, get_peft_model
-from remote_style import BertConfig, BertForMaskedLM, HyenaConfig, HyenaDNAForCausalLM, build
 from torch import nn
 
-from hf_flashfftconv.adapters.swap import is_patched
-from hf_flashfftconv.errors import PatchError
 from hf_flashfftconv.patch import patch_model, patch_report, unpatch_model
 from hf_flashfftconv.sparsity import densify_model, sparsify_model
 
-MODELS = {
-    "hyenadna": tiny_hyenadna,
-    "m2bert": tiny_m2bert,
-    "remote-hyenadna": lambda: build(HyenaDNAForCausalLM, HyenaConfig()),
-    "remote-m2": lambda: build(BertForMaskedLM, BertConfig()),
-}
-FAMILIES = {name: lambda name=name: family_model(name) for name in MIXERS}
-# Reads the weights of its projections past their hooks.
-OFFLOADABLE = MODELS | {name: make for name, make in FAMILIES.items() if name != "h3"}
-every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-every_family = pytest.mark.parametrize("make", (MODELS | FAMILIES).values(), ids=MODELS | FAMILIES)
-Maker = Callable[[], nn.Module]
+pytestmark = pytest.mark.usefixtures("transforms_pay")
+
+SPARSE = [FAMILIES[name] for name in ("native-hyenadna", "native-m2", "hyenadna", "m2")]
+implicit = pytest.mark.parametrize("family", SPARSE, ids=["native-hyenadna", "native-m2", "hyenadna", "m2"])
+either_order = pytest.mark.parametrize("patch_first", [True, False], ids=["patch-first", "patch-last"])
 
 
-def logits(model: nn.Module) -> torch.Tensor:
-    return model(dna_ids()).logits
-
-
-def mixers(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if is_patched(module)]
-
-
-@every_family
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_is_no_less_accurate_than_unpatched(make: Maker, dtype: torch.dtype) -> None:
-    model = make()
-    exact = logits(model)
-    with torch.autocast("cpu", dtype):
-        unpatched = logits(model)
-        patched = logits(patch_model(copy.deepcopy(model)))
-    assert patched.dtype == unpatched.dtype
-    assert relative(patched, exact) <= 1.1 * relative(unpatched, exact)
-
-
-@pytest.mark.parametrize("make", [tiny_hyenadna, MODELS["remote-hyenadna"], FAMILIES["fla"], FAMILIES["stripedhyena"]])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_weights_are_no_less_accurate_than_unpatched(make: Maker, dtype: torch.dtype) -> None:
-    model = make()
-    exact = logits(model)
-    model.to(dtype)
-    unpatched = logits(model)
-    patched = logits(patch_model(model))
-    assert patched.dtype == unpatched.dtype
-    assert relative(patched, exact) <= 1.1 * relative(unpatched, exact)
-
-
-def taps(model: nn.Module) -> torch.Tensor:
-    name = patch_report(model).rows[0].name
-    return model.get_submodule(name).filter_fn.filter(60)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("make", [MODELS["remote-hyenadna"], MODELS["remote-m2"]])
-def test_float32_filters_stay_when_the_model_is_converted(make: Maker, dtype: torch.dtype) -> None:
-    model = patch_model(make(), float32_filters=True)
-    exact = taps(model)
-    logits(model).sum().backward()
-    assert model.to(dtype) is model
-    assert torch.equal(taps(model), exact)
-    assert all(parameter.grad.dtype == parameter.dtype for parameter in model.parameters())
-    assert {p.dtype for name, p in model.named_parameters() if "filter_fn" not in name} == {dtype}
-    assert logits(unpatch_model(model.float())).dtype == torch.float32
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("make", [MODELS["remote-hyenadna"], MODELS["remote-m2"]])
-def test_float32_filters_in_a_16_bit_model(make: Maker, dtype: torch.dtype) -> None:
-    exact = logits(make())
-    narrow = make().to(dtype)
-    before = snapshot(narrow)
-    rounded = patch_model(make().to(dtype))
-    model = patch_model(narrow, float32_filters=True)
-    dtypes = {parameter.dtype for name, parameter in model.named_parameters() if "filter_fn" in name}
-    assert dtypes == {torch.float32}
-    assert {p.dtype for name, p in model.named_parameters() if "filter_fn" not in name} == {dtype}
-    assert relative(taps(model), taps(make())) < 0.9 * relative(taps(rounded), taps(make()))
-    assert relative(logits(model), exact) <= 1.1 * relative(logits(rounded), exact)
-    logits(model).float().square().mean().backward()
-    assert all(parameter.grad.dtype == parameter.dtype for parameter in model.parameters())
-    model.zero_grad()
-    patch_model(model)
-    assert torch.equal(logits(model), logits(rounded))
-    unpatch_model(patch_model(model, float32_filters=True))
-    assert snapshot(model) == before
-
-
-def test_float32_filters_under_autocast() -> None:
-    model = MODELS["remote-hyenadna"]()
-    exact = logits(model)
-    with torch.autocast("cpu", torch.bfloat16):
-        rounded = relative(logits(patch_model(model)), exact)
-        assert relative(logits(patch_model(model, float32_filters=True)), exact) < 0.5 * rounded
-
-
-def test_float32_filters_need_weights_and_leave_trained_tables_alone() -> None:
-    model = MODELS["remote-hyenadna"]().to("meta")
-    with pytest.raises(PatchError, match=r"layers.0.mixer are on the meta device"):
-        patch_model(model, float32_filters=True)
-    assert not mixers(model)
-    model = MODELS["remote-m2"]().bfloat16()
-    table = model.attention[0].filter_fn.pos_emb.z
-    with torch.no_grad():
-        table[0, 5, 1] += 0.05
-    patch_model(model, float32_filters=True)
-    assert torch.equal(table, table.bfloat16().float())
-    positions = model.attention[0].filter_fn.pos_emb.t
-    assert len(positions.unique()) == 66 and not torch.equal(positions, positions.bfloat16().float())
-
-
+@families()
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("make", [tiny_hyenadna, MODELS["remote-hyenadna"], *FAMILIES.values()])
-def test_gradient_checkpointing(make: Maker, reentrant: bool) -> None:
-    model = make().train()
+def test_gradient_checkpointing(family: Family, reentrant: bool) -> None:
+    model = family.make().train()
     patched = patch_model(copy.deepcopy(model))
     patched.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     if reentrant:
@@ -140,20 +36,27 @@ def test_gradient_checkpointing(make: Maker, reentrant: bool) -> None:
     assert_equal_models(patched, model, logits)
 
 
-LORA = r".*(in_proj|out_proj|in_linear|out_linear|implicit_filter\.0|implicit_filter\.2)"
-
-
 def with_lora(model: nn.Module) -> nn.Module:
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=LORA, init_lora_weights=False))
-    return adapted.eval()
+    """Adapters on all layers of the mixers' projections and filter networks, and on filters that are matrices."""
+
+    def adaptable(name: str, layer: nn.Module) -> bool:
+        linear = isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv1d) and layer.groups == 1)
+        # H3 multiplies by the weights of three of its projections itself, which leaves adapters out.
+        return linear and re.search("mixer|attention|_proj", name) is not None and not re.search("[qkv]_proj", name)
+
+    modules = [name for name, layer in model.named_modules() if adaptable(name, layer)]
+    own = [name for name, p in model.named_parameters() if re.search(r"mixer\.(filter|M_filters|residues)$", name)]
+    own = [name for name in own if model.get_parameter(name).dim() == 2]
+    config = LoraConfig(r=4, target_modules=modules, target_parameters=own or None, init_lora_weights=False)
+    return get_peft_model(model, config).eval()
 
 
-@every_family
-@pytest.mark.parametrize("patch_first", [True, False])
-def test_lora_on_projections_and_filters(make: Maker, patch_first: bool) -> None:
+@families()
+@either_order
+def test_lora_on_projections_and_filters(family: Family, patch_first: bool) -> None:
     torch.manual_seed(3)
-    reference = with_lora(make())
-    model = make()
+    reference = with_lora(family.make())
+    model = family.make()
     if patch_first:
         patch_model(model)
     torch.manual_seed(3)
@@ -162,6 +65,7 @@ def test_lora_on_projections_and_filters(make: Maker, patch_first: bool) -> None
         assert patch_model(model) is model
     assert patch_report(model).replaced == 2
     assert_equal_models(model, reference, logits)
+    assert all(p.grad.norm() > 0 for name, p in model.named_parameters() if "lora_A" in name)
     with torch.no_grad():
         for switch in ("disable_adapter_layers", "enable_adapter_layers"):
             logits(model)
@@ -175,10 +79,10 @@ def test_lora_on_projections_and_filters(make: Maker, patch_first: bool) -> None
     assert torch.equal(logits(merged), logits(expected))
 
 
-@pytest.mark.parametrize("make", OFFLOADABLE.values(), ids=OFFLOADABLE)
-@pytest.mark.parametrize("patch_first", [True, False])
-def test_cpu_offload(make: Maker, patch_first: bool) -> None:
-    model = make()
+@families(lambda family: family.offloads)
+@either_order
+def test_cpu_offload(family: Family, patch_first: bool) -> None:
+    model = family.make()
     expected = logits(model)
     if patch_first:
         patch_model(model)
@@ -201,17 +105,114 @@ def test_cpu_offload(make: Maker, patch_first: bool) -> None:
     assert not mixers(model)
 
 
-def test_device_map() -> None:
-    model = tiny_hyenadna()
+@families(lambda family: family.offloads)
+@either_order
+def test_device_map_with_a_block_on_disk(family: Family, patch_first: bool, tmp_path: Path) -> None:
+    model = family.make()
     expected = logits(model)
-    dispatch_model(patch_model(model), device_map={"": "cpu"}, force_hooks=True)
-    assert relative(logits(model), expected) <= 1e-5
+    if patch_first:
+        patch_model(model)
+    blocks = [name for name, module in model.named_modules() if type(module).__name__ in blocks_of(model)]
+    names = {name.rpartition(".")[0] for name, _ in model.named_parameters(remove_duplicate=False)}
+    others = {name for name in names if not name.startswith(tuple(blocks))}
+    device_map = {name: "cpu" for name in [*blocks[:-1], *others]} | {blocks[-1]: "disk"}
+    dispatch_model(model, device_map, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    patch_model(model)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu", "meta"}
+    with torch.no_grad():
+        assert relative(logits(model), expected) <= 1e-5
+    assert all(mixer._flashfftconv.last is not None for mixer in mixers(model))
 
 
-@every_family
-def test_forward_bound_to_the_instance_follows(make: Maker) -> None:
+def blocks_of(model: nn.Module) -> set[str]:
+    """What must stay on one device, under the names of patched classes too."""
+    return {name for block in model._no_split_modules for name in (block, f"FlashFFT{block}")}
+
+
+@families()
+def test_data_parallel(family: Family) -> None:
+    model = family.make()
+    expected = logits(model)
+    parallel = nn.DataParallel(model)
+    assert patch_model(parallel) is parallel
+    assert patch_report(parallel).rows == patch_report(model).rows and patch_report(model).replaced == 2
+    assert relative(logits(parallel), expected) <= 1e-5
+    logits(replicate(model)).sum().backward()
+    trained = [p for mixer in mixers(model) for p in mixer.parameters() if p.requires_grad]
+    assert trained and all(parameter.grad is not None for parameter in trained)
+    with torch.no_grad():
+        assert relative(logits(replicate(model)), expected) <= 1e-5
+    # A replica lives for one call: nothing of it may stay.
+    assert not mixers(model)[0]._flashfftconv.cache._entries
+    assert torch.equal(logits(unpatch_model(parallel)), expected)
+
+
+def replicate(module: nn.Module) -> nn.Module:
+    """A replica as nn.DataParallel makes them for several GPUs, whose parameters are plain tensors."""
+    replica = module._replicate_for_data_parallel()
+    for name, parameter in module._parameters.items():
+        setattr(replica, name, None if parameter is None else parameter.clone())
+    for name, child in module._modules.items():
+        replica._modules[name] = None if child is None else replicate(child)
+    return replica
+
+
+@families()
+def test_meta_weights_are_patched_and_materialised_later(family: Family) -> None:
+    model, state = family.make().to("meta"), family.make().state_dict()
+    assert patch_report(patch_model(model)).replaced == 2
+    model.to_empty(device="cpu").load_state_dict(state)
+    assert relative(logits(model), logits(family.make())) <= 1e-5
+
+
+@families()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding(family: Family, side: str) -> None:
+    model = family.make()
+    ids = dna_ids(length=40)
+    ids[0, :9] = ids[1, :5] = 4
+    ids = ids if side == "left" else ids.flip(1)
+    expected = model(ids).logits
+    patch_model(model)
+    assert relative(model(ids).logits, expected) <= 1e-5
+    if side == "right" and family.causal:
+        assert relative(model(ids[:1, :31]).logits, expected[:1, :31]) <= 1e-5
+
+
+@families(lambda family: family.decodes)
+def test_greedy_generation(family: Family) -> None:
+    model, prompt = family.make(), dna_ids(length=10)
+    expected = greedy(model, prompt)
+    assert torch.equal(greedy(patch_model(model), prompt), expected)
+    assert len(set(expected[:, 10:].flatten().tolist())) > 1
+
+
+def greedy(model: nn.Module, ids: torch.Tensor, steps: int = 8) -> torch.Tensor:
+    """By `generate`, or by the loop that users of remote code without it write; always without a cache."""
+    if model.can_generate():
+        return model.generate(ids, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, use_cache=False)
+    with torch.no_grad():
+        for _ in range(steps):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    return ids
+
+
+@families(lambda family: family.stateful)
+def test_generation_with_a_state(family: Family) -> None:
+    model = family.make()
+    with torch.no_grad():
+        whole = logits(model, 24)
+        for step in (model, patch_model(copy.deepcopy(model))):
+            state, ids = generation_state(), dna_ids(length=24)
+            parts = [step(ids[:, :15], inference_params=state).logits]
+            parts += [step(ids[:, i : i + 1], inference_params=state).logits for i in range(15, 24)]
+            assert relative(torch.cat(parts, dim=1), whole) <= 1e-5
+
+
+@families()
+def test_forward_bound_to_the_instance_follows(family: Family) -> None:
     # What `kernelize` and the removal of a hook leave behind: the forward of the class, bound to the instance.
-    model = make()
+    model = family.make()
     expected, before = logits(model), snapshot(model)
     names = [row.name for row in patch_report(model).rows]
 
@@ -230,9 +231,9 @@ def test_forward_bound_to_the_instance_follows(make: Maker) -> None:
     assert torch.equal(logits(model), expected)
 
 
-@every_model
-def test_hooks_on_and_in_the_mixer_still_run(make: Maker) -> None:
-    model = patch_model(make())
+@implicit
+def test_hooks_on_and_in_the_mixer_still_run(family: Family) -> None:
+    model = patch_model(family.make())
     calls: list[str] = []
     mixer = mixers(model)[0]
     for name, module in mixer.named_children():
@@ -243,9 +244,9 @@ def test_hooks_on_and_in_the_mixer_still_run(make: Maker) -> None:
     assert len(calls) == 4 and calls[-1] == "mixer"
 
 
-@every_model
-def test_hooks_put_on_a_filter_later_bring_the_original_back(make: Maker) -> None:
-    model = patch_model(make())
+@implicit
+def test_hooks_put_on_a_filter_later_bring_the_original_back(family: Family) -> None:
+    model = patch_model(family.make())
     expected = logits(model)
     calls = []
     handle = mixers(model)[0].filter_fn.register_forward_hook(lambda *_: calls.append(1))
@@ -257,76 +258,14 @@ def test_hooks_put_on_a_filter_later_bring_the_original_back(make: Maker) -> Non
     assert not any(row.reason for row in patch_report(model).rows)
 
 
-def replicate(module: nn.Module) -> nn.Module:
-    """A replica as nn.DataParallel makes them, whose parameters are plain tensors."""
-    replica = module._replicate_for_data_parallel()
-    for name, parameter in module._parameters.items():
-        setattr(replica, name, None if parameter is None else parameter.clone())
-    for name, child in module._modules.items():
-        replica._modules[name] = None if child is None else replicate(child)
-    return replica
-
-
-@every_family
-def test_data_parallel_replicas(make: Maker) -> None:
-    model = make()
-    expected = logits(model)
-    patch_model(model)
-    loss = logits(replicate(model)).sum()
-    loss.backward()
-    assert all(parameter.grad is not None for mixer in mixers(model) for parameter in mixer.parameters())
-    with torch.no_grad():
-        assert relative(logits(replicate(model)), expected) <= 1e-5
-    # A replica lives for one call: nothing of it may stay.
-    assert not mixers(model)[0]._flashfftconv.cache._entries
-
-
-@every_model
-def test_sparse_filters(make: Maker) -> None:
-    dense, sparse = make(), sparsify_model(make(), 0.25)
-    assert_equal_models(patch_model(sparsify_model(make(), 0.25)), sparse, logits)
-    model = patch_model(make())
+@implicit
+def test_sparse_filters(family: Family) -> None:
+    dense, sparse = family.make(), sparsify_model(family.make(), 0.25)
+    assert_equal_models(patch_model(sparsify_model(family.make(), 0.25)), sparse, logits)
+    model = patch_model(family.make())
     with torch.no_grad():
         logits(model)
         sparsify_model(model, 0.25)
         assert relative(logits(model), logits(sparse)) <= 1e-5
         unpatch_model(densify_model(model))
         assert torch.equal(logits(model), logits(dense))
-
-
-def test_data_parallel_wrapper() -> None:
-    model = tiny_hyenadna()
-    expected = logits(model)
-    parallel = nn.DataParallel(model)
-    patch_model(parallel)
-    assert patch_report(parallel).rows[0].name == "hyena.backbone.layers.0.mixer"
-    assert relative(logits(parallel), expected) <= 1e-5
-    unpatch_model(parallel)
-    assert torch.equal(logits(model), expected)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding(side: str) -> None:
-    model = tiny_hyenadna()
-    ids = dna_ids(length=40)
-    ids[0, :9] = ids[1, -5:] = model.config.pad_token_id
-    expected = model(ids if side == "left" else ids.flip(1)).logits
-    assert relative(patch_model(model)(ids if side == "left" else ids.flip(1)).logits, expected) <= 1e-5
-
-
-def test_generate() -> None:
-    model = tiny_hyenadna()
-    options = {"max_new_tokens": 8, "do_sample": False}
-    expected = model.generate(dna_ids(length=10), **options)
-    assert torch.equal(patch_model(model).generate(dna_ids(length=10), **options), expected)
-
-
-@every_family
-def test_meta_weights_are_patched_and_materialised_later(make: Maker) -> None:
-    model = make()
-    expected, state = logits(model), model.state_dict()
-    model.to("meta")
-    patch_model(model)
-    assert patch_report(model).rows[0].status == "replaced"
-    model.to_empty(device="cpu").load_state_dict(state)
-    assert relative(logits(model), expected) <= 1e-5

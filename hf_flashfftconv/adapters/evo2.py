@@ -48,6 +48,9 @@ class PatchedHyenaCascade(PatchedStripedHyena):
         k = self.h[:1, 0].expand(self.hidden_size, taps)
         return use_kernels(v, k, None, True, self._flashfftconv.backend)
 
+    def output_dtype(self, v: Tensor) -> torch.dtype:
+        return super().output_dtype(v) if self.fir_inner_filter_length is None else v.dtype
+
     def keep_state(self, inference_params: Any, g: Tensor) -> None:
         if self.fir_inner_filter_length is None:
             inference_params.state_dict[self.layer_idx] = final_state(self.log_poles.float().squeeze(-1), g)

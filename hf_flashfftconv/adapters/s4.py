@@ -6,6 +6,7 @@ sub-module `kernel`. Inputs are `(batch, channels, length)`, or `(batch, length,
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,6 +28,14 @@ class _KernelMixer(PatchedMixer):
         """From the layout of the module to `(batch, channels, length)`, and back."""
         return u if self.transposed else u.transpose(-1, -2)
 
+    def convolved(self, u: Tensor) -> Tensor:
+        """Convolution and skip term `(batch, channels, length)` of an input in the layout of the module."""
+        u = self.turned(u)
+        # On a CPU, autocast has torch.fft work in float32, and with it all that follows up to a linear layer.
+        if u.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            u = u.to(torch.promote_types(u.dtype, torch.float32))
+        return self.convolve_uncast(self.kernel, u)
+
 
 class PatchedS4D(_KernelMixer):
     """The forward of the minimal S4D."""
@@ -34,8 +43,7 @@ class PatchedS4D(_KernelMixer):
     def forward(self, u: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
         if not self.covered():
             return self.original_forward(u, **kwargs)
-        y = self.convolve_uncast(self.kernel, self.turned(u))
-        return self.turned(self.output_linear(self.dropout(self.activation(y)))), None
+        return self.turned(self.output_linear(self.dropout(self.activation(self.convolved(u))))), None
 
     def generate(self, filter_fn: Any, length: int, bidirectional: bool) -> Filters:
         return filter_fn(L=length), None, self.D
@@ -63,8 +71,7 @@ class PatchedFFTConv(_CircleMixer):
             return self.bypass("drop_kernel drops taps while training", x, **kwargs)
         if not self.covered():
             return self.original_forward(x, **kwargs)
-        y = self.drop(self.convolve_uncast(self.kernel, self.turned(x)))
-        return self.activation(self.turned(y)), None
+        return self.activation(self.turned(self.drop(self.convolved(x)))), None
 
 
 class PatchedLongConv(_CircleMixer):
@@ -75,8 +82,7 @@ class PatchedLongConv(_CircleMixer):
             return self.bypass("a rate or lengths were given", u, state, rate, lengths, **kwargs)
         if not self.covered():
             return self.original_forward(u, **kwargs)
-        y = self.turned(self.convolve_uncast(self.kernel, self.turned(u)))
-        return self.output_linear(self.dropout(self.activation(y))), None
+        return self.output_linear(self.dropout(self.activation(self.turned(self.convolved(u))))), None
 
 
 def _check_s4d(module: nn.Module) -> None:

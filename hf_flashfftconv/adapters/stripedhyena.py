@@ -38,7 +38,7 @@ class PatchedStripedHyena(PatchedMixer):
             return self.bypass(reason, u, inference_params, padding_mask, *args)
         s, last_inputs = self.short_convolution(u, inference_params, padding_mask)
         out_gate, in_gate, v = self.split(s)
-        y = self.convolve_uncast(self, v, in_gate, out_gate)
+        y = self.convolve_uncast(self, v, in_gate, out_gate).to(self.output_dtype(v))
         if inference_params is not None:
             inference_params.fir_state_dict[self.layer_idx] = last_inputs
             with torch.autocast(u.device.type, enabled=False):
@@ -58,6 +58,10 @@ class PatchedStripedHyena(PatchedMixer):
         options |= {"inference_params": inference_params, "padding_mask": padding_mask}
         filters = self.fir_fn, u, self.short_filter_weight, self.short_filter_bias, u.shape[1]
         return self.engine.parallel_fir(*filters, fir_length=self.short_filter_length, **options)
+
+    def output_dtype(self, v: Tensor) -> torch.dtype:
+        """The dtype of the original's output for the value `v`; the skip weights are in float32 under autocast."""
+        return torch.promote_types(v.dtype, self.D.dtype)
 
     def keep_state(self, inference_params: Any, g: Tensor) -> None:
         """What the original continues with after the gated input `g` `(batch, hidden_size, length)`."""

@@ -39,12 +39,18 @@ def configure(module: Any, backend: str, float32_filters: bool, truncation: Trun
     restore(state.own_truncations)
     state.truncation = truncation
     state.own_truncations = [] if truncation is None else truncate(module.filter_modules(), truncation)
-    if float32_filters and state.widened is None:
-        state.widened = [widen(filter_fn) for filter_fn in module.filter_modules()]
-    elif not float32_filters and state.widened is not None:
-        for filter_fn, widened in zip(module.filter_modules(), state.widened, strict=True):
+    if float32_filters == (state.widened is not None):
+        return
+    filters = module.filter_modules()
+    if state.widened is None:
+        state.widened = [widen(filter_fn) for filter_fn in filters]
+    else:
+        for filter_fn, widened in zip(filters, state.widened, strict=True):
             narrow(filter_fn, widened)
         state.widened = None
+    for filter_fn in filters:
+        # Filters of a float32 model are the same tensors still, but come out of autocast with another accuracy.
+        state.cache.drop(filter_fn)
 
 
 def check_restorable(module: nn.Module, name: str) -> None:
