@@ -21,6 +21,7 @@ def fft_conv(
     k_rev: Tensor | None = None,
     causal: bool = True,
     backend: str = "auto",
+    channel_major: bool = False,
 ) -> Tensor:
     """Convolve each channel of a batch of sequences with that channel's own long filter.
 
@@ -58,9 +59,13 @@ def fft_conv(
         backend (`str`, *optional*, defaults to `"auto"`):
             `"torch"` computes with torch.fft on any device, `"cuda"` with this package's kernels, and `"auto"` with the
             kernels wherever they can serve the call, else with torch.fft.
+        channel_major (`bool`, *optional*, defaults to `False`):
+            Whether y lies in memory as `(H, B, L)`, so that all its positions are one matrix: a linear layer of
+            `y.mT.flatten(0, 1)` reads it in place, where a contiguous y would be transposed first.
 
     Returns:
-        `torch.Tensor` of shape `(B, H, L)`: y, contiguous, of the dtype and on the device of `u`.
+        `torch.Tensor` of shape `(B, H, L)`: y, contiguous unless `channel_major`, of the dtype and on the device of
+        `u`.
 
     Raises:
         TypeError: an argument is not a tensor, or its dtype is not supported.
@@ -95,7 +100,7 @@ def fft_conv(
         raise TypeError(f"pre_gate must have the dtype of u, {u.dtype}, got {pre_gate.dtype}")
     if post_gate is not None and post_gate.dtype != u.dtype:
         raise TypeError(f"post_gate must have the dtype of u, {u.dtype}, got {post_gate.dtype}")
-    return library.fft_conv(u, k, skip, pre_gate, post_gate, k_rev, causal, backend)
+    return library.fft_conv(u, k, skip, pre_gate, post_gate, k_rev, causal, backend, channel_major)
 
 
 def short_conv(z: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -172,19 +177,21 @@ def _short_conv(z: Tensor, weight: Tensor, bias: Tensor | None, gate: int, backe
     if backend not in library.BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; supported: {', '.join(map(repr, library.BACKENDS))}")
     _check_tensor("z", z)
-    if z.dim() != 3 or z.shape[2] == 0:
-        raise ValueError(f"z must have shape (batch, channels, length) with length at least 1, got {tuple(z.shape)}")
-    if gate != short.NO_GATE and z.shape[1] % 3:
-        raise ValueError(f"z must have three blocks of channels, got {z.shape[1]} channels")
-    _check_tensor("weight", weight, device=z.device, of="z")
-    if weight.dim() == 3 and weight.shape[1] == 1:
-        weight = weight[:, 0]
-    if weight.dim() != 2 or weight.shape[0] != z.shape[1] or weight.shape[1] == 0:
-        raise ValueError(f"weight must have shape ({z.shape[1]}, taps >= 1) to fit z, got {tuple(weight.shape)}")
+    # Read once: each access to a tensor's attributes makes an object.
+    shape, device = z.shape, z.device
+    if len(shape) != 3 or shape[2] == 0:
+        raise ValueError(f"z must have shape (batch, channels, length) with length at least 1, got {tuple(shape)}")
+    if gate != short.NO_GATE and shape[1] % 3:
+        raise ValueError(f"z must have three blocks of channels, got {shape[1]} channels")
+    _check_tensor("weight", weight, device=device, of="z")
+    taps = weight.shape
+    if len(taps) not in (2, 3) or taps[0] != shape[1] or taps[-1] == 0 or taps[1:-1].numel() != 1:
+        raise ValueError(f"weight must have shape ({shape[1]}, taps >= 1) to fit z, got {tuple(taps)}")
     if bias is not None:
-        _check_tensor("bias", bias, (z.shape[1],), z.device, of="z")
-    if not z.is_meta and torch.is_autocast_enabled(z.device.type):
-        z = z if z.dtype == torch.float64 else z.to(torch.get_autocast_dtype(z.device.type))
+        _check_tensor("bias", bias, shape[1:2], device, of="z")
+    kind = device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        z = _autocast(z, torch.get_autocast_dtype(kind))
     return short.short_conv(z, weight, bias, gate, backend)
 
 
@@ -215,5 +222,5 @@ def _check_circular(k: Tensor, k_rev: Tensor | None, length: int) -> None:
         raise ValueError(f"a circular filter cannot be longer than u: got {k.shape[1]} taps for length {length}")
 
 
-def _autocast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return x if x is None or x.dtype == torch.float64 else x.to(dtype)
+def _autocast(x: Any, dtype: torch.dtype) -> Any:
+    return x if x is None or x.dtype in (dtype, torch.float64) else x.to(dtype)

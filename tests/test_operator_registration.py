@@ -188,7 +188,7 @@ class Kernels:
 
     def forward(self, *arguments: object) -> Tensor:
         self.calls.append("forward")
-        return reference.forward(*arguments)
+        return reference.forward(*arguments[:7])
 
     def backward(self, *arguments: object) -> reference.Gradients:
         self.calls.append("backward")

@@ -9,9 +9,10 @@ import types
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import PatchError
@@ -50,8 +51,7 @@ class Adapter:
     )
 
 
-@dataclass(frozen=True)
-class Usage:
+class Usage(NamedTuple):
     """What the convolution of a patched module was last called with; `reverse_taps` of 0 for a causal one."""
 
     channels: int
@@ -85,8 +85,9 @@ class PatchState:
 class PatchedMixer(nn.Module):
     """Base of the classes that patched modules get, in front of the module's own class.
 
-    Sub-modules are called: quantisation, LoRA, offloading and the hooks of other libraries live there. Only the weights
-    of a short filter that is nothing but a convolution are read, for the kernel that also multiplies its outputs.
+    Sub-modules are called: quantisation, LoRA, offloading and the hooks of other libraries live there. Only of layers
+    that are nothing but what their class does, the weights are read: those of a short filter for the kernel that also
+    multiplies its outputs, those of a projection to keep them in the dtype of autocast.
     """
 
     _flashfftconv: PatchState
@@ -119,6 +120,14 @@ class PatchedMixer(nn.Module):
         # Also asked of modules that are not patched yet.
         return [self] if getattr(self, "own_filter", None) else [self.filter_fn]
 
+    @property
+    def channel_major(self) -> bool:
+        """Whether the output of the long convolution goes straight to a projection.
+
+        Dropout in between would draw in the order of memory, and so drop other values than in the original.
+        """
+        return False
+
     def covered(self) -> bool:
         """Whether the patched code may run: no hook was put on the filters since, which it would leave out."""
         return not any(has_hooks(filter_fn) for filter_fn in self.filter_modules() if filter_fn is not self)
@@ -147,13 +156,44 @@ class PatchedMixer(nn.Module):
         if is_plain(conv, nn.Conv1d) and conv.weight.shape[-1] <= MAX_TAPS:
             backend = self._flashfftconv.backend
             out_gate, v = gated_short_conv(z, conv.weight, conv.bias, gate=gate, backend=backend)
-            return v if dropout is None else dropout(v), None, out_gate
+            if dropout is not None and (dropout.training or not is_plain(dropout, nn.Dropout)):
+                v = dropout(v)
+            return v, None, out_gate
         thirds = list(conv(z)[..., : z.shape[-1]].split(self.d_model, dim=1))
         out_gate = thirds.pop(gate)
         in_gate, v = thirds
         if dropout is not None and dropout.training and dropout.p > 0:
             return dropout(v * in_gate), None, out_gate
         return v, in_gate, out_gate
+
+    def project(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """`layer` of `x` `(batch, length, channels)`.
+
+        A linear layer copies a batch of transposed matrices, and adds its bias in another pass. So it gets one matrix
+        of all positions, which the output of [`convolve`] is, transposed.
+        """
+        if not is_plain(layer, nn.Linear):
+            return layer(x)
+        batch, length, _ = x.shape
+        rows, cast = x.flatten(0, 1), self._cast_weights(layer, x)
+        y = layer(rows) if cast is None else F.linear(rows, *cast)
+        return y.view(batch, length, y.shape[1])
+
+    def _cast_weights(self, layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias in the dtype of autocast, which would cast them in every pass; None where it is to do so."""
+        device = x.device.type
+        cache = self._flashfftconv.cache
+        if not torch.is_autocast_enabled(device) or not may_cache(self) or cache.max_bytes == 0:
+            return None
+        if layer.weight.dtype != torch.float32:
+            return None
+        dtype = torch.get_autocast_dtype(device)
+
+        def cast() -> Filters:
+            weight, bias = layer.weight, layer.bias
+            return weight.to(dtype), None if bias is None else bias.to(dtype), None
+
+        return cache.get(layer, (None, dtype), cast)[:2]
 
     def convolve(
         self,
@@ -163,14 +203,26 @@ class PatchedMixer(nn.Module):
         post_gate: Tensor | None = None,
         bidirectional: bool = False,
     ) -> Tensor:
-        """Gates, long convolution with the filters of `filter_fn`, and skip term on `u` `(batch, channels, length)`."""
+        """Gates, long convolution with the filters of `filter_fn`, and skip term on `u` `(batch, channels, length)`.
+
+        If `channel_major`, it is one matrix in memory, channels by positions of all sequences; see [`project`].
+        """
         state = self._flashfftconv
         k, k_rev, skip = self._filters(filter_fn, u, bidirectional)
         if not torch.compiler.is_compiling():
             reverse_taps = 0 if k_rev is None else k_rev.shape[1]
             state.last = Usage(u.shape[1], u.shape[2], k.shape[1], reverse_taps, u.dtype, u.device)
             state.bypass = ""
-        return fft_conv(u, k, skip=skip, pre_gate=pre_gate, post_gate=post_gate, k_rev=k_rev, backend=state.backend)
+        return fft_conv(
+            u,
+            k,
+            skip=skip,
+            pre_gate=pre_gate,
+            post_gate=post_gate,
+            k_rev=k_rev,
+            backend=state.backend,
+            channel_major=self.channel_major,
+        )
 
     def convolve_uncast(
         self, filter_fn: nn.Module, u: Tensor, pre_gate: Tensor | None = None, post_gate: Tensor | None = None
@@ -209,8 +261,8 @@ class PatchedMixer(nn.Module):
 
     def train(self, mode: bool = True) -> "PatchedMixer":
         # See FilterCache: weights written through `.data` between two evaluations leave no other trace.
-        for filter_fn in self.filter_modules():
-            self._flashfftconv.cache.drop(filter_fn)
+        for part in self.modules():
+            self._flashfftconv.cache.drop(part)
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PatchedMixer":

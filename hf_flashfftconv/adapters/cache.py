@@ -1,8 +1,10 @@
 """Filters that are generated once in evaluation instead of in every call."""
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter, itemgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,12 +17,47 @@ DEFAULT_CACHE_BYTES = 1 << 30
 Filters = tuple[Tensor, Tensor | None, Tensor | None]
 
 
-@dataclass
-class _Stamp:
-    """What a filter was computed from; the objects are held, so that no other object can take over their identity."""
+# Attributes of every module that have no part in what it computes.
+_BOOKKEEPING = vars(nn.Module()).keys() - {
+    *("training", "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+}
 
-    objects: list[Any]
-    numbers: list[int]
+
+class _Stamp:
+    """What a filter was computed from; the objects are held, so that no other object can take over their identity.
+
+    It is compared in every call, by loops in C over all attributes: loops in Python take ten times as long.
+    """
+
+    def __init__(self, module: nn.Module, tensors: list[Tensor]) -> None:
+        # Without the module itself, with which the entries die.
+        self.parts, self.tensors = [*module.modules()][1:], tensors
+        self.attributes = [vars(part) for part in module.modules()]
+        # At least the six names above, so that each getter returns a tuple.
+        self.getters = [itemgetter(*(names.keys() - _BOOKKEEPING)) for names in self.attributes]
+        self.mappings: list[dict[Any, Any]] = []
+        # What has changed in length has changed.
+        self.lengths = [*self.attributes]
+        for part in module.modules():
+            self.mappings += part._parameters, part._buffers, part._modules
+            self.lengths += part._forward_hooks, part._forward_pre_hooks
+        self.objects = [*self._objects(module)]
+        self.numbers = self._numbers(module)
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether nothing has changed since, for the same module."""
+        try:
+            return self._numbers(module) == self.numbers
+        except KeyError:
+            return False
+
+    def _objects(self, module: nn.Module) -> Iterable[Any]:
+        attributes = [getter(names) for getter, names in zip(self.getters, self.attributes, strict=True)]
+        return chain((type(module),), map(type, self.parts), *attributes, *map(dict.values, self.mappings))
+
+    def _numbers(self, module: nn.Module) -> list[int]:
+        versions, addresses = map(attrgetter("_version"), self.tensors), map(Tensor.data_ptr, self.tensors)
+        return [*map(id, self._objects(module)), *map(len, self.lengths), *versions, *addresses]
 
 
 @dataclass
@@ -61,17 +98,17 @@ class FilterCache:
 
         Args:
             module (`nn.Module`): The module that the filter is computed by.
-            key (`tuple`): What else the filter depends on; its first item is the length.
+            key (`tuple`): What else the filter depends on; its first item is the length, or None for weights of a
+                layer, which are kept the same way but push nothing out.
             generate (`Callable`): Computes the filters.
         """
-        stamp = _stamp(module) if self.max_bytes > 0 else None
-        if stamp is None:
-            self.drop(module)
-            return generate()
         with self._lock:
             entry = self._entries.get(module, {}).get(key)
-        if entry is not None and entry.stamp.numbers == stamp.numbers:
+        if entry is not None and self.max_bytes > 0 and entry.stamp.holds(module):
             return entry.filters
+        if self.max_bytes == 0 or _stamp(module) is None:
+            self.drop(module)
+            return generate()
         self.drop(module, key)
         # Tensors made in inference mode have no version, so nothing could be kept for them elsewhere.
         with torch.inference_mode(False), torch.no_grad():
@@ -100,7 +137,7 @@ class FilterCache:
         """Forgets filters of other lengths, never of this one: the layers of one pass must not evict each other."""
         excess = needed - self.max_bytes
         excess += sum(entry.bytes for entries in self._entries.values() for entry in entries.values())
-        for entries in self._entries.values():
+        for entries in self._entries.values() if length is not None else ():
             for key in [key for key in entries if key[0] != length]:
                 if excess > 0:
                     excess -= entries.pop(key).bytes
@@ -114,8 +151,7 @@ def _bytes(filters: Filters) -> int:
 
 def _stamp(module: nn.Module) -> _Stamp | None:
     """Everything that the output of `module` depends on, or `None` where this cannot be known."""
-    objects: list[Any] = []
-    numbers: list[int] = []
+    found = []
     for part in module.modules():
         # Hooks and overridden forwards may do anything, and so may dropout. A layer inside a layer is an adapter or a
         # parametrization, which may be switched on and off without a trace.
@@ -123,17 +159,14 @@ def _stamp(module: nn.Module) -> _Stamp | None:
             return None
         if part.training:
             return None
-        objects.append(type(part))
-        objects.extend(vars(part).values())
         # Tables may be plain attributes too.
         for tensor in (*part._parameters.values(), *part._buffers.values(), *_tensors(part)):
             if tensor is None:
                 continue
             if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.is_inference():
                 return None
-            objects.append(tensor)
-            numbers += (tensor._version, tensor.data_ptr())
-    return _Stamp(objects, [*map(id, objects), *numbers])
+            found.append(tensor)
+    return _Stamp(module, found)
 
 
 def _tensors(part: nn.Module) -> list[Tensor]:
@@ -150,7 +183,7 @@ def may_cache(module: nn.Module) -> bool:
         not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
         and not module.training
-        and not getattr(module, "_is_replica", False)
+        and not vars(module).get("_is_replica", False)
         # Sharded weights are gathered into the same memory at the same version, whatever they are.
-        and not getattr(module, "_is_fsdp_managed_module", False)
+        and not vars(module).get("_is_fsdp_managed_module", False)
     )

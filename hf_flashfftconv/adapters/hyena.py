@@ -29,15 +29,17 @@ FILTERS = frozenset({"HyenaFilter", "HyenaDnaFilter"})
 class PatchedHyena(PatchedMixer):
     """The forward of HyenaDNA's operator."""
 
+    channel_major = True
+
     def forward(self, u: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or not self.covered():
             return self.original_forward(u, *args, **kwargs)
-        return self.out_proj(self.mix(u))
+        return self.project(self.out_proj, self.mix(u))
 
     def mix(self, u: Tensor) -> Tensor:
         """All before the output projection: `(batch, length, channels)` to the same shape."""
         self.checked_length(u)
-        v, in_gate, out_gate = self.short_filtered(self.in_proj(u).transpose(1, 2), 0, self.dropout)
+        v, in_gate, out_gate = self.short_filtered(self.project(self.in_proj, u).transpose(1, 2), 0, self.dropout)
         return self.convolve(self.filter_fn, v, in_gate, out_gate).transpose(1, 2)
 
 
@@ -47,7 +49,7 @@ class PatchedSafariHyena(PatchedHyena):
     def forward(self, u: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.covered():
             return self.original_forward(u, *args, **kwargs)
-        y = self.out_proj(self.activation(self.mix(u)))
+        y = self.project(self.out_proj, self.activation(self.mix(u)))
         return (y, None) if self.return_state else y
 
 

@@ -33,6 +33,10 @@ FILTERS = frozenset({"HyenaFilter"})
 class PatchedMonarchMixer(PatchedMixer):
     """The forward of M2-BERT's sequence mixing."""
 
+    @property
+    def channel_major(self) -> bool:
+        return not getattr(self, "hyena_training_additions", False)
+
     def filter_modules(self) -> list[nn.Module]:
         return [self.filter_fn, self.filter_fn2] if self.residual_long_conv else [self.filter_fn]
 
@@ -44,7 +48,7 @@ class PatchedMonarchMixer(PatchedMixer):
         if additions:
             u = self.layernorm(u)
         dropout = self.drop if additions else None
-        v, in_gate, out_gate = self.short_filtered(self.in_linear(u).transpose(1, 2), 1, dropout)
+        v, in_gate, out_gate = self.short_filtered(self.project(self.in_linear, u).transpose(1, 2), 1, dropout)
         y = self.convolve(self.filter_fn, v, in_gate, out_gate, self.bidirectional)
         if self.residual_long_conv:
             # As in the original, the input keeps its precision here whatever autocast makes of the gated path.
@@ -54,7 +58,7 @@ class PatchedMonarchMixer(PatchedMixer):
         y = y.transpose(1, 2)
         if additions:
             y = self.drop(self.act(y))
-        return self.out_linear(y), None
+        return self.project(self.out_linear, y), None
 
 
 def _check(module: nn.Module) -> None:

@@ -28,6 +28,7 @@ _BLOCK = 1024
 class PatchedStripedHyena(PatchedMixer):
     """The parallel forward of StripedHyena's filter: `(batch, length, 3 * hidden_size)` to a third of the channels."""
 
+    channel_major = True
     own_filter = frozenset({"poles", "residues"})
 
     def forward(self, u: Tensor, inference_params: Any = None, padding_mask: Any = None, *args: Any) -> Any:

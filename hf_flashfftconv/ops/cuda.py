@@ -53,10 +53,11 @@ def forward(
     post_gate: Tensor | None,
     k_rev: Tensor | None,
     causal: bool,
+    y: Tensor | None = None,
 ) -> Tensor:
-    """[`fft_conv`] for a call that is supported."""
+    """[`fft_conv`] for a call that is supported, written to `y` if that is given."""
     with _device_guard(u.device):
-        y = torch.empty_like(u, memory_format=torch.contiguous_format)
+        y = torch.empty_like(u, memory_format=torch.contiguous_format) if y is None else y
         for channels, tensors in _blocks(u, k, skip, pre_gate, post_gate, k_rev, causal):
             call = _Call(*tensors, causal)
             call.operand("output", y[:, channels])

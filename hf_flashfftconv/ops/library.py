@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 BACKENDS = ("auto", "torch", "cuda")
 
 _ARGUMENTS = "Tensor u, Tensor k, Tensor? skip, Tensor? pre_gate, Tensor? post_gate, Tensor? k_rev, bool causal"
+# The rows of a matrix in memory start at multiples of so many elements, which is what fast matrix products need.
+_ROW_ELEMENTS = 8
 _reasons_told: set[str] = set()
 
 
@@ -61,15 +63,27 @@ def _forward(
     k_rev: Tensor | None,
     causal: bool,
     backend: str,
+    channel_major: bool = False,
 ) -> Tensor:
     if u.numel() == 0:
-        return torch.empty_like(u, memory_format=torch.contiguous_format)
+        return _output(u, channel_major)
     if use_kernels(u, k, k_rev, causal, backend):
-        return cuda.forward(u, k, skip, pre_gate, post_gate, k_rev, causal)
+        return cuda.forward(u, k, skip, pre_gate, post_gate, k_rev, causal, _output(u, channel_major))
     windows = _windows(u, k, k_rev, causal)
     if windows is not None:
-        return blocks.forward(windows, u, k, skip, pre_gate, post_gate, k_rev)
-    return reference.forward(u, k, skip, pre_gate, post_gate, k_rev, causal)
+        y = blocks.forward(windows, u, k, skip, pre_gate, post_gate, k_rev)
+    else:
+        y = reference.forward(u, k, skip, pre_gate, post_gate, k_rev, causal)
+    return _output(u, channel_major).copy_(y) if channel_major else y
+
+
+def _output(u: Tensor, channel_major: bool) -> Tensor:
+    """Memory for the result."""
+    if not channel_major:
+        return torch.empty_like(u, memory_format=torch.contiguous_format)
+    batch, channels, length = u.shape
+    row = (batch * length + _ROW_ELEMENTS - 1) // _ROW_ELEMENTS * _ROW_ELEMENTS
+    return u.new_empty_strided((batch, channels, length), (length, row, 1))
 
 
 def _windows(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool) -> blocks.Blocks | None:
@@ -101,8 +115,18 @@ def _backward(
     return [gradient for gradient, need in zip(gradients, needs, strict=True) if need and gradient is not None]
 
 
-def _fake_forward(u: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(u, memory_format=torch.contiguous_format)
+def _fake_forward(
+    u: Tensor,
+    k: Tensor,
+    skip: Tensor | None,
+    pre_gate: Tensor | None,
+    post_gate: Tensor | None,
+    k_rev: Tensor | None,
+    causal: bool,
+    backend: str,
+    channel_major: bool = False,
+) -> Tensor:
+    return _output(u, channel_major)
 
 
 def _fake_backward(dy: Tensor, *arguments: Any) -> list[Tensor]:
@@ -114,7 +138,7 @@ def _fake_backward(dy: Tensor, *arguments: Any) -> list[Tensor]:
 # Builds for the kernel Hub live beside the package, under names of their own.
 NAMESPACE = __name__.partition(".")[0]
 _library = torch.library.Library(NAMESPACE, "DEF")
-_library.define(f"fft_conv({_ARGUMENTS}, str backend) -> Tensor")
+_library.define(f"fft_conv({_ARGUMENTS}, str backend, bool channel_major=False) -> Tensor")
 _library.define(f"fft_conv_backward(Tensor dy, {_ARGUMENTS}, str backend, bool[] needs) -> Tensor[]")
 _library.impl("fft_conv", _forward, "CompositeExplicitAutograd")
 _library.impl("fft_conv_backward", _backward, "CompositeExplicitAutograd")
@@ -131,7 +155,7 @@ class _FFTConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, ctx.causal, ctx.backend = arguments
+        *tensors, ctx.causal, ctx.backend, _channel_major = arguments
         ctx.save_for_backward(*tensors)
         return _fft_conv(*arguments)
 
@@ -141,7 +165,7 @@ class _FFTConv(torch.autograd.Function):
         # Gradients are recorded only where second ones are asked for.
         compute = _FFTConvBackward.apply if torch.is_grad_enabled() else _fft_conv_backward
         gradients = iter(compute(dy, *ctx.saved_tensors, ctx.causal, ctx.backend, needs))
-        return *(next(gradients) if need else None for need in needs), None, None
+        return *(next(gradients) if need else None for need in needs), None, None, None
 
 
 class _FFTConvBackward(torch.autograd.Function):
@@ -165,12 +189,13 @@ def fft_conv(
     k_rev: Tensor | None,
     causal: bool,
     backend: str,
+    channel_major: bool = False,
 ) -> Tensor:
     """The differentiable operator; its arguments have been checked by `hf_flashfftconv.functional.fft_conv`."""
     # The autograd machinery costs as much as the rest of the call: without gradients, go straight to the operator.
     if torch.is_grad_enabled() and _is_differentiated(u, k, skip, pre_gate, post_gate, k_rev):
-        return _FFTConv.apply(u, k, skip, pre_gate, post_gate, k_rev, causal, backend)
-    return _fft_conv(u, k, skip, pre_gate, post_gate, k_rev, causal, backend)
+        return _FFTConv.apply(u, k, skip, pre_gate, post_gate, k_rev, causal, backend, channel_major)
+    return _fft_conv(u, k, skip, pre_gate, post_gate, k_rev, causal, backend, channel_major)
 
 
 def _is_differentiated(*tensors: Tensor | None) -> bool:
