@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_flashfftconv.errors import BackendError
-from hf_flashfftconv.ops import cuda, extension, filters, library, pools, tables
+from hf_flashfftconv.ops import cuda, extension, filters, library, plan, pools, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {"fft_conv_params": extension.Parameters, "fft_conv_filter_params": extension.FilterParameters}
@@ -445,20 +445,56 @@ def test_captures_prepare_and_keep_nothing(fake: FakeLibrary, monkeypatch: pytes
     assert len(cuda._spectra._entries) == 1
 
 
-def test_the_bound_on_memory_drops_what_is_unused_for_longest(
-    fake: FakeLibrary, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    entry = 4 * (2 * 256 + 2)
-    monkeypatch.setattr(cuda._spectra, "max_bytes", 2 * entry)
-    a, b, c = (torch.randn(2, 8) for _ in range(3))
-    for k in (a, b, a, c):
-        forward(k)
-    prepared(fake)
-    for k in (a, c, b):
-        forward(k)
-    assert prepared(fake) == 1
-    monkeypatch.setattr(cuda._spectra, "max_bytes", entry - 1)
-    forward(torch.randn(2, 8))
-    assert sum(x.spectrum.bytes for x in cuda._spectra._entries.values()) <= 2 * entry
+PLAN = plan.choose(64, 8, 0, True)
+ENTRY = filters.spectrum_bytes(2, PLAN.points)
+
+
+def test_filters_of_a_pass_do_not_push_each_other_out(fake: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda._spectra, "max_bytes", 2 * ENTRY)
+    layers = [torch.randn(2, 8) for _ in range(3)]
+    for expected in (3, 1, 1, 1):
+        for k in layers:
+            forward(k)
+        assert prepared(fake) == expected
+    assert sum(x.spectrum.bytes for x in cuda._spectra._entries.values()) == 2 * ENTRY
+    assert [cuda._spectra.keeps(k, None, None, PLAN) for k in layers] == [True, True, False]
+    assert not cuda._spectra.keeps(layers[0], None, None, PLAN._replace(half=True))
+
+
+def test_what_has_not_been_used_for_long_gives_way(fake: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda._spectra, "max_bytes", 2 * ENTRY)
+    used, unused, new = (torch.randn(2, 8) for _ in range(3))
+    forward(unused)
+    # Two are asked for each time, as many as the bound has room for.
+    for _ in range(filters._PATIENCE):
+        forward(used)
+        forward(new)
+    assert prepared(fake) == 2 + filters._PATIENCE
+    forward(used)
+    assert cuda._spectra.keeps(new, None, None, PLAN)
+    for expected in (1, 0):
+        forward(new)
+        forward(used)
+        assert prepared(fake) == expected
+    assert not cuda._spectra.keeps(unused, None, None, PLAN)
+
+
+def test_the_bound_is_that_of_the_device(fake: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = SimpleNamespace(total_memory=4 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
+    filters.cache_bytes.cache_clear()
+    assert filters.cache_bytes(torch.device("cuda", 0)) == 512 << 20
+    memory.total_memory = 80 << 30
+    assert filters.cache_bytes(torch.device("cuda", 1)) == filters.cache_bytes(torch.device("cpu")) == 1 << 30
+    filters.cache_bytes.cache_clear()
+    k = torch.randn(2, 8)
+    monkeypatch.setattr(cuda._spectra, "max_bytes", ENTRY - 1)
+    assert not cuda._spectra.keeps(k, None, None, PLAN)
+    forward(k)
+    assert not cuda._spectra._entries
+    monkeypatch.setattr(cuda._spectra, "max_bytes", ENTRY)
+    assert cuda._spectra.keeps(k, None, None, PLAN)
+    forward(k)
+    assert len(cuda._spectra._entries) == 1
     cuda._spectra.clear()
     assert not cuda._spectra._entries

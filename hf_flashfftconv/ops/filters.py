@@ -4,7 +4,8 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +19,11 @@ from .reference import circle_taps
 
 DEFAULT_STREAM = 0
 
-# Bound on the spectra kept for each device.
-CACHE_BYTES = 256 << 20
+# Bound on the spectra kept for each device, and the share of its memory that they may take at most.
+CACHE_BYTES = 1 << 30
+CACHE_SHARE = 1 / 8
+# Kept spectra give way to others once so many times the bound was asked for since their last use.
+_PATIENCE = 16
 
 # The kernel for spectra has no larger transform.
 MAX_FUSED_FFT_SIZE = 16384
@@ -109,6 +113,11 @@ def _prepare_by_torch(
     return Spectrum(words, scale)
 
 
+def spectrum_bytes(channels: int, points: int) -> int:
+    """The memory of a [`Spectrum`]."""
+    return 4 * channels * (points + 1)
+
+
 def tap_gradients(
     gradient: Tensor, k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -137,11 +146,14 @@ def _taps(k: Tensor, count: int) -> Tensor:
     return k if k.stride(1) == 1 else k.contiguous()
 
 
-class _Entry(NamedTuple):
+@dataclass
+class _Entry:
     spectrum: Spectrum
     stamp: tuple[Hashable, ...]
     # Of the tensors and, so that no other storage takes over their identity, of their storages.
     references: list[Any]
+    # What had been asked for, in bytes, when it was used last.
+    used: int
 
 
 class SpectrumCache:
@@ -152,13 +164,19 @@ class SpectrumCache:
     sharding write parameters in ways that leave no trace. Each stream has entries of its own, so that a spectrum is
     complete before it is read.
 
+    When the bound is reached, further spectra are not kept, and those that are kept stay until they have not been used
+    for long. So a model whose filters need more than the bound finds a part of them in every pass, where throwing out
+    what was unused for longest would find none.
+
     Args:
-        max_bytes (`int`): Bound on the memory of the entries of one device; those unused for longest go first.
+        max_bytes (`int`, *optional*): Bound on the memory of the entries of one device; by default 1 GiB, on small
+            devices an eighth of their memory.
     """
 
-    def __init__(self, max_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, max_bytes: int | None = None) -> None:
         self.max_bytes = max_bytes
-        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._entries: OrderedDict[tuple[Hashable, ...], _Entry] = OrderedDict()
+        self._asked_for = 0
         # Re-entrant, as the garbage collector may drop a filter, and so an entry, at any point.
         self._lock = threading.RLock()
 
@@ -176,8 +194,10 @@ class SpectrumCache:
         key = (id(k), id(skip), id(k_rev), min(k.shape[1], length), reverse_taps, plan, stream)
         stamp = _stamp(k), skip is not None and _stamp(skip), k_rev is not None and _stamp(k_rev)
         with self._lock:
+            self._asked_for += spectrum_bytes(k.shape[0], plan.points)
             entry = self._entries.get(key)
             if entry is not None and entry.stamp == stamp:
+                entry.used = self._asked_for
                 self._entries.move_to_end(key)
                 return entry.spectrum
         self._drop(key)
@@ -187,37 +207,54 @@ class SpectrumCache:
         make = partial(prepare, k, skip, k_rev, length, plan, stream)
         # Compiled functions warm their CUDA graphs up on another stream, and allocate in a pool of the graph.
         spectrum = make() if stream == DEFAULT_STREAM else outside_of_pools(make, k.device)
-        if spectrum.bytes <= self.max_bytes:
-            references = [weakref.ref(x, lambda _: self._drop(key)) for x in tensors]
-            references += [StorageWeakRef(x.untyped_storage()) for x in tensors]
-            with self._lock:
-                self._make_room(spectrum)
-                self._entries[key] = _Entry(spectrum, stamp, references)
+        references = [weakref.ref(x, lambda _: self._drop(key)) for x in tensors]
+        references += [StorageWeakRef(x.untyped_storage()) for x in tensors]
+        with self._lock:
+            in_the_way = self._in_the_way(spectrum.bytes, k.device)
+            if in_the_way is not None:
+                for old in in_the_way:
+                    self._drop(old)
+                self._entries[key] = _Entry(spectrum, stamp, references, self._asked_for)
         return spectrum
 
     def keeps(self, k: Tensor, skip: Tensor | None, k_rev: Tensor | None, plan: Plan) -> bool:
-        """Whether the spectra of these filters would be kept."""
-        filters = [x for x in (k, skip, k_rev) if x is not None]
-        return k.shape[0] * (plan.points + 1) * 4 <= self.max_bytes and all(map(_is_constant, filters))
+        """Whether the spectra of these filters are kept, or would be."""
+        filters, identity = [x for x in (k, skip, k_rev) if x is not None], (id(k), id(skip), id(k_rev))
+        if not all(map(_is_constant, filters)):
+            return False
+        with self._lock:
+            kept = any(key[:3] == identity and key[5] == plan for key in self._entries)
+            return kept or self._in_the_way(spectrum_bytes(k.shape[0], plan.points), k.device) is not None
 
     def clear(self) -> None:
         """Forgets all spectra."""
         with self._lock:
             self._entries.clear()
 
-    def _drop(self, key: Hashable) -> None:
+    def _drop(self, key: tuple[Hashable, ...]) -> None:
         with self._lock:
             self._entries.pop(key, None)
 
-    def _make_room(self, new: Spectrum) -> None:
-        device = new.words.device
-        sizes = {key: x.spectrum.bytes for key, x in self._entries.items() if x.spectrum.words.device == device}
-        excess = sum(sizes.values()) + new.bytes - self.max_bytes
-        for key, size in sizes.items():
-            if excess <= 0:
-                return
-            self._drop(key)
-            excess -= size
+    def _in_the_way(self, size: int, device: torch.device) -> list[tuple[Hashable, ...]] | None:
+        """What is to be dropped so that as many bytes can be kept; None where that is not to be."""
+        bound = cache_bytes(device) if self.max_bytes is None else self.max_bytes
+        entries = {key: x for key, x in self._entries.items() if x.spectrum.words.device == device}
+        excess = sum(x.spectrum.bytes for x in entries.values()) + size - bound
+        dropped = []
+        for key, entry in entries.items():
+            if excess <= 0 or self._asked_for - entry.used <= _PATIENCE * bound:
+                break
+            dropped.append(key)
+            excess -= entry.spectrum.bytes
+        return dropped if excess <= 0 else None
+
+
+@cache
+def cache_bytes(device: torch.device) -> int:
+    """The bound on the spectra that are kept for a device."""
+    if device.type != "cuda":
+        return CACHE_BYTES
+    return min(CACHE_BYTES, int(CACHE_SHARE * torch.cuda.get_device_properties(device).total_memory))
 
 
 def _stamp(x: Tensor) -> tuple[Hashable, ...]:
