@@ -104,6 +104,7 @@ def measure_model(options: argparse.Namespace) -> str:
         mode=options.mode,
         dtype=getattr(torch, options.dtype),
         compiled=options.compile,
+        compile_mode=options.compile_mode,
     )
     if options.json:
         report.save_json(options.json)
@@ -228,6 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--mode", choices=("inference", "training"), default="inference")
     command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of autocast")
     command.add_argument("--compile", action="store_true", help="measure torch.compile, too")
+    command.add_argument("--compile-mode", metavar="MODE", help="of torch.compile, such as reduce-overhead")
     command.add_argument("--json", metavar="FILE", help="write the results there, too")
     command.set_defaults(run=measure_model)
 

@@ -56,8 +56,9 @@ def patch_model(
             becomes one later: patch in float32, then convert with `model.to(torch.bfloat16)`. The patched model is
             then more accurate than the unpatched one, whose filters are off by several per cent in bfloat16.
         cache_bytes (`int`, *optional*, defaults to 1 GiB):
-            Bound on the memory for filters that are kept between calls in evaluation, under `torch.no_grad()` or
-            `torch.inference_mode()`; 0 generates them in every call. They are dropped when weights change; a write
+            Bound on the memory for filters, and for weights of projections in the dtype of autocast, that are kept
+            between calls in evaluation, under `torch.no_grad()` or `torch.inference_mode()`; 0 makes them in every
+            call. They are dropped when weights change; a write
             into `parameter.data` is noticed at the next `model.train()` or `model.eval()`.
         filter_length (`int`, *optional*):
             Cuts the filters to this many taps in each direction, at most the model's longest sequence (`l_max`).

@@ -38,7 +38,19 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     assert saved["problem"]["length"] == 20 and len(saved["results"]) == 2
 
 
+def test_the_mode_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda model, mode: modes.append(mode) or model)
+    for options in ({"compiled": True}, {"compile_mode": "reduce-overhead"}):
+        report = bench_model(tiny_hyenadna(n_layer=1), length=20, device="cpu", repetitions=3, **options)
+        assert report.results[-1].way == "patched, compiled"
+        assert report.problem.get("compile mode") == options.get("compile_mode")
+    assert modes == [None, "reduce-overhead"]
+
+
 def test_refusals() -> None:
+    with pytest.raises(ValueError, match="unknown compile_mode 'fast'; supported: 'default', 'reduce-overhead', "):
+        bench_model(tiny_hyenadna(), compile_mode="fast")
     with pytest.raises(ValueError, match="unknown mode 'fast'; supported: 'inference', 'training'"):
         bench_model(tiny_hyenadna(), mode="fast")
     with pytest.raises(ValueError, match=r"Linear has no config\.vocab_size"):

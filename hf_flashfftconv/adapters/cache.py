@@ -71,7 +71,7 @@ class _Entry:
 
 
 class FilterCache:
-    """Bounded store of generated filters, shared by the modules of one patched model.
+    """Bounded store of generated filters and cast weights, shared by the modules of one patched model.
 
     An entry is used again only while nothing that the filter is computed from has changed: the tensors are the same
     objects in the same memory at the same version, and every sub-module has the same class and attributes. One thing

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..patch import patch_model
 
 MODES = ("inference", "training")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def bench_model(
     mode: str = "inference",
     dtype: torch.dtype = torch.bfloat16,
     compiled: bool = False,
+    compile_mode: str | None = None,
     device: str | torch.device | None = None,
     repetitions: int = 20,
 ) -> ModelReport:
@@ -90,6 +92,9 @@ def bench_model(
         mode (`str`, *optional*, defaults to `"inference"`): Or `"training"`.
         dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): Other than float32, it is that of autocast.
         compiled (`bool`, *optional*, defaults to `False`): Whether to run `torch.compile`, too.
+        compile_mode (`str`, *optional*):
+            The mode of `torch.compile`, which it implies: `"reduce-overhead"` replays CUDA graphs, for models that are
+            so small that the GPU waits for Python.
         device (`torch.device`, *optional*): By default the current GPU, or the CPU where there is none.
         repetitions (`int`, *optional*, defaults to 20): Passes that are timed, fewer where they take seconds.
 
@@ -97,11 +102,13 @@ def bench_model(
         `ModelReport`: Times, memory and errors.
 
     Raises:
-        ValueError: `mode` is unknown, or the model has no vocabulary.
+        ValueError: `mode` or `compile_mode` is unknown, or the model has no vocabulary.
         PatchError: nothing in the model can be patched.
     """
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; supported: {', '.join(map(repr, MODES))}")
+    if compile_mode not in (None, *COMPILE_MODES):
+        raise ValueError(f"unknown compile_mode {compile_mode!r}; supported: {', '.join(map(repr, COMPILE_MODES))}")
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     if vocabulary is None:
         raise ValueError(f"{type(model).__name__} has no config.vocab_size to choose tokens from")
@@ -116,11 +123,13 @@ def bench_model(
     results = [measure(model, model, "unpatched", reference)]
     patch_model(model)
     results.append(measure(model, model, "patched", reference))
-    if compiled:
-        results.append(measure(torch.compile(model), model, "patched, compiled", reference))
+    if compiled or compile_mode:
+        runner = torch.compile(model, mode=compile_mode)
+        results.append(measure(runner, model, "patched, compiled", reference))
     results = [replace(result, speedup=results[0].ms / result.ms) for result in results]
     problem = {"model": type(model).__name__, "batch": batch, "length": length, "mode": mode}
     problem |= {"dtype": str(dtype).removeprefix("torch."), "repetitions": repetitions}
+    problem |= {"compile mode": compile_mode} if compile_mode else {}
     return ModelReport(_environment(place), problem, results)
 
 
