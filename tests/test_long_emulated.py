@@ -17,7 +17,8 @@ __all__ = ["emulation", "library"]
 
 
 def planned(arguments: dict[str, torch.Tensor], causal: bool = True) -> Plan:
-    return cuda._plan(arguments["u"], arguments["k"], arguments.get("k_rev"), causal)
+    """Of the gradients, which are those of long sequences where outputs go in blocks."""
+    return cuda._plan(arguments["u"], arguments["k"], arguments.get("k_rev"), causal, backward=True)
 
 
 def test_half() -> None:
@@ -72,8 +73,9 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("small_groups")
 def test_batches_in_several_groups() -> None:
-    arguments = make(9000, 100, (*GATES, "skip"), batch=5, channels=3, dtype=torch.float16)
-    layout = long_plan.lay_out(*planned(arguments), 9000, 5, 3, True)
+    options = (*GATES, "skip", "k_rev")
+    arguments = make(9000, 100, options, reverse_taps=50, batch=5, channels=3, dtype=torch.float16)
+    layout = long_plan.lay_out(*planned(arguments)[:2], 9000, 5, 3, True)
     assert layout.channel_splits == 3 and layout.ring < 3 * 3
     check(arguments)
 

@@ -198,7 +198,7 @@ class HyenaFilter(nn.Module):
         z, t = self.pos_emb(kept_taps(length, self.truncation))
         # Sines of high frequency do not survive bfloat16, and autocast would gain nothing on a network this small.
         device = z.device.type
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
             h = self.modulation(t, network(z.to(network[0].weight.dtype)))
         if self.normalized:
             h = h / torch.linalg.vector_norm(h, ord=1, dim=-1, keepdim=True)

@@ -81,7 +81,7 @@ def backward(
     Of sequences in blocks and long ones, what is not in `needs` is None and costs no pass back.
     """
     with _device_guard(u.device):
-        if _plan(u, k, k_rev, causal).windows:
+        if 0 < _plan(u, k, k_rev, causal).windows <= plan.MAX_TRANSPOSED_WINDOWS:
             return _blocked_backward(dy, u, k, skip, pre_gate, post_gate, needs)
         if _plan(u, k, k_rev, causal, backward=True).is_long:
             return _long_backward(dy, u, k, skip, pre_gate, post_gate, k_rev, causal, needs)
@@ -281,12 +281,12 @@ def _blocks(
     """The channels that one launch serves, and the operands with these channels alone.
 
     The spectra of long filters outweigh everything else where the batch is small. So they are made for some channels at
-    a time, unless all of them are small beside the output, or will be kept.
+    a time, unless all of them are no larger than the output, or will be kept.
     """
     chosen, count = _plan(u, k, k_rev, causal, backward), u.shape[1]
     block = count
     if chosen.is_long or chosen.windows:
-        bound = min(SPECTRUM_BYTES, u.numel() * u.element_size() // 4)
+        bound = min(SPECTRUM_BYTES, u.numel() * u.element_size())
         if not _spectra.keeps(k, skip, k_rev, chosen):
             block = min(count, max(1, bound // (4 * chosen.points)))
     if block == count:

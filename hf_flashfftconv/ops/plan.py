@@ -12,6 +12,8 @@ MAX_FULL_TILE_FFT_SIZE = 8192
 # windows: the work on the transforms of earlier blocks grows with their number.
 BLOCK_POSITIONS = 4096
 MAX_WINDOWS = 16
+# The same of gradients, measured on an H100.
+MAX_TRANSPOSED_WINDOWS = 8
 # All others that are longer go through global memory in several passes.
 MAX_FFT_SIZE = 1 << 24
 MAX_FULL_FFT_SIZE = 1 << 23
