@@ -101,10 +101,11 @@ def test_channels_one_by_one_give_the_same_bits(monkeypatch: pytest.MonkeyPatch)
     assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
 
 
-def test_gradients_that_are_not_needed() -> None:
-    arguments = make(9000, 60, GATES, batch=1, channels=1)
+@pytest.mark.parametrize("reverse_taps", [0, 5])
+def test_gradients_that_are_not_needed(reverse_taps: int) -> None:
+    arguments = make(9000, 60, (*GATES, "k_rev"), reverse_taps=reverse_taps, batch=1, channels=1)
     u, k, pre, post = (arguments[name] for name in ("u", "k", *GATES))
-    operands = (u, u, k, None, pre, post, None, True)
+    operands = (u, u, k, None, pre, post, arguments.get("k_rev"), True)
     du, dk, _, dpre, dpost, _ = cuda.backward(*operands)
     for needed in (0, 1, 3, 4):
         actual = cuda.backward(*operands, [n == needed for n in range(6)])
@@ -115,7 +116,7 @@ def test_gradients_that_are_not_needed() -> None:
 @pytest.mark.parametrize("scaled", ["u", "pre_gate"])
 @pytest.mark.parametrize("dtype, exponent", [(torch.bfloat16, -90), (torch.bfloat16, 90), (torch.float16, -12)])
 def test_scales_and_unequal_pairs(scaled: str, dtype: torch.dtype, exponent: int) -> None:
-    arguments = make(9000, 200, GATES, batch=4, channels=1, dtype=dtype)
+    arguments = make(9000, 200, (*GATES, "k_rev"), reverse_taps=3, batch=4, channels=1, dtype=dtype)
     # The first pair: both scaled; the second: one of them, and a sequence that is all in one spike.
     arguments[scaled][:3] *= 2.0**exponent
     arguments["u"][3] *= torch.where(torch.arange(9000) == 77, 1.0, 2.0**-9)
@@ -123,7 +124,7 @@ def test_scales_and_unequal_pairs(scaled: str, dtype: torch.dtype, exponent: int
 
 
 def test_not_finite_rows_keep_to_themselves() -> None:
-    check_not_finite(make(8500, 30, GATES, batch=4, channels=3), "pre_gate", math.inf)
+    check_not_finite(make(8500, 30, (*GATES, "k_rev"), reverse_taps=3, batch=4, channels=3), "pre_gate", math.inf)
 
 
 def test_zeros() -> None:
@@ -148,7 +149,7 @@ def test_any_layout_gives_the_same_bits(length: int) -> None:
 
 
 def test_scratch_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = make(9000, 60, batch=1, channels=1)
+    arguments = make(9000, 60, ("k_rev",), reverse_taps=5, batch=1, channels=1)
     buffer = cuda._Call.buffer
 
     def failing(call: cuda._Call, name: str, *rest: object) -> torch.Tensor:

@@ -116,7 +116,7 @@ def _blocked_backward(
         dpost = forward(u, k, skip, pre_gate, dy, None, True)
     if needs[0] or needs[3]:
         du = torch.empty_like(u, memory_format=torch.contiguous_format)
-        if pre_gate is not None:
+        if pre_gate is not None and needs[3]:
             dpre = torch.empty_like(du)
         for channels, tensors in _blocks(dy, k, skip, post_gate, pre_gate, None, True):
             call = _Call(*tensors, True)
@@ -129,7 +129,7 @@ def _blocked_backward(
     if needs[1] or needs[2]:
         taps_alone = (False, needs[1], needs[2], False, False, False)
         _, dk, dskip, _, _, _ = _long_backward(dy, u, k, skip, pre_gate, post_gate, None, True, taps_alone)
-    return du, dk, dskip, dpre, dpost, None
+    return du if needs[0] else None, dk, dskip, dpre, dpost, None
 
 
 def _long_backward(
