@@ -162,47 +162,14 @@ struct Forward {
         copy_async_wait<0>();
     }
 
-    // The same for blocked sequences. A warp's steps are the products of its rows: of a block's transform with window 0 of the filter, then of the
-    // blocks before it, whose transforms wait in global memory, with the other windows. Here is where the operands of a step lie.
-    struct Products {
-        int tile, row, left;        // products left in the row
-        int windows, slot;          // of the tile: products of a row, and where its block's transform goes
-        const uint4* spectra;       // of the channel
-        int window, block;          // vectors of this lane: of the window's spectrum, of the block's transform
-
-        DEVICE explicit Products(const Forward& pass) : tile(pass.range.first) { start_tile(pass); }
-
-        DEVICE void start_tile(const Forward& pass) {
-            const int step = pass.place(tile).step, channel = pass.row_channel(tile - pass.range.first, 0);
-            windows = step + 1 < pass.params.windows ? step + 1 : pass.params.windows;
-            slot = step % pass.params.windows;
-            spectra = reinterpret_cast<const uint4*>(pass.params.spectrum) + int64_t(channel) * pass.params.windows * kBlockVectors<T>;
-            start_row(pass, pass.warp);
-        }
-        DEVICE void start_row(const Forward& pass, int next) {
-            row = next, left = windows;
-            window = row * 64 + pass.lane, block = slot * kBlockVectors<T> + window;
-        }
-        DEVICE void advance(const Forward& pass) {
-            if (--left > 0) {
-                window += kBlockVectors<T>, block -= kBlockVectors<T>;
-                if (block < 0) block += pass.params.windows * kBlockVectors<T>;
-            } else if (row + T::kWarps < T::kRows) {
-                start_row(pass, row + T::kWarps);
-            } else {
-                tile++;
-                start_tile(pass);
-            }
-        }
-    };
-
+    // The same for blocked sequences, whose products are the steps.
     DEVICE void transform_blocked() const {
         const InnerMatrices constants(InnerTables{tables.inner, lane});
         uint4* const operands = reinterpret_cast<uint4*>(memory + Plan::kBuffers * T::kRowBytes) + warp * Plan::kAhead * Plan::kOperandVectors;
         uint4* const history = static_cast<uint4*>(params.scratch) + int64_t(block_index()) * params.windows * kBlockVectors<T>;
         static_assert((Plan::kAhead & (Plan::kAhead - 1)) == 0, "places of operands");
         int place = 0;      // of the operands of this step, and then of those kAhead steps later
-        Products next(*this);
+        Products<T> next(*this);
         auto start_operands = [&] {
             if (next.tile < range.last) {
                 uint4* const to = operands + place * Plan::kOperandVectors + lane;

@@ -1,4 +1,4 @@
-// Shared memory of the forward kernel.
+// Shared memory of the forward kernel, and the order of the products of blocked sequences.
 #pragma once
 #include "transform.cuh"
 
@@ -31,3 +31,42 @@ struct ForwardPlan {
 // The spectrum of a window, or the transform of a block. A thread block keeps as many of these as the filter has windows.
 template <class T>
 constexpr int kBlockVectors = T::kRows * kColumns / 4;
+
+// The steps of a warp of the second group, where sequences are blocked: the products of its rows: of a block's transform with window 0 of the filter, then of the
+// blocks before it, whose transforms wait in global memory, with the other windows. Here is where the operands of a step lie.
+template <class T>
+struct Products {
+    int tile, row, left;        // products left in the row
+    int windows, slot;          // of the tile: products of a row, and where its block's transform goes
+    const uint4* spectra;       // of the channel
+    int window, block;          // vectors of this lane: of the window's spectrum, of the block's transform
+
+    template <class Pass>
+    DEVICE explicit Products(const Pass& pass) : tile(pass.range.first) { start_tile(pass); }
+
+    template <class Pass>
+    DEVICE void start_tile(const Pass& pass) {
+        const int step = pass.place(tile).step, channel = pass.row_channel(tile - pass.range.first, 0);
+        windows = step + 1 < pass.params.windows ? step + 1 : pass.params.windows;
+        slot = step % pass.params.windows;
+        spectra = reinterpret_cast<const uint4*>(pass.params.spectrum) + int64_t(channel) * pass.params.windows * kBlockVectors<T>;
+        start_row(pass, pass.warp);
+    }
+    template <class Pass>
+    DEVICE void start_row(const Pass& pass, int next) {
+        row = next, left = windows;
+        window = row * 64 + pass.lane, block = slot * kBlockVectors<T> + window;
+    }
+    template <class Pass>
+    DEVICE void advance(const Pass& pass) {
+        if (--left > 0) {
+            window += kBlockVectors<T>, block -= kBlockVectors<T>;
+            if (block < 0) block += pass.params.windows * kBlockVectors<T>;
+        } else if (row + T::kWarps < T::kRows) {
+            start_row(pass, row + T::kWarps);
+        } else {
+            tile++;
+            start_tile(pass);
+        }
+    }
+};

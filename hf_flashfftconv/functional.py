@@ -32,9 +32,9 @@ def fft_conv(
     where g is zero outside of 0..L-1, or periodic with period L if `causal` is false. A gate that is left out counts as
     one, a term that is left out as zero. All tensors have gradients; second derivatives raise a `RuntimeError`.
 
-    Where filters are short against the sequence, torch.fft goes through it in overlapping blocks (overlap-save), and the
-    kernels, forward, in blocks of 4,096 positions: work a position and memory are then those of transforms of a few K
-    points, however long the sequence is.
+    Where filters are short against the sequence, torch.fft goes through it in overlapping blocks (overlap-save), and
+    the kernels, forward, in blocks of 4,096 positions: work a position and memory are then those of transforms of a few
+    K points, however long the sequence is.
 
     Sums are accumulated in float32 (float64 for float64 inputs) whatever the dtype of `u`. A NaN or an infinity
     spreads over its own (b, h) row or the blocks of it that it reaches, and to no other row. Under autocast `u` and the
