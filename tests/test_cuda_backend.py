@@ -238,6 +238,16 @@ def test_a_device_with_less_shared_memory_is_a_reason(
         library.use_kernels(u, k, None, True, "cuda", backward=True)
 
 
+def test_what_does_not_fit_in_blocks_goes_in_several_passes(fake: FakeLibrary, gpu: SimpleNamespace) -> None:
+    fake.fft_conv_shared_bytes = lambda parameters, backward: 200_000 if parameters._obj.windows else 90_000
+    for limit, windows in ((232_448, 3), (101_376, 0)):
+        cuda._lacks_memory.cache_clear()
+        fake.fft_conv_shared_limit = lambda device, limit=limit: limit
+        u = on_gpu(length=9000)
+        assert why_not(u, taps=9000) is None
+        assert cuda._plan(u, torch.empty(3, 9000), None, True).windows == windows
+
+
 def test_a_missing_library_is_a_reason(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "PATH", Path("nowhere.so"))
     extension.load.cache_clear()

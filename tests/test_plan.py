@@ -103,7 +103,7 @@ def test_what_is_too_long() -> None:
 def test_what_takes_several_passes() -> None:
     assert choose(4000, 4097, 0, True) == Plan(8192, True)
     assert choose(5000, 3, 0, True) == Plan(8192, False)
-    assert choose(12000, 3, 2, True) == choose(12000, 3, 0, True, backward=True) == Plan(16384, False)
+    assert choose(12000, 3, 2, True) == choose(12000, 3, 0, True, in_blocks=False) == Plan(16384, False)
     assert choose(8000, 8000, 0, True) == Plan(16384, True)
     long = [Plan(16384, False), Plan(32768, True), Plan(MAX_FFT_SIZE, True)]
     assert all(plan.is_long for plan in long)
@@ -121,7 +121,7 @@ def test_windows_of_causal_filters_of_longer_sequences() -> None:
         (1 << 22, 61441, 16),
     ]:
         assert choose(length, taps, 0, True) == Plan(8192, True, windows)
-        assert choose(length, taps, 0, True, backward=True).windows == choose(length, taps, 1, True).windows == 0
+        assert choose(length, taps, 0, True, in_blocks=False).windows == choose(length, taps, 1, True).windows == 0
     assert choose(65537, 61442, 0, True) == Plan(131072, False)
     # Every tap and no other meets an output: window d has the lags from (d - 1) 4096 to (d + 1) 4096, both exclusive.
     for taps in (1, 2, 4096, 4097, 4098, 8193, 8194):

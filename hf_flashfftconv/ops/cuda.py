@@ -265,7 +265,13 @@ class _Call:
 
 
 def _plan(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, backward: bool = False) -> Any:
-    return plan.choose(u.shape[2], k.shape[1], 0 if k_rev is None else k_rev.shape[1], causal, backward)
+    """The transform of a call or, if `backward`, of gradients by the kernels that have one for all of them."""
+    lengths = u.shape[2], k.shape[1], 0 if k_rev is None else k_rev.shape[1], causal
+    chosen = plan.choose(*lengths, not backward)
+    if isinstance(chosen, str) or not chosen.windows or not u.is_cuda or isinstance(extension.load(), str):
+        return chosen
+    # The kernels for long sequences need less shared memory.
+    return plan.choose(*lengths, False) if _lacks_memory(u.device, chosen, u.dtype, False) else chosen
 
 
 def _blocks(

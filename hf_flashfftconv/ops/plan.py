@@ -45,14 +45,15 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def choose(length: int, taps: int, reverse_taps: int, causal: bool, backward: bool = False) -> Plan | str:
+def choose(length: int, taps: int, reverse_taps: int, causal: bool, in_blocks: bool = True) -> Plan | str:
     """The transform for sequences of `length` and filters of `taps` and `reverse_taps`, or why there is none.
 
     On a circle of N points the output at t also receives what belongs at t + N and t - N. The linear convolution
     reaches from -R to L + K - 2, and the outputs are those from 0 to L - 1; none of them is reached if
-    N > L + K - 2 and N > L - 1 + R. Taps beyond the sequence (K > L, R > L - 1) meet only zeros and are cut.
+    N > L + K - 2 and N > L - 1 + R. Taps beyond the sequence (K > L, R > L - 1) meet only zeros and are cut. Only if
+    `in_blocks` may sequences go in blocks.
     """
-    if causal and reverse_taps == 0 and not backward and length > MAX_TILE_FFT_SIZE // 2:
+    if causal and in_blocks and reverse_taps == 0 and length > MAX_TILE_FFT_SIZE // 2:
         windows = windows_of(length, taps)
         if windows <= MAX_WINDOWS:
             return Plan(2 * BLOCK_POSITIONS, True, windows)
