@@ -245,7 +245,7 @@ SPILL_LIMITS = {
     r"15backward_kernel.*Li32ELb1": 600,
     r"15backward_kernel.*(bfloat16|half)Li64ELb1": 64,
     r"long_forward_kernel.*(bfloat16|half)Li8E": 320,
-    r"long_forward_kernel.*(bfloat16|half)Li32E": 640,
+    r"long_forward_kernel.*(bfloat16|half)Li32E": 680,
     r"long_backward_kernel.*(bfloat16|half)Li8E": 400,
     r"long_backward_kernel.*(bfloat16|half)Li32E": 1360,
     r"short_forward_kernel": 0,
