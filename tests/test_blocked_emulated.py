@@ -22,11 +22,15 @@ def windows(arguments: dict[str, torch.Tensor]) -> int:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "length, taps, count", [(8193, 9000, 3), (20001, 1, 1), (16500, 2, 2), (17000, 4097, 2), (24575, 7000, 3)]
-)
-def test_lengths(length: int, taps: int, count: int, dtype: torch.dtype) -> None:
-    arguments = make(length, taps, ("skip", *GATES), dtype=dtype, channels=1)
+def test_dtypes(dtype: torch.dtype) -> None:
+    arguments = make(8193, 9000, ("skip", *GATES), dtype=dtype, channels=1)
+    assert windows(arguments) == 3
+    check_values(fft_conv(**arguments, backend="cuda"), arguments)
+
+
+@pytest.mark.parametrize("length, taps, count", [(20001, 1, 1), (16500, 2, 2), (17000, 4097, 2), (24575, 7000, 3)])
+def test_lengths(length: int, taps: int, count: int) -> None:
+    arguments = make(length, taps, ("skip", *GATES), channels=1)
     assert windows(arguments) == count
     check_values(fft_conv(**arguments, backend="cuda"), arguments)
 

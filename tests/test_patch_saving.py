@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import huggingface_hub.constants
+import huggingface_hub.hf_api
 import pytest
 import torch
 from fakehub import LoopbackHub
@@ -38,6 +39,8 @@ def _modules_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
     with LoopbackHub() as hub, pytest.MonkeyPatch.context() as patch:
         patch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        # Whose methods are the module's functions; it took the endpoint when it was made.
+        patch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
         files = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         patch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
         patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
