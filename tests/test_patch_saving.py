@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import huggingface_hub.constants
-import huggingface_hub.hf_api
 import pytest
 import torch
+import transformers.utils.hub
 from fakehub import LoopbackHub
 from family_models import Family, families, logits
 from model_factory import dna_ids, tiny_hyenadna, tiny_m2bert
@@ -39,8 +39,9 @@ def _modules_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
     with LoopbackHub() as hub, pytest.MonkeyPatch.context() as patch:
         patch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-        # Whose methods are the module's functions; it took the endpoint when it was made.
-        patch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+        # transformers keeps a client, which may have taken another endpoint in an earlier test.
+        client = huggingface_hub.HfApi(endpoint=hub.url)
+        patch.setattr(transformers.utils.hub, "hf_api", lambda: client, raising=False)
         files = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         patch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
         patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
