@@ -9,8 +9,7 @@ struct BlockScale {
 
     // Of an energy given as value 4^exponent.
     DEVICE static BlockScale of(float value, int exponent, int length) {
-        const int wanted = exponent + ((int(bits_from_float(value / float(length)) >> 23) - 127) >> 1);
-        const int root = wanted < -126 ? -126 : wanted > 126 ? 126 : wanted;
+        const int root = root_exponent(value, exponent, length);
         return {power_of_two(-root), power_of_two(root)};
     }
 };

@@ -99,6 +99,17 @@ struct FilterPoints {
     }
 };
 
+// The scale of a spectrum by the bits of its largest magnitude: the power of two below; NaN if the spectrum is not finite.
+DEVICE float scale_of_largest(u32 bits) {
+    const u32 exponent = bits >> 23;
+    return exponent == 255 ? float_from_bits(0x7fc00000u) : float_from_bits((exponent == 0 ? 1 : exponent) << 23);
+}
+
+// Two frequencies of a spectrum as the other kernels read them; zeros where the scale says that the spectrum is not finite.
+DEVICE uint2 scaled_pair(Complex x, Complex y, float scale) {
+    return scale == scale ? uint2{pack(x.re / scale, y.re / scale), pack(x.im / scale, y.im / scale)} : uint2{0, 0};
+}
+
 struct FilterSpectrum {
     const FilterParams& params;
     FilterPoints points;
@@ -155,12 +166,6 @@ struct FilterSpectrum {
         if (frequency == 0) x = {x.re, 0.f}, y = {-y.im, 0.f};
     }
 
-    // The power of two below the largest magnitude of the spectrum; NaN if it is not finite.
-    DEVICE float scale_of_spectrum() const {
-        const u32 exponent = *largest >> 23;
-        return exponent == 255 ? float_from_bits(0x7fc00000u) : float_from_bits((exponent == 0 ? 1 : exponent) << 23);
-    }
-
     // All windows of a filter have one scale, from its norm: eight times that is more than most values, of all windows. All threads.
     DEVICE float scale_of_windows(int channel) const {
         u32 magnitude = 0;
@@ -186,14 +191,13 @@ struct FilterSpectrum {
     }
 
     DEVICE void store(int channel, int window, float scale) const {
-        const bool finite = scale == scale;
         uint2* words = reinterpret_cast<uint2*>(params.spectrum + (int64_t(channel) * windows() + window) * params.fft_size);
         for (int i = thread_index(); i < params.fft_size / 2; i += kFilterThreads) {
             // Row, fragment, lane and point of a row that its words belong to (csrc/transform.cuh).
             const int k1 = i / 128, fragment = i / 64 % 2, lane = i / 2 % 32;
             Complex x, y;
             at(k1 + (params.fft_size / kColumns) * (2 * (lane / 4) + i % 2 + 16 * (lane % 4 + 4 * fragment)), x, y);
-            words[i] = finite ? uint2{pack(x.re / scale, y.re / scale), pack(x.im / scale, y.im / scale)} : uint2{0, 0};
+            words[i] = scaled_pair(x, y, scale);
         }
         if (thread_index() == 0 && window == 0) params.scale[channel] = scale;
     }
@@ -209,7 +213,7 @@ struct FilterSpectrum {
             points.transform();
             unpack();
             block_barrier();
-            store(channel, window, params.windows > 0 ? scale : scale_of_spectrum());
+            store(channel, window, params.windows > 0 ? scale : scale_of_largest(*largest));
             block_barrier();
         }
     }

@@ -14,9 +14,7 @@ struct RoundingParams : fft_conv_rounding_params {
 // A tile is some rows e of 256 frequencies e + fft_size / 256 k: read along e, written along k.
 DEVICE void round_tile(const RoundingParams& params, int channel, int first_row) {
     const int half = params.fft_size / 2, warp = thread_index() / 32, lane = thread_index() % 32, row = first_row + lane;
-    const u32 exponent = bits_from_float(params.largest[channel]) >> 23 & 255;
-    const bool finite = exponent != 255;
-    const float scale = float_from_bits((exponent == 0 ? 1 : exponent) << 23);
+    const float scale = scale_of_largest(bits_from_float(params.largest[channel]) & 0x7fffffffu);
     const Complex* const spectrum = reinterpret_cast<const Complex*>(params.half_spectrum) + int64_t(channel) * (half + 1);
     uint2* const tile = reinterpret_cast<uint2*>(shared_memory());
     if (row < params.rows()) {
@@ -26,14 +24,14 @@ DEVICE void round_tile(const RoundingParams& params, int channel, int first_row)
             const int frequency = row + params.rows() * k, k2 = k % 16, k3 = k / 16;
             const Complex x = spectrum[frequency], y = conjugate(spectrum[half - frequency]);
             const int place = (k3 / 4 * 32 + k2 / 2 * 4 + k3 % 4) * 2 + k2 % 2;
-            tile[lane * kRoundingPitch + place] = finite ? uint2{pack(x.re / scale, y.re / scale), pack(x.im / scale, y.im / scale)} : uint2{0, 0};
+            tile[lane * kRoundingPitch + place] = scaled_pair(x, y, scale);
         }
     }
     block_barrier();
     uint2* const words = reinterpret_cast<uint2*>(params.spectrum + int64_t(channel) * params.fft_size) + int64_t(first_row) * (kColumns / 2);
     const int rows = params.rows() - first_row < kRoundingRows ? params.rows() - first_row : kRoundingRows;
     for (int i = thread_index(); i < rows * (kColumns / 2); i += kRoundingThreads) words[i] = tile[i / (kColumns / 2) * kRoundingPitch + i % (kColumns / 2)];
-    if (first_row == 0 && thread_index() == 0) params.scale[channel] = finite ? scale : float_from_bits(0x7fc00000u);
+    if (first_row == 0 && thread_index() == 0) params.scale[channel] = scale;
     block_barrier();
 }
 

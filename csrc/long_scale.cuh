@@ -33,9 +33,7 @@ struct PairScales {
             }
             for (int mask = 1; mask < 32; mask *= 2) sum = sum + Energy{shuffle_xor(sum.value, mask), shuffle_xor(sum.exponent, mask)};
             finite[c] = sum.value == sum.value;
-            const int exponent = int(bits_from_float(sum.value / float(length)) >> 23) - 127;
-            const int wanted = sum.value > 0.f ? sum.exponent + (exponent >> 1) : -126;
-            root[c] = wanted < -126 ? -126 : wanted > 126 ? 126 : wanted;
+            root[c] = sum.value > 0.f ? root_exponent(sum.value, sum.exponent, length) : -126;
         }
         if (common) root[0] = root[1] = root[0] > root[1] ? root[0] : root[1];
         for (int c = 0; c < 2; c++) {

@@ -5,6 +5,12 @@
 #pragma once
 #include "tile.cuh"
 
+// The power of two near the root mean square of a sequence with the energy value 4^exponent, one that can be divided by.
+DEVICE int root_exponent(float value, int exponent, int length) {
+    const int root = exponent + ((int(bits_from_float(value / float(length)) >> 23) - 127) >> 1);
+    return root < -126 ? -126 : root > 126 ? 126 : root;
+}
+
 template <class T>
 struct SlotMap {
     int log_slots_per_pair;

@@ -82,9 +82,9 @@ def backward(
     """
     with _device_guard(u.device):
         if 0 < _plan(u, k, k_rev, causal).windows <= plan.MAX_TRANSPOSED_WINDOWS:
-            return _blocked_backward(dy, u, k, skip, pre_gate, post_gate, needs)
+            return _blocked_backward(dy, (u, k, skip, pre_gate, post_gate, k_rev), needs)
         if _plan(u, k, k_rev, causal, backward=True).is_long:
-            return _long_backward(dy, u, k, skip, pre_gate, post_gate, k_rev, causal, needs)
+            return _long_backward(dy, (u, k, skip, pre_gate, post_gate, k_rev), causal, needs)
         call = _Call(u, k, skip, pre_gate, post_gate, k_rev, causal, backward=True)
         call.operand("grad_output", dy)
         du = call.result("grad_u")
@@ -101,16 +101,9 @@ def backward(
     return du, dk, dskip, dpre, dpost, dk_rev
 
 
-def _blocked_backward(
-    dy: Tensor,
-    u: Tensor,
-    k: Tensor,
-    skip: Tensor | None,
-    pre_gate: Tensor | None,
-    post_gate: Tensor | None,
-    needs: Sequence[bool],
-) -> Gradients:
+def _blocked_backward(dy: Tensor, operands: Operands, needs: Sequence[bool]) -> Gradients:
     """The same for sequences in blocks: the forward kernel, also transposed; gradients of taps as of long ones."""
+    u, k, skip, pre_gate, post_gate, _ = operands
     du = dpre = dpost = dk = dskip = None
     if post_gate is not None and needs[4]:
         dpost = forward(u, k, skip, pre_gate, dy, None, True)
@@ -128,22 +121,13 @@ def _blocked_backward(
             call.launch("forward")
     if needs[1] or needs[2]:
         taps_alone = (False, needs[1], needs[2], False, False, False)
-        _, dk, dskip, _, _, _ = _long_backward(dy, u, k, skip, pre_gate, post_gate, None, True, taps_alone)
+        _, dk, dskip, _, _, _ = _long_backward(dy, operands, True, taps_alone)
     return du if needs[0] else None, dk, dskip, dpre, dpost, None
 
 
-def _long_backward(
-    dy: Tensor,
-    u: Tensor,
-    k: Tensor,
-    skip: Tensor | None,
-    pre_gate: Tensor | None,
-    post_gate: Tensor | None,
-    k_rev: Tensor | None,
-    causal: bool,
-    needs: Sequence[bool],
-) -> Gradients:
+def _long_backward(dy: Tensor, operands: Operands, causal: bool, needs: Sequence[bool]) -> Gradients:
     """The same for long sequences, some channels at a time."""
+    u, _, _, pre_gate, post_gate, k_rev = operands
 
     def like(x: Tensor | None, need: bool) -> Tensor | None:
         return torch.empty_like(x, memory_format=torch.contiguous_format) if x is not None and need else None
@@ -154,7 +138,7 @@ def _long_backward(
         "grad_post_gate": like(post_gate, needs[4]),
     }
     taps: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
-    for channels, tensors in _blocks(u, k, skip, pre_gate, post_gate, k_rev, causal, backward=True):
+    for channels, tensors in _blocks(*operands, causal, backward=True):
         call = _Call(*tensors, causal, backward=True)
         call.operand("grad_output", dy[:, channels])
         for name, x in results.items():
