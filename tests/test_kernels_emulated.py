@@ -6,6 +6,7 @@ It checks index maps, synchronisation and rounding, not what only hardware shows
 import hashlib
 import itertools
 import math
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -46,7 +47,8 @@ def build(folder: Path) -> Path:
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
     library = folder / f"emulated_{digest}.so"
     if not library.exists():
-        unfinished = library.with_suffix(".part")
+        # Several processes may be at it.
+        unfinished = library.with_suffix(f".part{os.getpid()}")
         # Fibers are switched by jumps that a fortified libc takes for an error.
         command = ["g++", "-std=c++17", "-O1", "-march=native", "-U_FORTIFY_SOURCE", "-w", "-shared", "-fPIC"]
         command += [*(f"-I{path}" for path in directories), "-x", "c++", str(ROOT / "tests" / "simt" / "emulate.cpp")]

@@ -29,7 +29,8 @@ def test_the_two_commands() -> None:
         assert command.startswith("python3 -m venv ")
         assert TORCH in command, "a range that is tested, also where later releases exist"
     assert RUN.endswith("python examples/quickstart.py\n")
-    assert [step for step in ("ruff check .", "mypy", "pytest --cov --cov-fail-under=90") if step not in TEST] == []
+    steps = ("ruff check .", "mypy", "pytest -n 2 --dist loadfile --cov --cov-fail-under=90")
+    assert [step for step in steps if step not in TEST] == []
     assert README.index(RUN) < README.index(TEST) < min(map(README.index, PYTHON + SHELL))
 
 
