@@ -104,6 +104,14 @@ extern "C" int fft_conv_round_spectrum(const fft_conv_rounding_params* params, v
     return launch_rounding(derived, stream);
 }
 
+extern "C" int fft_conv_tap_gradient(const fft_conv_tap_params* params, void* stream) {
+    TapParams derived;
+    static_cast<fft_conv_tap_params&>(derived) = *params;
+    derived.log_points = log2_of(params->fft_size);
+    const bool sizes = params->channels > 0 && params->pairs > 0 && params->taps > 0 && params->windows > 0 && params->windows <= params->blocks;
+    return sizes && params->fft_size == 2 * kBlockPositions ? launch_taps(derived, stream) : kUnsupported;
+}
+
 extern "C" int fft_conv_long_backward(const fft_conv_params* params, void* stream) {
     if (!valid_long(*params)) return kUnsupported;
     const LongParams derived = derive_long(*params, 2);
@@ -205,4 +213,4 @@ extern "C" int fft_conv_short_backward(const fft_conv_short_params* params, void
 
 extern "C" int fft_conv_short_splits(const fft_conv_short_params* params) { return derive(*params).splits; }
 
-extern "C" int fft_conv_version() { return 3; }
+extern "C" int fft_conv_version() { return 4; }

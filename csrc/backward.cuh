@@ -62,15 +62,6 @@ struct BackwardUnits {
     }
 };
 
-// value += weight * conj(x) y, for the two points of a pair: (re, im, re, im).
-DEVICE void accumulate(float4& value, PlanarPair x, PlanarPair y, float weight) {
-    const float y_re0 = low_half(y.re) * weight, y_im0 = low_half(y.im) * weight, y_re1 = high_half(y.re) * weight, y_im1 = high_half(y.im) * weight;
-    value.x += low_half(x.re) * y_re0 + low_half(x.im) * y_im0;
-    value.y += low_half(x.re) * y_im0 - low_half(x.im) * y_re0;
-    value.z += high_half(x.re) * y_re1 + high_half(x.im) * y_im1;
-    value.w += high_half(x.re) * y_im1 - high_half(x.im) * y_re1;
-}
-
 template <class T>
 struct Backward {
     using Plan = BackwardPlan<T>;

@@ -12,6 +12,18 @@ struct BlockScale {
         const int root = root_exponent(value, exponent, length);
         return {power_of_two(-root), power_of_two(root)};
     }
+
+    // One scale for both sequences of a pair, those of lanes 2 p and 2 p + 1, so that products of their spectra may be added up; a sequence of
+    // zeros or one that is not finite keeps its own.
+    DEVICE BlockScale common() const {
+        const BlockScale other{shuffle_xor(down, 1), shuffle_xor(up, 1)};
+        const bool both = down != 0.f && up != 0.f && other.down != 0.f && other.up != 0.f;
+        return both && other.down < down ? other : *this;
+    }
+    // What undoes it.
+    DEVICE float undo_common() const {
+        return larger_or_nan(up, shuffle_xor(up, 1));
+    }
 };
 
 // Called by a group of eight warps; the results are those of sequence lane % 2 of a pair.
@@ -42,7 +54,8 @@ struct BlockScales {
     }
 
     DEVICE BlockScale from_samples(const TileSequences& pair, const Samples& samples) const {
-        BlockScale scale{1.f, 1.f};
+        const bool present = shuffle(int(pair.valid), lane % 2);
+        BlockScale scale{1.f, present ? 1.f : 0.f};
 #pragma unroll
         for (int c = 0; c < 2; c++) {
             float sum = 0.f;
@@ -56,7 +69,7 @@ struct BlockScales {
                 visit(pair, c, first_sample(), first_sample() + kUnit, 2, add);
             }
             sum = group_sum(sum);
-            if (sum > 0x1p-60f && sum < 0x1p100f && lane % 2 == c) scale = BlockScale::of(sum, 0, kUnit * T::kThreads);
+            if (present && sum > 0x1p-60f && sum < 0x1p100f && lane % 2 == c) scale = BlockScale::of(sum, 0, kUnit * T::kThreads);
         }
         return scale;
     }

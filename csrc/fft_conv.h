@@ -17,7 +17,7 @@ enum fft_conv_element { FFT_CONV_BFLOAT16 = 0, FFT_CONV_FLOAT16 = 1, FFT_CONV_FL
 
 // y = post_gate * conv(pre_gate * u, k) with the filter k given by its spectrum of fft_size points (hf_flashfftconv/ops/filters.py).
 // half: inputs and outputs lie in the first half of the transform (causal and bidirectional convolution).
-// windows > 0: causal convolution of sequences of any length in blocks of fft_size / 2, which is 4,096; k is given by the spectra of so many windows
+// windows > 0: causal convolution of sequences of any length in blocks of fft_size / 2, which is 4,096; output may be absent; k is given by the spectra of so many windows
 // (fft_conv_filter_params), enough for its taps or for all blocks. reverse: the convolution is transposed, anticausal.
 struct fft_conv_params {
     fft_conv_tensor u, pre_gate, post_gate, grad_output;
@@ -37,6 +37,19 @@ struct fft_conv_params {
     int32_t outer_radix, group_pairs, ring, part_count, column_items, row_steps, period, tickets;
     int32_t group_channels, channel_splits, tap_halves;
     int32_t windows, reverse;
+    // Of blocked sequences, where fft_conv_tap_gradient is to follow, else null: what it asks for. Both sequences of a pair then have one scale.
+    void* transforms;               // (channels, pairs, blocks, fft_size) of all blocks in the order in which they are worked on
+    float* pair_scales;             // (channels, pairs) what undoes their scales
+};
+
+// Gradients of the taps of blocked sequences, from the transforms that two calls of fft_conv_forward have kept: of pre_gate * u, and in reverse of
+// post_gate * grad_output.
+struct fft_conv_tap_params {
+    const void *transforms, *reverse_transforms;
+    const float *scales, *reverse_scales;
+    float* sums;                    // (channels, windows, fft_size, 2)
+    float* grad_filter;             // (channels, taps)
+    int32_t channels, pairs, blocks, windows, fft_size, taps;
 };
 
 // Spectra of real filters on a circle of fft_size points: tap n < taps is k[n], tap fft_size - 1 - n for n < taps_rev is k_rev[n].
@@ -84,6 +97,7 @@ int fft_conv_round_spectrum(const struct fft_conv_rounding_params* params, void*
 int fft_conv_forward(const struct fft_conv_params* params, void* stream);
 int fft_conv_long_forward(const struct fft_conv_params* params, void* stream);
 int fft_conv_backward(const struct fft_conv_params* params, void* stream);
+int fft_conv_tap_gradient(const struct fft_conv_tap_params* params, void* stream);
 int fft_conv_long_backward(const struct fft_conv_params* params, void* stream);
 int fft_conv_backward_splits(const struct fft_conv_params* params);
 int64_t fft_conv_backward_scratch(const struct fft_conv_params* params);

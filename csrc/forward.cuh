@@ -82,10 +82,16 @@ struct Forward {
                 if (step == 0) {
                     scale = pairs.list ? block_scales.from_all(pair_of(tile)) : block_scales.from_samples(pair_of(tile), samples);
                     largest = 0.f;
+                    if (params.transforms) {
+                        scale = scale.common();
+                        const float undo = scale.undo_common();
+                        if (thread_index() == 0) params.pair_scales[place(tile).first_pair] = undo;
+                    }
                 }
                 sequence_scales.pack_known(x, u, pre, scale);
                 const float square = sequence_scales.mean_square();
-                largest = square > largest || square != square ? square : largest;
+                largest = larger_or_nan(largest, square);
+                if (params.transforms) largest = larger_or_nan(largest, shuffle_xor(largest, 1));
                 if (step == params.blocks.divisor - 1 && !pairs.list && warp_any(current.valid && lane < 2 && !BlockScales<T>::fits(largest))) {
                     if (thread_index() == 0) misfit_list()[misfits] = params.blocks.divide(tile);
                     misfits++;
@@ -113,8 +119,8 @@ struct Forward {
     // Of blocked sequences: the whole sequences of a tile's pair, and the own pairs which the sampled scale did not fit.
     DEVICE TileSequences pair_of(int tile) const { return TileSequences::consecutive(params, place(tile).first_pair, lane); }
     DEVICE int* misfit_list() const {
-        uint4* const history = static_cast<uint4*>(params.scratch) + int64_t(block_count()) * params.windows * kBlockVectors<T>;
-        return reinterpret_cast<int*>(history) + int64_t(block_index()) * ((params.batch + 1) / 2 * params.channels / block_count() + 1);
+        uint4* const ring_end = static_cast<uint4*>(params.scratch) + int64_t(block_count()) * params.windows * kBlockVectors<T>;
+        return reinterpret_cast<int*>(ring_end) + int64_t(block_index()) * ((params.batch + 1) / 2 * params.channels / block_count() + 1);
     }
     DEVICE int* misfit_count() const { return reinterpret_cast<int*>(control() + T::kEnergyBytes + Plan::kScaleSlots * 32 * 4 + 4 * int(sizeof(TileHeader))); }
 
@@ -166,7 +172,6 @@ struct Forward {
     DEVICE void transform_blocked() const {
         const InnerMatrices constants(InnerTables{tables.inner, lane});
         uint4* const operands = reinterpret_cast<uint4*>(memory + Plan::kBuffers * T::kRowBytes) + warp * Plan::kAhead * Plan::kOperandVectors;
-        uint4* const history = static_cast<uint4*>(params.scratch) + int64_t(block_index()) * params.windows * kBlockVectors<T>;
         static_assert((Plan::kAhead & (Plan::kAhead - 1)) == 0, "places of operands");
         int place = 0;      // of the operands of this step, and then of those kAhead steps later
         Products<T> next(*this);
@@ -174,7 +179,7 @@ struct Forward {
             if (next.tile < range.last) {
                 uint4* const to = operands + place * Plan::kOperandVectors + lane;
                 copy_async<16>(to, next.spectra + next.window), copy_async<16>(to + 32, next.spectra + next.window + 32);
-                if (next.left < next.windows) copy_async<16>(to + 64, history + next.block), copy_async<16>(to + 96, history + next.block + 32);
+                if (next.left < next.windows) copy_async<16>(to + 64, next.history + next.block), copy_async<16>(to + 96, next.history + next.block + 32);
                 next.advance(*this);
             }
             copy_async_commit();
@@ -189,7 +194,8 @@ struct Forward {
         for (int tile = range.first; tile < range.last; tile++) {
             const int buffer = (tile - range.first) % Plan::kBuffers, step = this->place(tile).step;
             const int windows = step + 1 < params.windows ? step + 1 : params.windows;
-            uint4* const kept = history + step % params.windows * kBlockVectors<T>;
+            const History<T> history(params, this->place(tile).first_pair);
+            uint4* const kept = history.blocks + step % history.count * kBlockVectors<T>;
             named_barrier<512>(kPacked + buffer);
 #pragma unroll 1
             for (int row = warp; row < T::kRows; row += T::kWarps) {
@@ -198,7 +204,7 @@ struct Forward {
                 value.load(words, lane);
                 other.load(tables.twiddle + row * 64, lane);
                 value = inner_transform(value * other, constants);
-                if (params.windows > 1) value.store(kept + row * 64, lane);
+                if (history.count > 1) value.store(kept + row * 64, lane);
                 other.load(operand(), lane);
                 sum = params.reverse ? product_of_conjugate(value, other) : conjugate_product(value, other);
                 start_operands();
@@ -214,7 +220,10 @@ struct Forward {
                 }
                 sum.store(words, lane);
             }
-            named_barrier_arrive<512>(kTransformed + buffer);
+            if (params.output.data)
+                named_barrier_arrive<512>(kTransformed + buffer);
+            else if (tile + Plan::kBuffers < range.last)
+                named_barrier_arrive<512>(kEmpty + buffer);
         }
         copy_async_wait<0>();
     }
@@ -358,7 +367,8 @@ struct Forward {
                     return transform_blocked();
                 else
                     return transform();
-            default: return store();
+            default:
+                if (params.output.data) store();
         }
     }
 };

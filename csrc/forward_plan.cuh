@@ -28,9 +28,20 @@ struct ForwardPlan {
     static_assert(kSharedBytes <= kSharedLimit && (kStaged || !T::kBlocked), "shared memory of a block");
 };
 
-// The spectrum of a window, or the transform of a block. A thread block keeps as many of these as the filter has windows.
+// The spectrum of a window, or the transform of a block.
 template <class T>
 constexpr int kBlockVectors = T::kRows * kColumns / 4;
+
+// The transforms of a pair's blocks: of all, where they are to be kept, else of as many as the filter has windows, in turn.
+template <class T>
+struct History {
+    uint4* blocks;
+    int count;
+
+    DEVICE History(const LaunchParams& params, int pair) : count(params.transforms ? params.blocks.divisor : params.windows) {
+        blocks = static_cast<uint4*>(params.transforms ? params.transforms : params.scratch) + int64_t(params.transforms ? pair : block_index()) * count * kBlockVectors<T>;
+    }
+};
 
 // The steps of a warp of the second group, where sequences are blocked: the products of its rows: of a block's transform with window 0 of the filter, then of the
 // blocks before it, whose transforms wait in global memory, with the other windows. Here is where the operands of a step lie.
@@ -38,7 +49,8 @@ template <class T>
 struct Products {
     int tile, row, left;        // products left in the row
     int windows, slot;          // of the tile: products of a row, and where its block's transform goes
-    const uint4* spectra;       // of the channel
+    const uint4 *spectra, *history;     // of the channel, of the pair
+    int kept;                   // blocks in the history
     int window, block;          // vectors of this lane: of the window's spectrum, of the block's transform
 
     template <class Pass>
@@ -48,7 +60,8 @@ struct Products {
     DEVICE void start_tile(const Pass& pass) {
         const int step = pass.place(tile).step, channel = pass.row_channel(tile - pass.range.first, 0);
         windows = step + 1 < pass.params.windows ? step + 1 : pass.params.windows;
-        slot = step % pass.params.windows;
+        const History<T> all(pass.params, pass.place(tile).first_pair);
+        history = all.blocks, kept = all.count, slot = step % kept;
         spectra = reinterpret_cast<const uint4*>(pass.params.spectrum) + int64_t(channel) * pass.params.windows * kBlockVectors<T>;
         start_row(pass, pass.warp);
     }
@@ -61,7 +74,7 @@ struct Products {
     DEVICE void advance(const Pass& pass) {
         if (--left > 0) {
             window += kBlockVectors<T>, block -= kBlockVectors<T>;
-            if (block < 0) block += pass.params.windows * kBlockVectors<T>;
+            if (block < 0) block += kept * kBlockVectors<T>;
         } else if (row + T::kWarps < T::kRows) {
             start_row(pass, row + T::kWarps);
         } else {

@@ -8,6 +8,7 @@
 #include "forward.cuh"
 #include "long_backward.cuh"
 #include "long_forward.cuh"
+#include "taps.cuh"
 
 // The tile of a backward pass, which works on all rows at a time.
 template <class T>
@@ -23,6 +24,7 @@ struct Launcher {
 
 int launch_filter(const FilterParams& params, void* stream);
 int launch_rounding(const RoundingParams& params, void* stream);
+int launch_taps(const TapParams& params, void* stream);
 // Of a device, or zero and an error.
 int processor_count(int device, int* error);
 

@@ -11,6 +11,8 @@ DEVICE int root_exponent(float value, int exponent, int length) {
     return root < -126 ? -126 : root > 126 ? 126 : root;
 }
 
+DEVICE float larger_or_nan(float x, float y) { return y > x || y != y ? y : x; }
+
 template <class T>
 struct SlotMap {
     int log_slots_per_pair;

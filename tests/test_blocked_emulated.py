@@ -9,14 +9,14 @@ from numerics import gradient_violations
 from test_kernels_emulated import emulation, in_natural_order, library
 
 from hf_flashfftconv import fft_conv
-from hf_flashfftconv.ops import cuda, filters
+from hf_flashfftconv.ops import cuda, cuda_gradients, filters
 from hf_flashfftconv.ops.plan import BLOCK_POSITIONS, Plan
 
 __all__ = ["emulation", "library"]
 
 
 def windows(arguments: dict[str, torch.Tensor]) -> int:
-    plan = cuda._plan(arguments["u"], arguments["k"], None, True)
+    plan = cuda.plan_of(arguments["u"], arguments["k"], None, True)
     assert plan[:2] == (2 * BLOCK_POSITIONS, True)
     return plan.windows
 
@@ -49,32 +49,40 @@ def test_the_longest_filter() -> None:
 
 
 @pytest.mark.parametrize(
-    "options, dtype", [(("skip", *GATES), torch.bfloat16), (("post_gate",), torch.float32), ((), torch.float16)]
+    "length, taps, count, options, dtype, channels",
+    [
+        (9000, 5000, 3, ("skip", *GATES), torch.bfloat16, 2),
+        (8200, 3000, 2, ("skip", "pre_gate"), torch.bfloat16, 3),
+        (9000, 9000, 3, ("post_gate",), torch.float32, 1),
+        (4097, 4097, 2, (), torch.float16, 2),
+        (20000, 30000, 5, (), torch.bfloat16, 1),
+    ],
 )
-def test_gradients_of_sequences(options: tuple[str, ...], dtype: torch.dtype) -> None:
-    arguments = make(9000, 5000, options, batch=3, channels=2, dtype=dtype)
-    assert windows(arguments) == 3
+def test_gradients(
+    length: int, taps: int, count: int, options: tuple[str, ...], dtype: torch.dtype, channels: int
+) -> None:
+    arguments = make(length, taps, options, batch=3, channels=channels, dtype=dtype)
+    assert cuda.plan_of(arguments["u"], arguments["k"], None, True, backward=True).windows == count
+    leaves = {name: x.double().requires_grad_() for name, x in arguments.items()}
     dy = torch.randn_like(arguments["u"].float()).to(dtype)
-    leaves = {name: x.double().requires_grad_() for name, x in arguments.items()}
-    oracle(leaves).backward(dy.double())
-    inputs = [arguments.get(name) for name in ("u", "k", "skip", *GATES, "k_rev")]
-    needs = (True, False, False, True, True, False)
-    du, dk, dskip, dpre, dpost, _ = cuda.backward(dy, *inputs, True, needs)
-    assert dk is None and dskip is None
-    for name, actual in {"u": du, "pre_gate": dpre, "post_gate": dpost}.items():
-        assert (actual is None) == (name not in arguments)
-        assert actual is None or not gradient_violations(name, actual, leaves[name].grad, BOUNDS[dtype])
-
-
-def test_gradients_of_taps() -> None:
-    arguments = make(8200, 3000, ("skip", "pre_gate"), batch=2, channels=1)
-    assert windows(arguments) == 2
-    leaves = {name: x.double().requires_grad_() for name, x in arguments.items()}
-    dy = torch.randn(arguments["u"].shape).bfloat16()
     oracle(leaves).backward(dy.double())
     _, grads = gradients(arguments, dy)
-    for name in ("k", "skip"):
-        assert not gradient_violations(name, grads[name], leaves[name].grad, BOUNDS[torch.bfloat16])
+    for name, leaf in leaves.items():
+        assert not gradient_violations(name, grads[name], leaf.grad, BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("wanted", ["u", "k", "skip", "pre_gate", "post_gate"])
+def test_a_gradient_alone(wanted: str) -> None:
+    arguments = make(9000, 5000, ("skip", *GATES), batch=3, channels=2)
+    inputs = [arguments.get(name) for name in ("u", "k", "skip", *GATES, "k_rev")]
+    dy = torch.randn_like(arguments["u"])
+    every = cuda_gradients.backward(dy, *inputs, True)
+    names = ("u", "k", "skip", *GATES)
+    alone = cuda_gradients.backward(dy, *inputs, True, [name == wanted for name in (*names, "k_rev")])
+    for name, x, y in zip(names, alone, every, strict=False):
+        if name == wanted:
+            bound = 0 if name in ("k", "skip") else 2 * BOUNDS[torch.bfloat16].gradient
+            assert (x.float() - y.float()).norm() <= bound * y.float().norm()
 
 
 def test_sequences_that_samples_do_not_show() -> None:

@@ -58,7 +58,9 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
 def test_kernels_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library.cuda, "unsupported", lambda *_: None)
     monkeypatch.setattr(library.cuda, "forward", lambda u, *_: 2 * u)
-    monkeypatch.setattr(library.cuda, "backward", lambda dy, u, k, *_: (3 * dy, 4 * k, None, None, None, None))
+    monkeypatch.setattr(
+        library.cuda_gradients, "backward", lambda dy, u, k, *_: (3 * dy, 4 * k, None, None, None, None)
+    )
     arguments = make(5000, 40, dtype=torch.float32)
     dy = torch.randn_like(arguments["u"])
     y, actual = gradients(arguments, dy, backend="auto")

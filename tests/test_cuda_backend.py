@@ -93,7 +93,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeLibrar
     monkeypatch.setattr(extension.ctypes, "CDLL", lambda _: fake)
     monkeypatch.setattr(cuda, "_verdicts", {})
     monkeypatch.setattr(cuda, "_spectra", filters.SpectrumCache())
-    monkeypatch.setattr(cuda, "_device_guard", lambda _: nullcontext())
+    monkeypatch.setattr(cuda, "device_guard", lambda _: nullcontext())
     monkeypatch.setattr(cuda, "_current_stream", lambda _: 77)
     monkeypatch.setattr(cuda, "_is_capturing", lambda: False)
     extension.load.cache_clear()
@@ -245,7 +245,7 @@ def test_what_does_not_fit_in_blocks_goes_in_several_passes(fake: FakeLibrary, g
         fake.fft_conv_shared_limit = lambda device, limit=limit: limit
         u = on_gpu(length=9000)
         assert why_not(u, taps=9000) is None
-        assert cuda._plan(u, torch.empty(3, 9000), None, True).windows == windows
+        assert cuda.plan_of(u, torch.empty(3, 9000), None, True).windows == windows
 
 
 def test_a_missing_library_is_a_reason(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

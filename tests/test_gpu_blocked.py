@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 )
 def test_output_and_gradients(length: int, taps: int, batch: int, channels: int, dtype: torch.dtype) -> None:
     arguments = make(length, taps, ("skip", *GATES), dtype=dtype, batch=batch, channels=channels, device="cuda")
-    assert cuda._plan(arguments["u"], arguments["k"], None, True).windows
+    assert cuda.plan_of(arguments["u"], arguments["k"], None, True).windows
     check(arguments)
 
 

@@ -69,7 +69,7 @@ def emulation(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The cuda backend serves CPU tensors."""
     monkeypatch.setattr(extension, "PATH", library)
     monkeypatch.setattr(cuda, "unsupported", lambda *_: None)
-    monkeypatch.setattr(cuda, "_device_guard", lambda _: nullcontext())
+    monkeypatch.setattr(cuda, "device_guard", lambda _: nullcontext())
     monkeypatch.setattr(cuda, "_current_stream", lambda _: 0)
     monkeypatch.setattr(cuda, "_is_capturing", lambda: False)
     extension.load.cache_clear()
@@ -82,7 +82,7 @@ def emulation(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_every_transform(plan: Plan) -> None:
     lengths = case(plan)
     arguments = make(**lengths, options=ALL, channels=3 if plan.fft_size < 4096 else 1)
-    assert cuda._plan(arguments["u"], arguments["k"], arguments["k_rev"], True) == plan
+    assert cuda.plan_of(arguments["u"], arguments["k"], arguments["k_rev"], True) == plan
     check(arguments)
 
 

@@ -10,7 +10,7 @@ from numerics import FLOAT16, gradient_violations
 from test_kernels_emulated import emulation, library
 
 from hf_flashfftconv import fft_conv
-from hf_flashfftconv.ops import cuda, extension, long_plan
+from hf_flashfftconv.ops import cuda, cuda_gradients, extension, long_plan
 from hf_flashfftconv.ops.plan import Plan
 
 __all__ = ["emulation", "library"]
@@ -18,7 +18,7 @@ __all__ = ["emulation", "library"]
 
 def planned(arguments: dict[str, torch.Tensor], causal: bool = True) -> Plan:
     """Of the gradients, which are those of long sequences where outputs go in blocks."""
-    return cuda._plan(arguments["u"], arguments["k"], arguments.get("k_rev"), causal, backward=True)
+    return cuda.plan_of(arguments["u"], arguments["k"], arguments.get("k_rev"), causal, backward=True)
 
 
 def test_half() -> None:
@@ -46,7 +46,7 @@ def test_two_stages_outside_of_the_rows() -> None:
     assert long_plan.outer_radix(1 << 19, False) * 8 == (1 << 19) // long_plan.ROW_POINTS
     u, k = arguments["u"], arguments["k"]
     dy = torch.randn(u.shape).half()
-    du, dk, *_ = cuda.backward(dy, u, k, None, None, None, None, False)
+    du, dk, *_ = cuda_gradients.backward(dy, u, k, None, None, None, None, False)
     leaves = {name: x.double().requires_grad_() for name, x in arguments.items()}
     oracle(leaves, causal=False).backward(dy.double())
     assert not gradient_violations("u", du, leaves["u"].grad, FLOAT16)
@@ -92,11 +92,11 @@ def test_channels_one_by_one_give_the_same_bits(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(extension, "launch", noted)
     operands = (u, k, skip, pre, post, k_rev, True)
-    expected = [cuda.forward(*operands), *cuda.backward(u, *operands)]
+    expected = [cuda.forward(*operands), *cuda_gradients.backward(u, *operands)]
     assert launched == ["fft_conv_long_forward", "fft_conv_long_backward"]
     # As if the filters were trained: their spectra are not kept, and together they are larger than the output.
     monkeypatch.setattr(cuda._spectra, "keeps", lambda *_: False)
-    actual = [cuda.forward(*operands), *cuda.backward(u, *operands)]
+    actual = [cuda.forward(*operands), *cuda_gradients.backward(u, *operands)]
     assert len(launched) == 2 + 3 + 3
     assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
 
@@ -106,9 +106,9 @@ def test_gradients_that_are_not_needed(reverse_taps: int) -> None:
     arguments = make(9000, 60, (*GATES, "k_rev"), reverse_taps=reverse_taps, batch=1, channels=1)
     u, k, pre, post = (arguments[name] for name in ("u", "k", *GATES))
     operands = (u, u, k, None, pre, post, arguments.get("k_rev"), True)
-    du, dk, _, dpre, dpost, _ = cuda.backward(*operands)
+    du, dk, _, dpre, dpost, _ = cuda_gradients.backward(*operands)
     for needed in (0, 1, 3, 4):
-        actual = cuda.backward(*operands, [n == needed for n in range(6)])
+        actual = cuda_gradients.backward(*operands, [n == needed for n in range(6)])
         assert torch.equal(actual[needed], (du, dk, None, dpre, dpost)[needed])
         assert all(actual[n] is None for n in (0, 3, 4) if n != needed)
 
@@ -150,13 +150,13 @@ def test_any_layout_gives_the_same_bits(length: int) -> None:
 
 def test_scratch_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = make(9000, 60, ("k_rev",), reverse_taps=5, batch=1, channels=1)
-    buffer = cuda._Call.buffer
+    buffer = cuda.Call.buffer
 
-    def failing(call: cuda._Call, name: str, *rest: object) -> torch.Tensor:
+    def failing(call: cuda.Call, name: str, *rest: object) -> torch.Tensor:
         if name == "scratch":
             raise torch.OutOfMemoryError("out of memory")
         return buffer(call, name, *rest)
 
-    monkeypatch.setattr(cuda._Call, "buffer", failing)
+    monkeypatch.setattr(cuda.Call, "buffer", failing)
     with pytest.raises(torch.OutOfMemoryError, match="FFTs of 16384 points needs 65536 bytes of scratch"):
         fft_conv(**arguments, backend="cuda")

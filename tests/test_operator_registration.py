@@ -199,6 +199,7 @@ class Kernels:
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     kernels = Kernels(limit=8)
     monkeypatch.setattr(library, "cuda", kernels)
+    monkeypatch.setattr(library, "cuda_gradients", kernels)
     monkeypatch.setattr(library, "_reasons_told", set())
     return kernels
 

@@ -1,6 +1,6 @@
 """The `cuda` backend: which calls the kernels serve, and how a call of [`fft_conv`] becomes one launch."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from typing import Any
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from . import extension, filters, long_plan, plan, tables
-from .reference import Gradients
 
 MIN_CAPABILITY = (8, 0)
 # The kernels count pairs of sequences in 32 bits, and look some tiles ahead.
@@ -22,6 +21,8 @@ Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Te
 ON_CHIP = plan.Plan(long_plan.ROW_POINTS, False)
 # Bound on the spectra of one launch for long sequences.
 SPECTRUM_BYTES = 256 << 20
+# Bound on the transforms of inputs that are kept for gradients of taps, and sums of their products.
+TRANSFORM_BYTES = 1 << 30
 _LAYOUT_FIELDS = tuple(x for x in long_plan.LongPlan._fields if not x.endswith("_bytes"))
 
 _spectra = filters.SpectrumCache()
@@ -39,7 +40,7 @@ def unsupported(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, backwa
         return "the kernels compute float32 with TF32 precision, which torch.backends.cuda.matmul does not allow"
     if (u.shape[0] + 1) // 2 * u.shape[1] > MAX_PAIRS:
         return f"u has the shape {tuple(u.shape)}, and the kernels take up to {MAX_PAIRS} pairs of sequences"
-    chosen = _plan(u, k, k_rev, causal, backward)
+    chosen = plan_of(u, k, k_rev, causal, backward)
     if isinstance(chosen, str):
         return chosen
     return _verdict(u.device) or _lacks_memory(u.device, chosen, u.dtype, backward)
@@ -56,107 +57,16 @@ def forward(
     y: Tensor | None = None,
 ) -> Tensor:
     """[`fft_conv`] for a call that is supported, written to `y` if that is given."""
-    with _device_guard(u.device):
+    with device_guard(u.device):
         y = torch.empty_like(u, memory_format=torch.contiguous_format) if y is None else y
-        for channels, tensors in _blocks(u, k, skip, pre_gate, post_gate, k_rev, causal):
-            call = _Call(*tensors, causal)
+        for channels, tensors in channel_blocks(u, k, skip, pre_gate, post_gate, k_rev, causal):
+            call = Call(*tensors, causal)
             call.operand("output", y[:, channels])
             call.launch("forward")
     return y
 
 
-def backward(
-    dy: Tensor,
-    u: Tensor,
-    k: Tensor,
-    skip: Tensor | None,
-    pre_gate: Tensor | None,
-    post_gate: Tensor | None,
-    k_rev: Tensor | None,
-    causal: bool,
-    needs: Sequence[bool] = (True,) * 6,
-) -> Gradients:
-    """Gradients (du, dk, dskip, dpre, dpost, dk_rev) of a supported call, each in its operand's dtype.
-
-    Of sequences in blocks and long ones, what is not in `needs` is None and costs no pass back.
-    """
-    with _device_guard(u.device):
-        if 0 < _plan(u, k, k_rev, causal).windows <= plan.MAX_TRANSPOSED_WINDOWS:
-            return _blocked_backward(dy, (u, k, skip, pre_gate, post_gate, k_rev), needs)
-        if _plan(u, k, k_rev, causal, backward=True).is_long:
-            return _long_backward(dy, (u, k, skip, pre_gate, post_gate, k_rev), causal, needs)
-        call = _Call(u, k, skip, pre_gate, post_gate, k_rev, causal, backward=True)
-        call.operand("grad_output", dy)
-        du = call.result("grad_u")
-        dpre = None if pre_gate is None else call.result("grad_pre_gate")
-        dpost = None if post_gate is None else call.result("grad_post_gate")
-        splits = extension.call("fft_conv_backward_splits", call.parameters)
-        scratch_bytes = extension.call("fft_conv_backward_scratch", call.parameters)
-        # One sum for each part of the batch, added up in a fixed order: the same call gives the same bits.
-        partial = call.buffer("grad_filter", (splits, k.shape[0], call.plan.fft_size), torch.float32)
-        call.buffer("scratch", (scratch_bytes,), torch.uint8)
-        call.launch("backward")
-        total = partial[0] if splits == 1 else partial.sum(0)
-        dk, dskip, dk_rev = filters.tap_gradients(total, k, skip, k_rev, u.shape[2])
-    return du, dk, dskip, dpre, dpost, dk_rev
-
-
-def _blocked_backward(dy: Tensor, operands: Operands, needs: Sequence[bool]) -> Gradients:
-    """The same for sequences in blocks: the forward kernel, also transposed; gradients of taps as of long ones."""
-    u, k, skip, pre_gate, post_gate, _ = operands
-    du = dpre = dpost = dk = dskip = None
-    if post_gate is not None and needs[4]:
-        dpost = forward(u, k, skip, pre_gate, dy, None, True)
-    if needs[0] or needs[3]:
-        du = torch.empty_like(u, memory_format=torch.contiguous_format)
-        if pre_gate is not None and needs[3]:
-            dpre = torch.empty_like(du)
-        for channels, tensors in _blocks(dy, k, skip, post_gate, pre_gate, None, True):
-            call = _Call(*tensors, True)
-            call.parameters.reverse = 1
-            call.operand("output", du[:, channels])
-            if dpre is not None:
-                call.operand("second_gate", u[:, channels])
-                call.operand("second_output", dpre[:, channels])
-            call.launch("forward")
-    if needs[1] or needs[2]:
-        taps_alone = (False, needs[1], needs[2], False, False, False)
-        _, dk, dskip, _, _, _ = _long_backward(dy, operands, True, taps_alone)
-    return du if needs[0] else None, dk, dskip, dpre, dpost, None
-
-
-def _long_backward(dy: Tensor, operands: Operands, causal: bool, needs: Sequence[bool]) -> Gradients:
-    """The same for long sequences, some channels at a time."""
-    u, _, _, pre_gate, post_gate, k_rev = operands
-
-    def like(x: Tensor | None, need: bool) -> Tensor | None:
-        return torch.empty_like(x, memory_format=torch.contiguous_format) if x is not None and need else None
-
-    results = {
-        "grad_u": like(u, needs[0]),
-        "grad_pre_gate": like(pre_gate, needs[3]),
-        "grad_post_gate": like(post_gate, needs[4]),
-    }
-    taps: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
-    for channels, tensors in _blocks(*operands, causal, backward=True):
-        call = _Call(*tensors, causal, backward=True)
-        call.operand("grad_output", dy[:, channels])
-        for name, x in results.items():
-            if x is not None:
-                call.operand(name, x[:, channels])
-        # Anticausal taps lie at the end of the circle, the second half of it.
-        halves = 2 if call.plan.half and k_rev is not None else 1
-        size = call.plan.fft_size * halves // (2 if call.plan.half else 1)
-        call.parameters.tap_halves = halves
-        _, part_k, part_skip, _, _, part_rev = tensors
-        total = call.buffer("grad_filter", (part_k.shape[0], size), torch.float32)
-        call.launch("backward")
-        taps.append(filters.tap_gradients(total, part_k, part_skip, part_rev, u.shape[2]))
-    dk, dskip, dk_rev = (None if parts[0] is None else torch.cat(parts) for parts in zip(*taps, strict=True))
-    return results["grad_u"], dk, dskip, results["grad_pre_gate"], results["grad_post_gate"], dk_rev
-
-
-class _Call:
+class Call:
     """The parameters of one launch on the current stream, and the tensors that they point to."""
 
     def __init__(
@@ -171,7 +81,7 @@ class _Call:
         backward: bool = False,
     ) -> None:
         self.u = u
-        self.plan: plan.Plan = _plan(u, k, k_rev, causal, backward)
+        self.plan: plan.Plan = plan_of(u, k, k_rev, causal, backward)
         self.stream = _current_stream(u.device)
         length, long = u.shape[2], self.plan.is_long
         if _is_capturing():
@@ -189,11 +99,8 @@ class _Call:
         parameters.element = extension.ELEMENTS[u.dtype]
         # Memory that is given back before the launch may be given to another stream.
         self._alive: list[Any] = [spectrum, constants]
-        self.operand("u", u)
-        if pre_gate is not None:
-            self.operand("pre_gate", pre_gate)
-        if post_gate is not None:
-            self.operand("post_gate", post_gate)
+        for name, x in (("u", u), ("pre_gate", pre_gate), ("post_gate", post_gate)):
+            self.operand(name, x)
         if long:
             self._lay_out(backward)
         elif self.plan.windows:
@@ -221,8 +128,10 @@ class _Call:
                 f"memory beside its output, and {4 * self.plan.fft_size} for a single pair of sequences: {error}"
             ) from error
 
-    def operand(self, name: str, x: Tensor) -> None:
-        """Passes a tensor (B, H, L) of any strides; the kernels want only its positions to be neighbours."""
+    def operand(self, name: str, x: Tensor | None) -> None:
+        """Passes a tensor (B, H, L) of any strides, or none; the kernels want only its positions to be neighbours."""
+        if x is None:
+            return self.parameters.set_tensor(name, 0, 0, 0)
         batch_stride, channel_stride, stride = x.stride()
         if stride != 1 and x.shape[2] > 1:
             x = x.contiguous()
@@ -248,17 +157,17 @@ class _Call:
         extension.launch(f"fft_conv_{kind}{name}", self.parameters, self.stream)
 
 
-def _plan(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, backward: bool = False) -> Any:
-    """The transform of a call or, if `backward`, of gradients by the kernels that have one for all of them."""
-    lengths = u.shape[2], k.shape[1], 0 if k_rev is None else k_rev.shape[1], causal
-    chosen = plan.choose(*lengths, not backward)
+def plan_of(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, backward: bool = False) -> Any:
+    """The transform of a call or, if `backward`, of its gradients."""
+    lengths = u.shape[2], k.shape[1], 0 if k_rev is None else k_rev.shape[1], causal, backward
+    chosen = plan.choose(*lengths)
     if isinstance(chosen, str) or not chosen.windows or not u.is_cuda or isinstance(extension.load(), str):
         return chosen
     # The kernels for long sequences need less shared memory.
-    return plan.choose(*lengths, False) if _lacks_memory(u.device, chosen, u.dtype, False) else chosen
+    return plan.choose(*lengths, in_blocks=False) if _lacks_memory(u.device, chosen, u.dtype, False) else chosen
 
 
-def _blocks(
+def channel_blocks(
     u: Tensor,
     k: Tensor,
     skip: Tensor | None,
@@ -273,12 +182,17 @@ def _blocks(
     The spectra of long filters outweigh everything else where the batch is small. So they are made for some channels at
     a time, unless all of them are no larger than the output, or will be kept.
     """
-    chosen, count = _plan(u, k, k_rev, causal, backward), u.shape[1]
+    chosen, count = plan_of(u, k, k_rev, causal, backward), u.shape[1]
     block = count
     if chosen.is_long or chosen.windows:
         bound = min(SPECTRUM_BYTES, u.numel() * u.element_size())
         if not _spectra.keeps(k, skip, k_rev, chosen):
             block = min(count, max(1, bound // (4 * chosen.points)))
+    if chosen.windows and backward:
+        blocks = (u.shape[0] + 1) // 2 * -(-u.shape[2] // plan.BLOCK_POSITIONS)
+        channel_bytes = 4 * chosen.fft_size * 2 * (blocks + chosen.windows)
+        parts = -(-count // max(1, min(block, TRANSFORM_BYTES // channel_bytes)))
+        block = -(-count // parts)
     if block == count:
         yield slice(None), (u, k, skip, pre_gate, post_gate, k_rev)
         return
@@ -324,7 +238,8 @@ def _lacks_memory(device: torch.device, chosen: plan.Plan, dtype: torch.dtype, b
     parameters.fft_size, parameters.half, parameters.windows = chosen
     if chosen.is_long:
         parameters.outer_radix = long_plan.outer_radix(*chosen[:2])
-    needed = extension.call("fft_conv_shared_bytes", parameters, backward)
+    # Gradients of sequences in blocks take the forward kernel.
+    needed = extension.call("fft_conv_shared_bytes", parameters, backward and not chosen.windows)
     available = extension.call("fft_conv_shared_limit", device.index)
     if needed <= available:
         return None
@@ -341,7 +256,7 @@ def _try_out(device: torch.device) -> str | None:
     return None
 
 
-def _device_guard(device: torch.device) -> AbstractContextManager[Any]:
+def device_guard(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
 
 

@@ -10,7 +10,7 @@ import torch
 from ..errors import BackendError
 
 PATH = Path(__file__).parent.parent / "lib" / "libhf_flashfftconv.so"
-VERSION = 3
+VERSION = 4
 
 ELEMENTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -72,6 +72,8 @@ class Parameters(ctypes.Structure):
         ("tap_halves", ctypes.c_int32),
         ("windows", ctypes.c_int32),
         ("reverse", ctypes.c_int32),
+        ("transforms", ctypes.c_void_p),
+        ("pair_scales", ctypes.c_void_p),
     )
 
     def set_tensor(self, name: str, data: int, batch_stride: int, channel_stride: int) -> None:
@@ -112,6 +114,25 @@ class RoundingParameters(ctypes.Structure):
         ("scale", ctypes.c_void_p),
         ("channels", ctypes.c_int32),
         ("fft_size", ctypes.c_int32),
+    )
+
+
+class TapParameters(ctypes.Structure):
+    """`fft_conv_tap_params`."""
+
+    _fields_ = (
+        ("transforms", ctypes.c_void_p),
+        ("reverse_transforms", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("reverse_scales", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
+        ("grad_filter", ctypes.c_void_p),
+        ("channels", ctypes.c_int32),
+        ("pairs", ctypes.c_int32),
+        ("blocks", ctypes.c_int32),
+        ("windows", ctypes.c_int32),
+        ("fft_size", ctypes.c_int32),
+        ("taps", ctypes.c_int32),
     )
 
 

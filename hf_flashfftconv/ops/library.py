@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..errors import BackendError
-from . import blocks, cuda, reference
+from . import blocks, cuda, cuda_gradients, reference
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +25,7 @@ _ROW_ELEMENTS = 8
 _reasons_told: set[str] = set()
 
 
-def use_kernels(
-    u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, backend: str, backward: bool = False
-) -> bool:
+def use_kernels(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, backend: str, backward: bool = False) -> bool:
     """Whether the CUDA kernels serve this call or, if `backward`, its gradients.
 
     A fallback of "auto" is logged once for each reason.
@@ -107,7 +105,7 @@ def _backward(
     if u.numel() == 0:
         gradients = [None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs]
     elif use_kernels(u, k, k_rev, causal, backend, backward=True):
-        gradients = cuda.backward(dy, *inputs, causal, needs)
+        gradients = cuda_gradients.backward(dy, *inputs, causal, needs)
     elif (windows := _windows(u, k, k_rev, causal)) is not None:
         gradients = blocks.backward(windows, dy, *inputs, needs)
     else:

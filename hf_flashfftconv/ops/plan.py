@@ -12,8 +12,6 @@ MAX_FULL_TILE_FFT_SIZE = 8192
 # windows: the work on the transforms of earlier blocks grows with their number.
 BLOCK_POSITIONS = 4096
 MAX_WINDOWS = 16
-# The same of gradients, measured on an H100.
-MAX_TRANSPOSED_WINDOWS = 8
 # All others that are longer go through global memory in several passes.
 MAX_FFT_SIZE = 1 << 24
 MAX_FULL_FFT_SIZE = 1 << 23
@@ -45,15 +43,19 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def choose(length: int, taps: int, reverse_taps: int, causal: bool, in_blocks: bool = True) -> Plan | str:
+def choose(
+    length: int, taps: int, reverse_taps: int, causal: bool, backward: bool = False, in_blocks: bool = True
+) -> Plan | str:
     """The transform for sequences of `length` and filters of `taps` and `reverse_taps`, or why there is none.
 
     On a circle of N points the output at t also receives what belongs at t + N and t - N. The linear convolution
     reaches from -R to L + K - 2, and the outputs are those from 0 to L - 1; none of them is reached if
-    N > L + K - 2 and N > L - 1 + R. Taps beyond the sequence (K > L, R > L - 1) meet only zeros and are cut. Only if
-    `in_blocks` may sequences go in blocks.
+    N > L + K - 2 and N > L - 1 + R. Taps beyond the sequence (K > L, R > L - 1) meet only zeros and are cut.
+
+    Only if `in_blocks` may sequences go in blocks. Gradients (`backward`) gain by it as soon as there are two.
     """
-    if causal and in_blocks and reverse_taps == 0 and length > MAX_TILE_FFT_SIZE // 2:
+    longest_tile = BLOCK_POSITIONS if backward else MAX_TILE_FFT_SIZE // 2
+    if causal and in_blocks and reverse_taps == 0 and length > longest_tile:
         windows = windows_of(length, taps)
         if windows <= MAX_WINDOWS:
             return Plan(2 * BLOCK_POSITIONS, True, windows)

@@ -70,7 +70,7 @@ def _forward(z: Tensor, weight: Tensor, bias: Tensor | None, gate: int, backend:
     if z.numel() == 0:
         return results
     if choose_backend("short_conv", backend, z, lambda: unsupported(z, weight, bias)):
-        with cuda._device_guard(z.device):
+        with cuda.device_guard(z.device):
             _Call(z, weight, bias, gate, results).launch("fft_conv_short_forward")
         return results
     for result, value in zip(results, reference(z, weight, bias, gate), strict=True):
@@ -100,7 +100,7 @@ def _backward(
 def _kernel_backward(
     gradients: Sequence[Tensor], z: Tensor, weight: Tensor, bias: Tensor | None, gate: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    with cuda._device_guard(z.device):
+    with cuda.device_guard(z.device):
         dz = torch.empty_like(z)
         call = _Call(z, weight, bias, gate, [x if x.stride(2) == 1 else x.contiguous() for x in gradients], dz)
         splits = extension.call("fft_conv_short_splits", call.parameters)

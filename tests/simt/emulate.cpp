@@ -26,6 +26,12 @@ int launch_rounding(const RoundingParams& params, void*) {
     return 0;
 }
 
+int launch_taps(const TapParams& params, void*) {
+    simt::launch(2, kSumThreads, 0, [&] { sum_windows(params); });
+    simt::launch(2, kTapThreads, FilterPoints::bytes(params.fft_size), [&] { transform_windows(params); });
+    return 0;
+}
+
 template <class Element, int kSlots>
 int LongLauncher<Element, kSlots>::forward(const LongParams& params, void*) {
     using Plan = LongForwardPlan<Element, kSlots>;

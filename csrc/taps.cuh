@@ -1,0 +1,92 @@
+// Gradients of the taps of blocked sequences. With the transforms G of the blocks of pre_gate u and E of those of post_gate grad_output, window d of a
+// filter has S(d), the sum of conj(G(j - d)) E(j) over blocks j and pairs of sequences; its inverse transform holds, on a circle of two blocks, the
+// gradients at lags less than a block away from d blocks, as far as block pairs d apart contribute. So a tap gets its gradient from two windows.
+#pragma once
+#include "filter.cuh"
+#include "transform.cuh"
+
+constexpr int kSumThreads = 128, kTapThreads = kFilterThreads, kWindowsAtOnce = 4;
+
+struct TapParams : fft_conv_tap_params {
+    int log_points;     // of fft_size
+
+    HOST_DEVICE int rows() const { return fft_size / kColumns; }
+    HOST_DEVICE int window_groups() const { return (windows + kWindowsAtOnce - 1) / kWindowsAtOnce; }
+    HOST_DEVICE int64_t units() const { return int64_t(channels) * rows() * window_groups(); }
+    DEVICE float4* window_sums(int channel, int window) const { return reinterpret_cast<float4*>(sums) + (int64_t(channel) * windows + window) * (fft_size / 2); }
+};
+
+// The sums of some neighbouring windows, of one row of one channel: the work of a warp, each lane of which reads what it has written as a lane of
+// the forward kernel. The groups of windows of a row are neighbours, which share reads.
+DEVICE void sum_windows(const TapParams& params, int64_t unit) {
+    const int lane = thread_index() % 32, first_window = int(unit % params.window_groups()) * kWindowsAtOnce;
+    const int row = int(unit / params.window_groups() % params.rows()), channel = int(unit / params.window_groups() / params.rows());
+    const int64_t block = params.fft_size / 4, at = row * 64 + lane;
+    float4 sums[kWindowsAtOnce][4];
+    for (auto& window : sums)
+        for (float4& sum : window) sum = make_float4(0.f, 0.f, 0.f, 0.f);
+    for (int i = 0; i < params.pairs; i++) {
+        const int64_t pair = int64_t(channel) * params.pairs + i, first = pair * params.blocks * block + at;
+        const uint4* const inputs = static_cast<const uint4*>(params.transforms) + first;
+        const uint4* const gradients = static_cast<const uint4*>(params.reverse_transforms) + first + (params.blocks - 1) * block;
+        const float weight = params.scales[pair] * params.reverse_scales[pair];
+        // The latest blocks of inputs, in turn.
+        RowFragment recent[kWindowsAtOnce] = {}, gradient;
+#pragma unroll 1
+        for (int start = first_window; start < params.blocks; start += kWindowsAtOnce) {
+#pragma unroll
+            for (int turn = 0; turn < kWindowsAtOnce; turn++) {
+                const int j = start + turn;
+                if (j >= params.blocks) break;
+                recent[turn].load_spectrum(inputs + (j - first_window) * block, 0);
+                gradient.load_spectrum(gradients - j * block, 0);
+#pragma unroll
+                for (int n = 0; n < 4; n++)
+#pragma unroll
+                    for (int d = 0; d < kWindowsAtOnce; d++)
+                        accumulate(sums[d][n], recent[(turn - d + kWindowsAtOnce) % kWindowsAtOnce].value[n / 2][n % 2], gradient.value[n / 2][n % 2], weight);
+            }
+        }
+    }
+#pragma unroll
+    for (int d = 0; d < kWindowsAtOnce; d++) {
+        if (first_window + d >= params.windows) break;
+        float4* const to = params.window_sums(channel, first_window + d) + row * 128 + lane;
+        for (int n = 0; n < 4; n++) to[32 * n] = sums[d][n];
+    }
+}
+
+DEVICE void sum_windows(const TapParams& params) {
+    constexpr int kWarps = kSumThreads / 32;
+    for (int64_t unit = int64_t(block_index()) * kWarps + thread_index() / 32; unit < params.units(); unit += int64_t(block_count()) * kWarps) sum_windows(params, unit);
+}
+
+// From the sums to the gradients of the taps, a channel in each block of threads.
+DEVICE void transform_windows(const TapParams& params) {
+    constexpr int kMaximumPoints = 8192, kPerThread = kMaximumPoints / 2 / kTapThreads;
+    const FilterPoints points{reinterpret_cast<Complex*>(shared_memory()), params.log_points};
+    const int half = params.fft_size / 2;
+    for (int channel = block_index(); channel < params.channels; channel += block_count()) {
+        float before[kPerThread] = {};      // what the next window gives to the taps before its lag
+#pragma unroll 1
+        for (int window = params.windows - 1; window >= 0; window--) {
+            const float4* const sums = params.window_sums(channel, window);
+            for (int i = thread_index(); i < half; i += kTapThreads) {
+                // Row, fragment, point and lane: those of RowFragment. An inverse transform is the forward one between two conjugations.
+                const int row = i / 128, fragment = i / 64 % 2, point = i / 32 % 2, lane = i % 32;
+                const int frequency = row + params.rows() * (2 * (lane / 4) + point + 16 * (lane % 4 + 4 * fragment));
+                const float4 v = sums[i];
+                points[frequency] = {v.x, -v.y}, points[frequency + half] = {v.z, -v.w};
+            }
+            block_barrier();
+            points.transform();
+#pragma unroll
+            for (int i = 0; i < kPerThread; i++) {
+                const int n = thread_index() + i * kTapThreads, tap = window * half + n;
+                if (tap < params.taps) params.grad_filter[int64_t(channel) * params.taps + tap] = points[points.index_of(n)].re + before[i];
+                before[i] = points[points.index_of(n + half)].re;
+            }
+            block_barrier();
+        }
+    }
+}

@@ -1,0 +1,153 @@
+"""The `cuda` backend's gradients of [`fft_conv`]."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import cuda, extension, filters, plan
+from .reference import Gradients
+
+
+def backward(
+    dy: Tensor,
+    u: Tensor,
+    k: Tensor,
+    skip: Tensor | None,
+    pre_gate: Tensor | None,
+    post_gate: Tensor | None,
+    k_rev: Tensor | None,
+    causal: bool,
+    needs: Sequence[bool] = (True,) * 6,
+) -> Gradients:
+    """Gradients (du, dk, dskip, dpre, dpost, dk_rev) of a supported call, each in its operand's dtype.
+
+    Of sequences in blocks and long ones, what is not in `needs` is None and costs no pass back.
+    """
+    with cuda.device_guard(u.device):
+        chosen = cuda.plan_of(u, k, k_rev, causal, backward=True)
+        if chosen.windows:
+            return _blocked_backward(dy, (u, k, skip, pre_gate, post_gate, k_rev), needs)
+        if chosen.is_long:
+            return _long_backward(dy, (u, k, skip, pre_gate, post_gate, k_rev), causal, needs)
+        call = cuda.Call(u, k, skip, pre_gate, post_gate, k_rev, causal, backward=True)
+        call.operand("grad_output", dy)
+        du = call.result("grad_u")
+        dpre = None if pre_gate is None else call.result("grad_pre_gate")
+        dpost = None if post_gate is None else call.result("grad_post_gate")
+        splits = extension.call("fft_conv_backward_splits", call.parameters)
+        scratch_bytes = extension.call("fft_conv_backward_scratch", call.parameters)
+        # One sum for each part of the batch, added up in a fixed order: the same call gives the same bits.
+        partial = call.buffer("grad_filter", (splits, k.shape[0], call.plan.fft_size), torch.float32)
+        call.buffer("scratch", (scratch_bytes,), torch.uint8)
+        call.launch("backward")
+        total = partial[0] if splits == 1 else partial.sum(0)
+        dk, dskip, dk_rev = filters.tap_gradients(total, k, skip, k_rev, u.shape[2])
+    return du, dk, dskip, dpre, dpost, dk_rev
+
+
+def _blocked_backward(dy: Tensor, operands: cuda.Operands, needs: Sequence[bool]) -> Gradients:
+    """The same for causal sequences in blocks: dpost is a forward pass; du and dpre are one in reverse.
+
+    Both leave the transforms of their inputs behind where gradients of taps are wanted, which are made of these.
+    """
+    u, k, skip, pre_gate, post_gate, _ = operands
+    dpost = _like(post_gate, needs[4])
+    dpre = _like(pre_gate, needs[3])
+    du = _like(u, needs[0] or dpre is not None)
+    taps = min(k.shape[1], u.shape[2])
+    total = k.new_empty((k.shape[0], taps), dtype=torch.float32) if needs[1] or needs[2] else None
+    for channels, tensors in cuda.channel_blocks(*operands, True, backward=True):
+
+        def part(x: Tensor | None, channels: slice = channels) -> Tensor | None:
+            return None if x is None else x[:, channels]
+
+        call = cuda.Call(*tensors, True, backward=True)
+        kept = [] if total is None else [_KeptTransforms(call), _KeptTransforms(call)]
+        passes = (
+            {"u": part(u), "pre_gate": part(pre_gate), "post_gate": part(dy), "output": part(dpost)},
+            {
+                "u": part(dy),
+                "pre_gate": part(post_gate),
+                "post_gate": part(pre_gate),
+                "output": part(du),
+                "second_gate": None if dpre is None else part(u),
+                "second_output": part(dpre),
+            },
+        )
+        for reverse, arguments in enumerate(passes):
+            if arguments["output"] is None and not kept:
+                continue
+            for name, x in arguments.items():
+                call.operand(name, x)
+            call.parameters.reverse = reverse
+            # Without an output, the products with the other windows would be in vain.
+            call.parameters.windows = 1 if arguments["output"] is None else call.plan.windows
+            if kept:
+                kept[reverse].pass_to(call.parameters)
+            call.launch("forward")
+        if total is not None:
+            _tap_gradient(call, kept, total[channels])
+    dk = dskip = None
+    if total is not None:
+        dk, dskip, _ = filters.tap_gradients(total, k, skip, None, u.shape[2])
+    return du if needs[0] else None, dk, dskip, dpre, dpost, None
+
+
+class _KeptTransforms:
+    """Where a pass over sequences in blocks leaves the transforms of its inputs, and the scales of its pairs."""
+
+    def __init__(self, call: cuda.Call) -> None:
+        batch, channels, length = call.u.shape
+        pairs, blocks = channels * ((batch + 1) // 2), -(-length // plan.BLOCK_POSITIONS)
+        self.words = torch.empty((pairs, blocks, call.plan.fft_size), dtype=torch.int32, device=call.u.device)
+        self.scales = torch.empty((pairs,), dtype=torch.float32, device=call.u.device)
+
+    def pass_to(self, parameters: extension.Parameters) -> None:
+        parameters.transforms, parameters.pair_scales = self.words.data_ptr(), self.scales.data_ptr()
+
+
+def _tap_gradient(call: cuda.Call, kept: Sequence[_KeptTransforms], total: Tensor) -> None:
+    """Writes the gradients of the taps (H, K), float32."""
+    inputs, gradients = kept
+    windows, size = call.plan.windows, call.plan.fft_size
+    sums = torch.empty((total.shape[0], windows, size, 2), dtype=torch.float32, device=total.device)
+    parameters = extension.TapParameters()
+    parameters.transforms, parameters.scales = inputs.words.data_ptr(), inputs.scales.data_ptr()
+    parameters.reverse_transforms, parameters.reverse_scales = gradients.words.data_ptr(), gradients.scales.data_ptr()
+    parameters.sums, parameters.grad_filter = sums.data_ptr(), total.data_ptr()
+    parameters.channels, parameters.taps = total.shape
+    parameters.pairs, parameters.blocks = inputs.words.shape[0] // total.shape[0], inputs.words.shape[1]
+    parameters.windows, parameters.fft_size = windows, size
+    extension.launch("fft_conv_tap_gradient", parameters, call.stream)
+
+
+def _like(x: Tensor | None, wanted: bool) -> Tensor | None:
+    return torch.empty_like(x, memory_format=torch.contiguous_format) if x is not None and wanted else None
+
+
+def _long_backward(dy: Tensor, operands: cuda.Operands, causal: bool, needs: Sequence[bool]) -> Gradients:
+    """The same for long sequences, some channels at a time."""
+    u, _, _, pre_gate, post_gate, k_rev = operands
+    results = {
+        "grad_u": _like(u, needs[0]),
+        "grad_pre_gate": _like(pre_gate, needs[3]),
+        "grad_post_gate": _like(post_gate, needs[4]),
+    }
+    taps: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
+    for channels, tensors in cuda.channel_blocks(*operands, causal, backward=True):
+        call = cuda.Call(*tensors, causal, backward=True)
+        call.operand("grad_output", dy[:, channels])
+        for name, x in results.items():
+            if x is not None:
+                call.operand(name, x[:, channels])
+        # Anticausal taps lie at the end of the circle, the second half of it.
+        halves = 2 if call.plan.half and k_rev is not None else 1
+        size = call.plan.fft_size * halves // (2 if call.plan.half else 1)
+        call.parameters.tap_halves = halves
+        _, part_k, part_skip, _, _, part_rev = tensors
+        total = call.buffer("grad_filter", (part_k.shape[0], size), torch.float32)
+        call.launch("backward")
+        taps.append(filters.tap_gradients(total, part_k, part_skip, part_rev, u.shape[2]))
+    dk, dskip, dk_rev = (None if parts[0] is None else torch.cat(parts) for parts in zip(*taps, strict=True))
+    return results["grad_u"], dk, dskip, results["grad_pre_gate"], results["grad_post_gate"], dk_rev
