@@ -150,33 +150,32 @@ extern "C" int fft_conv_shared_bytes(const fft_conv_params* params, int backward
     return bytes < 0 ? bytes : std::max(bytes, filter_shared_bytes(params->fft_size));
 }
 
-// Enough blocks to fill a device several times; a constant, so that the order of summation does not depend on the device.
-constexpr int kShortBlocks = 1056;
+// Units of work of the short convolutions, whole rounds of the blocks that an H100 runs at a time. Constants, so that the order of summation
+// does not depend on the device; few in the backward pass, which writes sums for each.
+constexpr int kShortForwardUnits = 1584, kShortBackwardUnits = 396;
 
-static ShortView short_view(const fft_conv_strided_tensor& t, int bytes, bool whole_vectors) {
-    const bool times = t.time_stride == 1, channels = !times && t.channel_stride == 1;
-    const int64_t stride = channels ? t.time_stride : t.channel_stride;
+static ShortView short_view(const fft_conv_strided_tensor& t, int channels, int bytes) {
+    const bool along_times = t.time_stride == 1, along_channels = !along_times && t.channel_stride == 1 && channels * int64_t(bytes) % 4 == 0;
+    const int64_t stride = along_times ? t.channel_stride : t.time_stride;
     const uint64_t bits = reinterpret_cast<uint64_t>(t.data) | uint64_t(t.batch_stride) * bytes | uint64_t(stride) * bytes;
-    const bool aligned = bits % 16 == 0 && (times || (channels && whole_vectors));
-    return {static_cast<char*>(t.data), t.batch_stride, t.channel_stride, t.time_stride, channels ? kRowsOfChannels : kRowsOfTimes, aligned};
+    int access = kElements;
+    if (bits % 4 == 0 && along_channels) access = kChannelWords;
+    if (bits % 4 == 0 && along_times) access = bits % 16 == 0 ? kTimeVectors : kTimeWords;
+    return {static_cast<char*>(t.data), t.batch_stride * bytes, t.channel_stride * bytes, t.time_stride * bytes, access};
 }
 
-static ShortParams derive(const fft_conv_short_params& p) {
+static ShortParams derive(const fft_conv_short_params& p, int units) {
     ShortParams derived;
     static_cast<fft_conv_short_params&>(derived) = p;
-    const int bytes = p.element == FFT_CONV_FLOAT32 ? 4 : 2;
-    const bool whole_vectors = p.channels * bytes % 16 == 0;
-    derived.input = short_view(p.z, bytes, whole_vectors);
-    derived.input_gradient = short_view(p.grad_z, bytes, whole_vectors);
-    derived.outputs[0] = short_view({p.output.data, p.output.batch_stride, p.output.channel_stride, 1}, bytes, true);
-    derived.outputs[1] = short_view({p.product.data, p.product.batch_stride, p.product.channel_stride, 1}, bytes, true);
+    const int bytes = p.element == FFT_CONV_FLOAT32 ? 4 : 2, tile_channels = p.element == FFT_CONV_FLOAT32 ? kShortChannels<float> : kShortChannels<bfloat16>;
+    derived.input = short_view(p.z, p.channels, bytes);
+    derived.input_gradient = short_view(p.grad_z, p.channels, bytes);
+    derived.outputs[0] = short_view({p.output.data, p.output.batch_stride, p.output.channel_stride, 1}, p.channels, bytes);
+    derived.outputs[1] = short_view({p.product.data, p.product.batch_stride, p.product.channel_stride, 1}, p.channels, bytes);
     derived.thirds[0] = p.gate, derived.thirds[1] = p.gate == 0, derived.thirds[2] = p.gate == 2 ? 1 : 2;
-    derived.channel_tiles = (p.channels + kShortChannels - 1) / kShortChannels;
+    derived.channel_tiles = (p.channels - 1) / tile_channels + 1;
     derived.time_tiles = (p.length - 1) / kShortTimes + 1;
-    const int64_t tiles = int64_t(p.batch) * derived.time_tiles;
-    const int64_t wanted = std::min<int64_t>(tiles, (kShortBlocks + derived.channel_tiles - 1) / derived.channel_tiles);
-    derived.tiles_per_split = (tiles + wanted - 1) / wanted;
-    derived.splits = int((tiles + derived.tiles_per_split - 1) / derived.tiles_per_split);
+    derived.splits = int(std::min<int64_t>(int64_t(p.batch) * derived.time_tiles, (units - 1) / derived.channel_tiles + 1));
     derived.units = derived.splits * derived.channel_tiles;
     return derived;
 }
@@ -204,13 +203,13 @@ static int with_short(const fft_conv_short_params& p, Function function) {
 }
 
 extern "C" int fft_conv_short_forward(const fft_conv_short_params* params, void* stream) {
-    return with_short(*params, [&](auto launcher) { return launcher.forward(derive(*params), stream); });
+    return with_short(*params, [&](auto launcher) { return launcher.forward(derive(*params, kShortForwardUnits), stream); });
 }
 
 extern "C" int fft_conv_short_backward(const fft_conv_short_params* params, void* stream) {
-    return with_short(*params, [&](auto launcher) { return launcher.backward(derive(*params), stream); });
+    return with_short(*params, [&](auto launcher) { return launcher.backward(derive(*params, kShortBackwardUnits), stream); });
 }
 
-extern "C" int fft_conv_short_splits(const fft_conv_short_params* params) { return derive(*params).splits; }
+extern "C" int fft_conv_short_splits(const fft_conv_short_params* params) { return derive(*params, kShortBackwardUnits).splits; }
 
 extern "C" int fft_conv_version() { return 4; }

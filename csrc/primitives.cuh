@@ -44,6 +44,8 @@ DEVICE float high_half(u32 x) { return __high2float(as_half2(x)); }
 DEVICE u32 multiply2(u32 a, u32 b) { return as_word(__hmul2(as_half2(a), as_half2(b))); }
 DEVICE u32 multiply_add2(u32 a, u32 b, u32 c) { return as_word(__hfma2(as_half2(a), as_half2(b), as_half2(c))); }
 DEVICE u32 negate2(u32 a) { return as_word(__hneg2(as_half2(a))); }
+// Four of the bytes 0 to 3 of a and 4 to 7 of b, by the four low digits of the selector.
+DEVICE u32 permute_bytes(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
 DEVICE u32 join_low(u32 a, u32 b) { return __byte_perm(a, b, 0x5410); }
 DEVICE u32 join_high(u32 a, u32 b) { return __byte_perm(a, b, 0x7632); }
 

@@ -2,28 +2,32 @@
 #include "launch.cuh"
 #include "short_conv.cuh"
 
+// Blocks of a multiprocessor at a time, by the registers of a thread.
+template <int kTaps>
+constexpr int kForwardBlocks = kTaps <= 4 ? 5 : 3;
+template <int kTaps>
+constexpr int kBackwardBlocks = kTaps <= 4 ? 3 : 2;
+
 template <class Element, bool kGated, int kTaps>
-__global__ void __launch_bounds__(kShortThreads, 4) short_forward_kernel(const __grid_constant__ ShortParams params) {
+__global__ void __launch_bounds__(kShortThreads, kForwardBlocks<kTaps>) short_forward_kernel(const __grid_constant__ ShortParams params) {
     short_forward<Element, kGated, kTaps>(params);
 }
 
 template <class Element, bool kGated, int kTaps>
-__global__ void __launch_bounds__(kShortThreads, 2) short_backward_kernel(const __grid_constant__ ShortParams params) {
+__global__ void __launch_bounds__(kShortThreads, kBackwardBlocks<kTaps>) short_backward_kernel(const __grid_constant__ ShortParams params) {
     short_backward<Element, kGated, kTaps>(params);
 }
 
 template <class Element, bool kGated, int kTaps>
 int ShortLauncher<Element, kGated, kTaps>::forward(const ShortParams& params, void* stream) {
-    constexpr int kBytes = ShortForwardPlan<Element, kGated>::kSharedBytes;
     static Prepared prepared;
-    return launch(short_forward_kernel<Element, kGated, kTaps>, prepared, {params.units, 4, kShortThreads, kBytes, kBytes}, params, stream);
+    return launch(short_forward_kernel<Element, kGated, kTaps>, prepared, {params.units, kForwardBlocks<kTaps>, kShortThreads, 0, 0}, params, stream);
 }
 
 template <class Element, bool kGated, int kTaps>
 int ShortLauncher<Element, kGated, kTaps>::backward(const ShortParams& params, void* stream) {
-    constexpr int kBytes = ShortBackwardPlan<Element, kGated>::kSharedBytes;
     static Prepared prepared;
-    return launch(short_backward_kernel<Element, kGated, kTaps>, prepared, {params.units, 2, kShortThreads, kBytes, kBytes}, params, stream);
+    return launch(short_backward_kernel<Element, kGated, kTaps>, prepared, {params.units, kBackwardBlocks<kTaps>, kShortThreads, 0, 0}, params, stream);
 }
 
 #define INSTANTIATE_SHORT(Element)                     \

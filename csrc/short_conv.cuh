@@ -2,36 +2,6 @@
 #pragma once
 #include "short_tile.cuh"
 
-// kCount neighbouring elements of 16-byte aligned memory.
-template <int kCount, class Element>
-DEVICE void read_run(float (&x)[kCount], const Element* p) {
-    constexpr int kVector = 16 / int(sizeof(Element));
-#pragma unroll
-    for (int i = 0; i < kCount / kVector; i++) {
-        const uint4 v = reinterpret_cast<const uint4*>(p)[i];
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            if constexpr (sizeof(Element) == 2) {
-                const Pair pair = widen(p, word_of(v, j));
-                x[8 * i + 2 * j] = pair.x, x[8 * i + 2 * j + 1] = pair.y;
-            } else {
-                x[4 * i + j] = float_from_bits(word_of(v, j));
-            }
-        }
-    }
-}
-
-template <class Element>
-DEVICE void write_run(Element* p, const float (&x)[kShortRun]) {
-    constexpr int kWords = kShortRun * int(sizeof(Element)) / 4;
-    u32 words[kWords];
-#pragma unroll
-    for (int i = 0; i < kShortRun; i += 2) narrow_two(reinterpret_cast<Element*>(words) + i, x[i], x[i + 1]);
-#pragma unroll
-    for (int i = 0; i < kWords; i += 4)
-        reinterpret_cast<uint4*>(p)[i / 4] = make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
-}
-
 DEVICE float load_any(const void* p, int element, int64_t i) {
     if (element == FFT_CONV_BFLOAT16) return widen_one(static_cast<const bfloat16*>(p)[i]);
     if (element == FFT_CONV_FLOAT16) return widen_one(static_cast<const float16*>(p)[i]);
@@ -50,47 +20,56 @@ struct ShortFilter {
         offset = channel >= 0 && p.bias ? load_any(p.bias, p.bias_element, channel) : 0.f;
     }
 
-    // y[i] from x, which starts kShortHalo positions earlier. Lags beyond the filter are left out: what is there need not be finite.
-    template <int kCount>
-    DEVICE void convolve(float (&y)[kCount], const float (&x)[kCount + kShortHalo], int taps) const {
+    // y[i] from x, which starts kBefore positions earlier. Lags beyond the filter are left out: what is there need not be finite.
+    template <int kBefore, int kCount, int kLength>
+    DEVICE void convolve(float (&y)[kCount], const float (&x)[kLength], int taps) const {
 #pragma unroll
         for (int i = 0; i < kCount; i++) {
             y[i] = offset;
 #pragma unroll
             for (int s = 0; s < kTaps; s++)
-                if (s < taps) y[i] += lag[s] * x[kShortHalo + i - s];
+                if (s < taps) y[i] += lag[s] * x[kBefore + i - s];
         }
     }
 };
 
-// The tiles of a block: one tile of channels, and a part of all batch rows and positions.
+// What the threads work on: one tile of channels, and a part of all batch rows and positions, along which they walk.
 template <class Element, bool kGated, int kTaps>
 struct ShortTiles {
-    static constexpr int kInputs = kGated ? 3 : 1, kOutputs = kGated ? 2 : 1;
-    static constexpr int kColumns = kShortTimes / kShortRun;
+    static constexpr int kInputs = kGated ? 3 : 1, kOutputs = kGated ? 2 : 1, kPack = kShortPack<Element>;
+    // A whole number of eight bytes, which are read at a time.
+    static constexpr int kHalo = kTaps <= 5 ? 4 : 8;
 
     const ShortParams& params;
-    const int row = thread_index() / kColumns, run = thread_index() % kColumns * kShortRun;
-    int first_channel, channels;
-    ShortFilter<kTaps> filters[kInputs];
+    const int run = thread_index() % kShortRuns;
+    int first_channel, channels;    // the first of this thread, and how many exist from it on
+    ShortFilter<kTaps> filters[kInputs][kPack];
 
     DEVICE explicit ShortTiles(const ShortParams& p) : params(p) {}
 
     DEVICE int64_t input_channel(int i) const { return int64_t(kGated ? params.thirds[i] : 0) * params.channels + first_channel; }
+    DEVICE ShortPlace input(const ShortView& view, int i, int batch, int time) const {
+        return {view, batch, input_channel(i), channels, time, params.length};
+    }
+    DEVICE ShortPlace output(int i, int batch, int time) const {
+        return {params.outputs[i], batch, first_channel, channels, time, params.length};
+    }
 
-    // Calls tile(batch, time) for the tiles of every unit of work of this block, and finish(split) after each unit.
+    // Calls run(batch, time) for the runs of every unit of work of this thread, and finish(split) after each unit.
     template <class Function, class Finish>
-    DEVICE void each(Function tile, Finish finish) {
+    DEVICE void each(Function work, Finish finish) {
         for (int unit = block_index(); unit < params.units; unit += block_count()) {
             const int split = unit / params.channel_tiles;
-            first_channel = unit % params.channel_tiles * kShortChannels;
+            first_channel = unit % params.channel_tiles * kShortChannels<Element> + thread_index() / kShortRuns * kPack;
             channels = params.channels - first_channel;
-            for (int i = 0; i < kInputs; i++) filters[i].load(params, row < channels ? input_channel(i) + row : -1);
-            const int64_t first = split * params.tiles_per_split, all = int64_t(params.batch) * params.time_tiles;
-            const int64_t last = first + params.tiles_per_split < all ? first + params.tiles_per_split : all;
+#pragma unroll
+            for (int i = 0; i < kInputs; i++)
+#pragma unroll
+                for (int c = 0; c < kPack; c++) filters[i][c].load(params, c < channels ? input_channel(i) + c : -1);
+            const int64_t tiles = int64_t(params.batch) * params.time_tiles, first = tiles * split / params.splits;
             int batch = int(first / params.time_tiles), column = int(first % params.time_tiles);
-            for (int64_t i = first; i < last; i++) {
-                tile(batch, column * kShortTimes);
+            for (int64_t left = tiles * (split + 1) / params.splits - first; left > 0; left--) {
+                work(batch, column * kShortTimes + run * kShortRun);
                 if (++column == params.time_tiles) column = 0, batch++;
             }
             finish(split);
@@ -98,149 +77,145 @@ struct ShortTiles {
     }
 };
 
-template <class Element, bool kGated>
-struct ShortForwardPlan {
-    using Plane = ShortPlane<Element, kShortHalo, kShortHalo + kShortTimes>;
-    static constexpr int kSharedBytes = (kGated ? 3 : 1) * Plane::kElements * int(sizeof(Element));
-};
-
 template <class Element, bool kGated, int kTaps>
 DEVICE void short_forward(const ShortParams& params) {
-    using Plane = typename ShortForwardPlan<Element, kGated>::Plane;
-    ShortTiles<Element, kGated, kTaps> tiles(params);
-    Element* const memory = reinterpret_cast<Element*>(shared_memory());
-    const auto plane = [&](int i) { return Plane{memory + i * Plane::kElements}; };
+    using Tiles = ShortTiles<Element, kGated, kTaps>;
+    constexpr int kHalo = Tiles::kHalo;
+    Tiles tiles(params);
 
-    const auto result = [&](float (&y)[kShortRun], int i) {
-        float x[kShortHalo + kShortRun];
-        read_run(x, plane(i).at(tiles.row, tiles.run));
-        tiles.filters[i].convolve(y, x, params.taps);
-    };
-    const auto store = [&](int output, int batch, int time, const float (&y)[kShortRun]) {
-        const ShortView& view = params.outputs[output];
-        if (tiles.row >= tiles.channels) return;
-        const int64_t row = batch * view.batch_stride + (tiles.first_channel + tiles.row) * view.channel_stride;
-        Element* to = reinterpret_cast<Element*>(view.data) + row + time + tiles.run;
-        const int left = params.length - time - tiles.run;
-        if (view.aligned && left >= kShortRun)
-            write_run(to, y);
-        else
-            for (int i = 0; i < kShortRun; i++)
-                if (i < left) narrow_one(to + i, y[i]);
-    };
-
-    const auto tile = [&](int batch, int time) {
-        for (int i = 0; i < tiles.kInputs; i++) {
-            const Plane p = plane(i);
-            p.load(p.place(params.input, batch, tiles.input_channel(i), tiles.channels, time, params.taps - 1, params.length));
-        }
-        block_barrier();
-        float y[kShortRun];
-        result(y, 0);
-        store(0, batch, time, y);
-        if constexpr (kGated) {
-            float factor[kShortRun];
-            result(y, 1);
-            result(factor, 2);
+    const auto work = [&](int batch, int time) {
+        ShortStrip<Element, kHalo, 0> z[Tiles::kInputs];
+        with_access(params.input.access, [&](auto access) {
 #pragma unroll
-            for (int i = 0; i < kShortRun; i++) y[i] *= factor[i];
-            store(1, batch, time, y);
+            for (int i = 0; i < Tiles::kInputs; i++) z[i].load(access, tiles.input(params.input, i, batch, time), params.taps - 1);
+        });
+        ShortStrip<Element, 0, 0> results[Tiles::kOutputs];
+#pragma unroll
+        for (int i = 0; i < Tiles::kInputs; i++) z[i].turn(params.input.access);
+#pragma unroll
+        for (int c = 0; c < Tiles::kPack; c++) {
+            const auto result = [&](float (&y)[kShortRun], int i) {
+                float x[kHalo + kShortRun];
+                z[i].get(x, c);
+                tiles.filters[i][c].template convolve<kHalo>(y, x, params.taps);
+            };
+            float y[kShortRun];
+            result(y, 0);
+            results[0].set(y, c);
+            if constexpr (kGated) {
+                float factor[kShortRun];
+                result(y, 1);
+                result(factor, 2);
+#pragma unroll
+                for (int i = 0; i < kShortRun; i++) y[i] *= factor[i];
+                results[1].set(y, c);
+            }
         }
-        block_barrier();
+#pragma unroll
+        for (int i = 0; i < Tiles::kOutputs; i++)
+            with_access(params.outputs[i].access, [&](auto access) { results[i].store(access, tiles.output(i, batch, time)); });
     };
-    tiles.each(tile, [](int) {});
+    tiles.each(work, [](int) {});
 }
-
-template <class Element, bool kGated>
-struct ShortBackwardPlan {
-    using Plane = ShortPlane<Element, kShortHalo, 2 * kShortHalo + kShortTimes>;
-    using GradientPlane = ShortPlane<Element, 0, kShortTimes + kShortHalo>;
-    static constexpr int kSharedBytes = ((kGated ? 3 : 1) * Plane::kElements + (kGated ? 2 : 1) * GradientPlane::kElements) * int(sizeof(Element));
-};
 
 template <class Element, bool kGated, int kTaps>
 DEVICE void short_backward(const ShortParams& params) {
-    using Plan = ShortBackwardPlan<Element, kGated>;
-    using Plane = typename Plan::Plane;
-    using GradientPlane = typename Plan::GradientPlane;
-    constexpr int kInputs = kGated ? 3 : 1, kReach = kShortRun + kShortHalo;
-    ShortTiles<Element, kGated, kTaps> tiles(params);
-    Element* const memory = reinterpret_cast<Element*>(shared_memory());
-    const auto plane = [&](int i) { return Plane{memory + i * Plane::kElements}; };
-    const auto gradient = [&](int i) { return GradientPlane{memory + kInputs * Plane::kElements + i * GradientPlane::kElements}; };
+    using Tiles = ShortTiles<Element, kGated, kTaps>;
+    // The positions whose outputs the run takes part in.
+    constexpr int kInputs = Tiles::kInputs, kPack = Tiles::kPack, kHalo = Tiles::kHalo, kReach = kShortRun + kTaps - 1;
+    Tiles tiles(params);
     const int taps = params.taps;
 
-    float sums[kInputs][kTaps + 1];
+    float sums[kInputs][kPack][kTaps + 1];
     const auto clear = [&] {
-        for (auto& column : sums)
-            for (float& sum : column) sum = 0.f;
+        for (auto& channel : sums)
+            for (auto& column : channel)
+                for (float& sum : column) sum = 0.f;
     };
     clear();
 
-    const auto tile = [&](int batch, int time) {
-        for (int i = 0; i < kInputs; i++) {
-            const Plane p = plane(i);
-            p.load(p.place(params.input, batch, tiles.input_channel(i), tiles.channels, time, taps - 1, params.length));
-        }
-        for (int i = 0; i < tiles.kOutputs; i++) {
-            const GradientPlane p = gradient(i);
-            p.load(p.place(params.outputs[i], batch, tiles.first_channel, tiles.channels, time, taps - 1, params.length));
-        }
-        block_barrier();
-        float dz[kInputs][kShortRun];
+    const auto work = [&](int batch, int time) {
+        using Input = ShortStrip<Element, kHalo, kHalo>;
+        using Gradient = ShortStrip<Element, 0, kHalo>;
+        Input z[kInputs];
+        Gradient gradients[Tiles::kOutputs];
+        with_access(params.input.access, [&](auto access) {
 #pragma unroll
-        for (int i = 0; i < kInputs; i++) {
-            // The gradient of this convolution's output at the run's positions and at those that the run reaches.
-            float dy[kReach];
-            read_run(dy, gradient(i > 0).at(tiles.row, tiles.run));
-            if (i > 0) {
-                float x[kReach + kShortHalo], factor[kReach];
-                read_run(x, plane(kInputs - i).at(tiles.row, tiles.run));
-                tiles.filters[kInputs - i].convolve(factor, x, taps);
+            for (int i = 0; i < kInputs; i++) z[i].load(access, tiles.input(params.input, i, batch, time), taps - 1);
+        });
 #pragma unroll
-                for (int j = 0; j < kReach; j++) dy[j] *= factor[j];
+        for (int i = 0; i < Tiles::kOutputs; i++)
+            with_access(params.outputs[i].access, [&](auto access) { gradients[i].load(access, tiles.output(i, batch, time), taps - 1); });
+#pragma unroll
+        for (int i = 0; i < kInputs; i++) z[i].turn(params.input.access);
+#pragma unroll
+        for (int i = 0; i < Tiles::kOutputs; i++) gradients[i].turn(params.outputs[i].access);
+
+        const int left = params.length - time;
+        ShortStrip<Element, 0, 0> dz[kInputs];
+#pragma unroll
+        for (int c = 0; c < kPack; c++) {
+            const auto read = [&](auto& x, const auto& strip) {
+                strip.get(x, c);
+                constexpr int kLength = int(sizeof(x) / sizeof(float)), kBefore = kLength - kShortRun - kHalo;
+                if (left < kShortRun + kHalo)
+#pragma unroll
+                    for (int j = 0; j < kLength; j++)
+                        if (j - kBefore >= left) x[j] = 0.f;
+            };
+#pragma unroll
+            for (int i = 0; i < kInputs; i++) {
+                // The gradient of this convolution's output at the run's positions and at those that the run reaches.
+                float dy[Gradient::kLength], x[Input::kLength];
+                read(dy, gradients[i > 0]);
+                if (i > 0) {
+                    float factor[kReach];
+                    read(x, z[kInputs - i]);
+                    tiles.filters[kInputs - i][c].template convolve<kHalo>(factor, x, taps);
+#pragma unroll
+                    for (int j = 0; j < kReach; j++) dy[j] *= factor[j];
+                }
+                read(x, z[i]);
+                float dx[kShortRun];
+#pragma unroll
+                for (int j = 0; j < kShortRun; j++) {
+                    dx[j] = 0.f;
+                    sums[i][c][kTaps] += dy[j];
+#pragma unroll
+                    for (int s = 0; s < kTaps; s++)
+                        if (s < taps) {
+                            dx[j] += tiles.filters[i][c].lag[s] * dy[j + s];
+                            sums[i][c][s] += dy[j] * x[kHalo + j - s];
+                        }
+                }
+                dz[i].set(dx, c);
             }
-            float x[kShortHalo + kShortRun];
-            read_run(x, plane(i).at(tiles.row, tiles.run));
-#pragma unroll
-            for (int j = 0; j < kShortRun; j++) {
-                dz[i][j] = 0.f;
-                sums[i][kTaps] += dy[j];
-#pragma unroll
-                for (int s = 0; s < kTaps; s++)
-                    if (s < taps) {
-                        dz[i][j] += tiles.filters[i].lag[s] * dy[j + s];
-                        sums[i][s] += dy[j] * x[kShortHalo + j - s];
-                    }
-            }
         }
-        block_barrier();
+        with_access(params.input_gradient.access, [&](auto access) {
 #pragma unroll
-        for (int i = 0; i < kInputs; i++) write_run(plane(i).at(tiles.row, kShortHalo + tiles.run), dz[i]);
-        block_barrier();
-        for (int i = 0; i < kInputs; i++) {
-            const Plane p = plane(i);
-            p.store(p.place(params.input_gradient, batch, tiles.input_channel(i), tiles.channels, time, taps - 1, params.length));
-        }
-        block_barrier();
+            for (int i = 0; i < kInputs; i++) dz[i].store(access, tiles.input(params.input_gradient, i, batch, time));
+        });
     };
 
-    // The threads of a row add up in a fixed order; the splits are added by the caller.
+    // The threads of a channel add up in a fixed order; the splits are added by the caller.
     const auto finish = [&](int split) {
-        for (int i = 0; i < kInputs; i++) {
-            const int64_t channel = split * int64_t(kInputs) * params.channels + tiles.input_channel(i) + tiles.row;
 #pragma unroll
-            for (int s = 0; s <= kTaps; s++) {
-                float sum = sums[i][s];
-                for (int mask = 1; mask < tiles.kColumns; mask *= 2) sum += shuffle_xor(sum, mask);
-                if (tiles.run != 0 || tiles.row >= tiles.channels) continue;
-                if (s == kTaps) params.grad_filter[channel * (taps + 1) + taps] = sum;
-                else if (s < taps) params.grad_filter[channel * (taps + 1) + taps - 1 - s] = sum;
+        for (int i = 0; i < kInputs; i++)
+#pragma unroll
+            for (int c = 0; c < kPack; c++) {
+                float* const to = params.grad_filter + (split * int64_t(kInputs) * params.channels + tiles.input_channel(i) + c) * (taps + 1);
+#pragma unroll
+                for (int s = 0; s <= kTaps; s++) {
+                    float sum = sums[i][c][s];
+                    for (int mask = 1; mask < kShortRuns; mask *= 2) sum += shuffle_xor(sum, mask);
+                    if (tiles.run != 0 || c >= tiles.channels) continue;
+                    if (s == kTaps) to[taps] = sum;
+                    else if (s < taps) to[taps - 1 - s] = sum;
+                }
             }
-        }
         clear();
     };
-    tiles.each(tile, finish);
+    tiles.each(work, finish);
 }
 
 template <class Element, bool kGated, int kTaps>

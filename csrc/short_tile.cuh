@@ -1,159 +1,185 @@
-// Tiles of 32 channels and 64 positions, between global memory of any layout and rows of positions in shared memory.
+// What a thread of the short convolutions holds of a tensor: a few channels at a run of positions and their neighbours, in words of two
+// half-precision numbers or of one in single precision. It comes straight from global memory; the L1 cache serves what neighbours share.
 #pragma once
 #include <cstddef>
 
 #include "fft_conv.h"
 #include "primitives.cuh"
 
-// What the host derives: how a tensor's elements are reached, and which tiles a block takes.
-enum ShortLayout { kRowsOfTimes, kRowsOfChannels };
+// How a tensor is read and written: words of neighbouring channels, 16 bytes or words of neighbouring positions, or single elements.
+enum ShortAccess { kChannelWords, kTimeVectors, kTimeWords, kElements };
 
 struct ShortView {
     char* data;
-    int64_t batch_stride, channel_stride, time_stride;
-    int layout, aligned;
+    int64_t batch_stride, channel_stride, time_stride;      // in bytes
+    int access;
 };
 
+// What the host derives.
 struct ShortParams : fft_conv_short_params {
     ShortView input, input_gradient, outputs[2];
     int channel_tiles, time_tiles, units, splits;
-    int64_t tiles_per_split;
     int thirds[3];      // where the gate and the two factors lie in the input
 };
 
-constexpr int kShortChannels = 32, kShortTimes = 64, kShortHalo = 8, kShortRun = 8, kShortThreads = 256;
-constexpr int kShortMaxTaps = 7;
-static_assert(kShortMaxTaps - 1 <= kShortHalo && kShortRun * kShortThreads == kShortChannels * kShortTimes);
+// A warp works on eight words of channels and four runs, so that either layout is read and written in whole sectors; the warps of a block lie
+// along the channels, so that channels that are neighbours in memory come in whole lines, and no sum crosses a warp.
+constexpr int kShortRun = 8, kShortRuns = 4, kShortTimes = kShortRun * kShortRuns, kShortThreads = 128, kShortMaxTaps = 7;
+template <class Element>
+constexpr int kShortPack = 4 / int(sizeof(Element));
+template <class Element>
+constexpr int kShortChannels = kShortThreads / kShortRuns * kShortPack<Element>;
 
-DEVICE u32 word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+template <int kAccess>
+struct ShortAccessTag { static constexpr int value = kAccess; };
 
-// A tile of one tensor in shared memory: kLeft positions before the tile's first, and kLength in all.
-template <class Element, int kLeft, int kLength>
-struct ShortPlane {
-    static constexpr int kVector = 16 / int(sizeof(Element)), kPack = 4 / int(sizeof(Element));
-    // Rows of neighbouring 16-byte groups of channels start in different banks.
-    static constexpr int kPad = 32 / (kShortChannels / kVector) * kPack;
-    static constexpr int kElements = kShortChannels * kLength + kShortChannels / kVector * kPad;
-    static constexpr int kUnits = kLength / kPack * (kShortChannels / kVector);
+// Calls function(ShortAccessTag<...>{}): one branch for all loads of a kind, which are then all under way at a time.
+template <class Function>
+DEVICE void with_access(int access, Function function) {
+    switch (access) {
+        case kChannelWords: return function(ShortAccessTag<kChannelWords>{});
+        case kTimeVectors: return function(ShortAccessTag<kTimeVectors>{});
+        case kTimeWords: return function(ShortAccessTag<kTimeWords>{});
+        default: return function(ShortAccessTag<kElements>{});
+    }
+}
 
-    Element* memory;
+// Where a thread's first channel and the first position of its run lie.
+struct ShortPlace {
+    char* data;
+    int64_t channel_stride, time_stride;
+    int channels;       // that exist from the first on
+    int time, length;
 
-    DEVICE Element* at(int channel, int index) const { return memory + channel * kLength + channel / kVector * kPad + index; }
-    DEVICE u32* word_at(int channel, int index) const { return reinterpret_cast<u32*>(at(channel, index)); }
+    DEVICE ShortPlace(const ShortView& view, int batch, int64_t channel, int channels, int time, int length)
+        : data(view.data + batch * view.batch_stride + channel * view.channel_stride + time * view.time_stride), channel_stride(view.channel_stride),
+          time_stride(view.time_stride), channels(channels), time(time), length(length) {}
+};
 
-    struct Place {
-        Element* base;          // of the tile's first channel, at time zero
-        const ShortView& view;
-        int channels;           // that exist from the tile's first on
-        int first, begin, end;  // time of index zero, times that are wanted
+// A run with kBefore positions before it and kAfter behind it.
+template <class Element, int kBefore, int kAfter>
+struct ShortStrip {
+    static constexpr int kPack = kShortPack<Element>, kLength = kBefore + kShortRun + kAfter;
+    // words[kPack * j + c] holds channel c at positions kPack * j and on; while turned, words[i] holds all channels at position i.
+    u32 words[kLength];
 
-        DEVICE Element* at(int channel, int time) const { return base + channel * view.channel_stride + time * view.time_stride; }
-        DEVICE bool holds(int time) const { return time >= begin && time < end; }
-    };
-
-    DEVICE Place place(const ShortView& view, int batch, int64_t channel, int channels, int time, int reach, int length) const {
-        Element* base = reinterpret_cast<Element*>(view.data) + batch * view.batch_stride + channel * view.channel_stride;
-        const int begin = time - reach, end = time + kShortTimes + (kLength > kLeft + kShortTimes ? reach : 0);
-        return {base, view, channels, time - kLeft, kLeft > 0 && begin > 0 ? begin : kLeft > 0 ? 0 : time, end < length ? end : length};
+    // Zeros stand for what does not exist, and for positions further than `reach` from the run where they take loads of their own. The 16
+    // bytes or the word in which a row ends are read whole: what lies beyond the end is the caller's to leave out.
+    template <int kAccess>
+    DEVICE void load(ShortAccessTag<kAccess>, const ShortPlace& from, int reach) {
+        const int left = from.length - from.time;
+        const bool any = left > 0 && from.channels > 0;
+        const int begin = !any ? kLength : from.time < reach ? -from.time : -reach, end = !any ? -kLength : left < kShortRun + reach ? left : kShortRun + reach;
+        // One comparison each: a run that exists begins before its end and does not begin before the sequence.
+        const auto wanted = [&](int i, int count) { return i < 0 ? i + count > begin : i < end; };
+        if constexpr (kAccess == kTimeVectors || kAccess == kTimeWords) {
+#pragma unroll
+            for (int c = 0; c < kPack; c++) {
+                const char* const row = from.data + c * from.channel_stride;
+#pragma unroll
+                for (int i = -kBefore; i < kShortRun + kAfter;) {
+                    constexpr int kWide = kAccess == kTimeWords ? 1 : 4;
+                    const int count = kPack * (i >= 0 && i < kShortRun ? kWide : kWide < kEdgeWords ? kWide : kEdgeWords);
+                    load_words(words + kBefore + i + c, count / kPack, row + i * int(sizeof(Element)), wanted(i, count) & (c < from.channels));
+                    i += count;
+                }
+            }
+        } else {
+            const char* p = from.data - kBefore * from.time_stride;
+#pragma unroll
+            for (int i = -kBefore; i < kShortRun + kAfter; i++, p += from.time_stride) {
+                if constexpr (kAccess == kChannelWords || kPack == 1) {
+                    words[kBefore + i] = wanted(i, 1) ? *reinterpret_cast<const u32*>(p) : 0;
+                } else {
+                    const u32 low = wanted(i, 1) ? *reinterpret_cast<const uint16_t*>(p) : 0;
+                    const u32 high = wanted(i, 1) & (from.channels > 1) ? *reinterpret_cast<const uint16_t*>(p + from.channel_stride) : 0;
+                    words[kBefore + i] = low | high << 16;
+                }
+            }
+        }
     }
 
-    // Zeros stand for positions and channels that do not exist.
-    DEVICE void load(const Place& from) const {
-        if (from.view.layout == kRowsOfTimes && from.view.aligned)
-            for (int i = thread_index(); i < kShortChannels * (kLength / kVector); i += kShortThreads)
-                load_times(from, i / (kLength / kVector), i % (kLength / kVector) * kVector);
-        else if (from.view.layout == kRowsOfChannels && from.view.aligned)
-            for (int i = thread_index(); i < kUnits; i += kShortThreads)
-                load_channels(from, i % (kShortChannels / kVector) * kVector, i / (kShortChannels / kVector) * kPack);
-        else
-            each_element(from, 0, kLength, [&](int channel, int index, int time) {
-                const bool present = channel < from.channels && from.holds(time);
-                if (present) *at(channel, index) = *from.at(channel, time);
-                else narrow_one(at(channel, index), 0.f);
-            });
+    // Undoes the order in which `load` leaves what was not read along the positions. Without a branch, behind which no load would be under way.
+    DEVICE void turn(int access) {
+        if constexpr (kPack == 2) {
+            const bool turned = access == kChannelWords || access == kElements;
+            const u32 first = turned ? 0x5410 : 0x3210, second = turned ? 0x7632 : 0x7654;
+#pragma unroll
+            for (int i = 0; i < kLength; i += 2) {
+                const u32 a = words[i], b = words[i + 1];
+                words[i] = permute_bytes(a, b, first), words[i + 1] = permute_bytes(a, b, second);
+            }
+        }
     }
 
-    DEVICE void store(const Place& to) const {
-        if (to.view.layout == kRowsOfTimes && to.view.aligned)
-            for (int i = thread_index(); i < kShortChannels * (kShortTimes / kVector); i += kShortThreads)
-                store_times(to, i / (kShortTimes / kVector), kLeft + i % (kShortTimes / kVector) * kVector);
-        else if (to.view.layout == kRowsOfChannels && to.view.aligned)
-            for (int i = thread_index(); i < kShortTimes / kPack * (kShortChannels / kVector); i += kShortThreads)
-                store_channels(to, i % (kShortChannels / kVector) * kVector, kLeft + i / (kShortChannels / kVector) * kPack);
-        else
-            each_element(to, kLeft, kShortTimes, [&](int channel, int index, int time) {
-                if (channel < to.channels && time < to.end) *to.at(channel, time) = *at(channel, index);
-            });
+    DEVICE void get(float (&x)[kLength], int c) const {
+#pragma unroll
+        for (int i = 0; i < kLength; i++) {
+            if constexpr (kPack == 2) {
+                const Pair pair = widen(static_cast<const Element*>(nullptr), words[i / 2 * 2 + c]);
+                x[i] = i % 2 ? pair.y : pair.x;
+            } else {
+                x[i] = float_from_bits(words[i]);
+            }
+        }
+    }
+
+    DEVICE void set(const float (&x)[kLength], int c) {
+#pragma unroll
+        for (int i = 0; i < kLength; i += kPack) {
+            if constexpr (kPack == 2) words[i + c] = narrow(static_cast<const Element*>(nullptr), x[i], x[i + 1]);
+            else words[i] = bits_from_float(x[i]);
+        }
+    }
+
+    template <int kAccess>
+    DEVICE void store(ShortAccessTag<kAccess>, const ShortPlace& to) {
+        static_assert(kLength == kShortRun);
+        const int left = to.length - to.time;
+        if constexpr (kAccess == kChannelWords) {
+            turn(kAccess);
+            char* p = to.data;
+#pragma unroll
+            for (int i = 0; i < kShortRun; i++, p += to.time_stride)
+                if (i < left && to.channels > 0) *reinterpret_cast<u32*>(p) = words[i];
+        } else {
+#pragma unroll
+            for (int c = 0; c < kPack; c++) {
+                if (c >= to.channels) break;
+                char* p = to.data + c * to.channel_stride;
+                if (kAccess == kTimeVectors && left >= kShortRun) {
+#pragma unroll
+                    for (int i = c; i < kShortRun; i += 4 * kPack)
+                        reinterpret_cast<uint4*>(p)[i / (4 * kPack)] = make_uint4(words[i], words[i + kPack], words[i + 2 * kPack], words[i + 3 * kPack]);
+                } else if (kAccess == kTimeWords && left >= kShortRun) {
+#pragma unroll
+                    for (int i = c; i < kShortRun; i += kPack) reinterpret_cast<u32*>(p)[i / kPack] = words[i];
+                } else {
+#pragma unroll
+                    for (int i = 0; i < kShortRun; i++, p += to.time_stride) {
+                        if (i >= left) break;
+                        if constexpr (kPack == 2) *reinterpret_cast<uint16_t*>(p) = uint16_t(words[i / 2 * 2 + c] >> 16 * (i % 2));
+                        else *reinterpret_cast<u32*>(p) = words[i];
+                    }
+                }
+            }
+        }
     }
 
 private:
-    // Neighbouring threads on neighbouring memory, one element each.
-    template <class Function>
-    DEVICE static void each_element(const Place& place, int start, int count, Function function) {
-        for (int i = thread_index(); i < kShortChannels * count; i += kShortThreads) {
-            const bool along = place.view.layout == kRowsOfTimes;
-            const int channel = along ? i / count : i % kShortChannels, index = start + (along ? i % count : i / kShortChannels);
-            function(channel, index, place.first + index);
-        }
-    }
+    // What the neighbours need of a half-precision row may be less than 16 bytes.
+    static constexpr int kEdgeWords = (kBefore > kAfter ? kBefore : kAfter) / kPack < 4 ? (kBefore > kAfter ? kBefore : kAfter) / kPack : 4;
 
-    DEVICE void load_times(const Place& from, int channel, int index) const {
-        const int time = from.first + index;
-        uint4* to = reinterpret_cast<uint4*>(at(channel, index));
-        if (channel < from.channels && time >= 0 && time + kVector <= from.end) {
-            *to = *reinterpret_cast<const uint4*>(from.at(channel, time));
+    // Neighbouring words of one channel; without a branch, so that all loads can be under way.
+    DEVICE static void load_words(u32* to, int count, const char* p, bool present) {
+        if (count == 4) {
+            const uint4 v = present ? *reinterpret_cast<const uint4*>(p) : make_uint4(0, 0, 0, 0);
+            to[0] = v.x, to[kPack] = v.y, to[2 * kPack] = v.z, to[3 * kPack] = v.w;
+        } else if (count == 2) {
+            const uint2 v = present ? *reinterpret_cast<const uint2*>(p) : make_uint2(0, 0);
+            to[0] = v.x, to[kPack] = v.y;
         } else {
-            *to = make_uint4(0, 0, 0, 0);
-            for (int i = 0; i < kVector; i++)
-                if (channel < from.channels && from.holds(time + i)) *at(channel, index + i) = *from.at(channel, time + i);
-        }
-    }
-
-    DEVICE void store_times(const Place& to, int channel, int index) const {
-        const int time = to.first + index;
-        if (channel >= to.channels) return;
-        if (time + kVector <= to.end)
-            *reinterpret_cast<uint4*>(to.at(channel, time)) = *reinterpret_cast<const uint4*>(at(channel, index));
-        else
-            for (int i = 0; time + i < to.end; i++) *to.at(channel, time + i) = *at(channel, index + i);
-    }
-
-    // kVector channels at kPack positions, turned in registers so that shared memory is written in whole words.
-    DEVICE void load_channels(const Place& from, int channel, int index) const {
-        uint4 x[kPack];
-#pragma unroll
-        for (int j = 0; j < kPack; j++) {
-            const int time = from.first + index + j;
-            const bool present = channel < from.channels && from.holds(time);
-            x[j] = present ? *reinterpret_cast<const uint4*>(from.at(channel, time)) : make_uint4(0, 0, 0, 0);
-        }
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            if constexpr (kPack == 2) {
-                *word_at(channel + 2 * i, index) = join_low(word_of(x[0], i), word_of(x[1], i));
-                *word_at(channel + 2 * i + 1, index) = join_high(word_of(x[0], i), word_of(x[1], i));
-            } else {
-                *word_at(channel + i, index) = word_of(x[0], i);
-            }
-        }
-    }
-
-    DEVICE void store_channels(const Place& to, int channel, int index) const {
-        if (channel >= to.channels) return;
-        u32 x[2][4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            if constexpr (kPack == 2) {
-                const u32 even = *word_at(channel + 2 * i, index), odd = *word_at(channel + 2 * i + 1, index);
-                x[0][i] = join_low(even, odd), x[1][i] = join_high(even, odd);
-            } else {
-                x[0][i] = *word_at(channel + i, index);
-            }
-        }
-#pragma unroll
-        for (int j = 0; j < kPack; j++) {
-            const int time = to.first + index + j;
-            if (time < to.end) *reinterpret_cast<uint4*>(to.at(channel, time)) = make_uint4(x[j][0], x[j][1], x[j][2], x[j][3]);
+            to[0] = present ? *reinterpret_cast<const u32*>(p) : 0;
         }
     }
 };

@@ -48,13 +48,13 @@ int LongLauncher<Element, kSlots>::backward(const LongParams& params, void*) {
 
 template <class Element, bool kGated, int kTaps>
 int ShortLauncher<Element, kGated, kTaps>::forward(const ShortParams& params, void*) {
-    simt::launch(2, kShortThreads, ShortForwardPlan<Element, kGated>::kSharedBytes, [&] { short_forward<Element, kGated, kTaps>(params); });
+    simt::launch(2, kShortThreads, 0, [&] { short_forward<Element, kGated, kTaps>(params); });
     return 0;
 }
 
 template <class Element, bool kGated, int kTaps>
 int ShortLauncher<Element, kGated, kTaps>::backward(const ShortParams& params, void*) {
-    simt::launch(2, kShortThreads, ShortBackwardPlan<Element, kGated>::kSharedBytes, [&] { short_backward<Element, kGated, kTaps>(params); });
+    simt::launch(2, kShortThreads, 0, [&] { short_backward<Element, kGated, kTaps>(params); });
     return 0;
 }
 

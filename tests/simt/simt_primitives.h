@@ -22,6 +22,7 @@ using u32 = uint32_t;
 
 struct alignas(8) uint2 { u32 x, y; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
+inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 
 struct alignas(16) float4 { float x, y, z, w; };
@@ -176,6 +177,12 @@ inline u32 multiply_add2(u32 a, u32 b, u32 c) {
     return pack(low_half(a) * low_half(b) + low_half(c), high_half(a) * high_half(b) + high_half(c));
 }
 inline u32 negate2(u32 a) { return a ^ 0x80008000u; }
+inline u32 permute_bytes(u32 a, u32 b, u32 selector) {
+    const uint64_t bytes = uint64_t(b) << 32 | a;
+    u32 result = 0;
+    for (int i = 0; i < 4; i++) result |= u32(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+    return result;
+}
 inline u32 join_low(u32 a, u32 b) { return (a & 0xffffu) | b << 16; }
 inline u32 join_high(u32 a, u32 b) { return a >> 16 | (b & 0xffff0000u); }
 
@@ -278,6 +285,8 @@ inline void narrow_one(bfloat16* p, float x) {
 }
 inline void narrow_one(float16* p, float x) { p->bits = half_bits(x); }
 inline void narrow_one(float* p, float x) { *p = x; }
+template <class Element>
+u32 narrow(const Element*, float x, float y) { Element pair[2]; narrow_one(pair, x), narrow_one(pair + 1, y); u32 word; std::memcpy(&word, pair, 4); return word; }
 template <class Element>
 void narrow_two(Element* p, float x, float y) { narrow_one(p, x), narrow_one(p + 1, y); }
 template <bool kOnce, class Element>
