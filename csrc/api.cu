@@ -150,10 +150,6 @@ extern "C" int fft_conv_shared_bytes(const fft_conv_params* params, int backward
     return bytes < 0 ? bytes : std::max(bytes, filter_shared_bytes(params->fft_size));
 }
 
-// Units of work of the short convolutions, whole rounds of the blocks that an H100 runs at a time. Constants, so that the order of summation
-// does not depend on the device; few in the backward pass, which writes sums for each.
-constexpr int kShortForwardUnits = 1584, kShortBackwardUnits = 396;
-
 static ShortView short_view(const fft_conv_strided_tensor& t, int channels, int bytes) {
     const bool along_times = t.time_stride == 1, along_channels = !along_times && t.channel_stride == 1 && channels * int64_t(bytes) % 4 == 0;
     const int64_t stride = along_times ? t.channel_stride : t.time_stride;
@@ -187,7 +183,8 @@ static bool valid(const fft_conv_short_params& p) {
 // Calls function(ShortLauncher<...>{}) for the kernel of these parameters.
 template <class Element, class Function>
 static int with_short(const fft_conv_short_params& p, Function function) {
-    if (p.taps <= 4) return p.gate < 0 ? function(ShortLauncher<Element, false, 4>{}) : function(ShortLauncher<Element, true, 4>{});
+    if (p.taps <= kShortFewTaps)
+        return p.gate < 0 ? function(ShortLauncher<Element, false, kShortFewTaps>{}) : function(ShortLauncher<Element, true, kShortFewTaps>{});
     return p.gate < 0 ? function(ShortLauncher<Element, false, kShortMaxTaps>{}) : function(ShortLauncher<Element, true, kShortMaxTaps>{});
 }
 
@@ -203,13 +200,15 @@ static int with_short(const fft_conv_short_params& p, Function function) {
 }
 
 extern "C" int fft_conv_short_forward(const fft_conv_short_params* params, void* stream) {
-    return with_short(*params, [&](auto launcher) { return launcher.forward(derive(*params, kShortForwardUnits), stream); });
+    return with_short(*params, [&](auto launcher) { return launcher.forward(derive(*params, launcher.kForwardUnits), stream); });
 }
 
 extern "C" int fft_conv_short_backward(const fft_conv_short_params* params, void* stream) {
-    return with_short(*params, [&](auto launcher) { return launcher.backward(derive(*params, kShortBackwardUnits), stream); });
+    return with_short(*params, [&](auto launcher) { return launcher.backward(derive(*params, launcher.kBackwardUnits), stream); });
 }
 
-extern "C" int fft_conv_short_splits(const fft_conv_short_params* params) { return derive(*params, kShortBackwardUnits).splits; }
+extern "C" int fft_conv_short_splits(const fft_conv_short_params* params) {
+    return with_short(*params, [&](auto launcher) { return derive(*params, launcher.kBackwardUnits).splits; });
+}
 
 extern "C" int fft_conv_version() { return 4; }

@@ -220,6 +220,12 @@ DEVICE void short_backward(const ShortParams& params) {
 
 template <class Element, bool kGated, int kTaps>
 struct ShortLauncher {
+    // Blocks of a multiprocessor at a time, by the registers of a thread. An H100 runs all units of a backward pass, which writes sums for
+    // each, in one round. Constants, so that the order of summation does not depend on the device.
+    static constexpr bool kFew = kTaps <= kShortFewTaps;
+    static constexpr int kForwardBlocks = kGated ? (kFew ? 4 : 3) : (kFew ? 8 : 6), kBackwardBlocks = kGated ? (kFew ? 3 : 2) : (kFew ? 5 : 3);
+    static constexpr int kForwardUnits = 132 * kForwardBlocks * 6, kBackwardUnits = 132 * kBackwardBlocks;
+
     static int forward(const ShortParams& params, void* stream);
     static int backward(const ShortParams& params, void* stream);
 };

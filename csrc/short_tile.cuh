@@ -24,7 +24,9 @@ struct ShortParams : fft_conv_short_params {
 
 // A warp works on eight words of channels and four runs, so that either layout is read and written in whole sectors; the warps of a block lie
 // along the channels, so that channels that are neighbours in memory come in whole lines, and no sum crosses a warp.
-constexpr int kShortRun = 8, kShortRuns = 4, kShortTimes = kShortRun * kShortRuns, kShortThreads = 128, kShortMaxTaps = 7;
+constexpr int kShortRun = 8, kShortRuns = 4, kShortTimes = kShortRun * kShortRuns, kShortThreads = 128;
+// Nearly all models have three taps.
+constexpr int kShortFewTaps = 3, kShortMaxTaps = 7;
 template <class Element>
 constexpr int kShortPack = 4 / int(sizeof(Element));
 template <class Element>
