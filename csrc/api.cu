@@ -163,7 +163,7 @@ static ShortView short_view(const fft_conv_strided_tensor& t, int channels, int 
 static ShortParams derive(const fft_conv_short_params& p, int units) {
     ShortParams derived;
     static_cast<fft_conv_short_params&>(derived) = p;
-    const int bytes = p.element == FFT_CONV_FLOAT32 ? 4 : 2, tile_channels = p.element == FFT_CONV_FLOAT32 ? kShortChannels<float> : kShortChannels<bfloat16>;
+    const int bytes = p.element == FFT_CONV_FLOAT32 ? 4 : 2, tile_channels = bytes == 4 ? kShortChannels<float> : kShortChannels<bfloat16>;
     derived.input = short_view(p.z, p.channels, bytes);
     derived.input_gradient = short_view(p.grad_z, p.channels, bytes);
     derived.outputs[0] = short_view({p.output.data, p.output.batch_stride, p.output.channel_stride, 1}, p.channels, bytes);
@@ -208,7 +208,7 @@ extern "C" int fft_conv_short_backward(const fft_conv_short_params* params, void
 }
 
 extern "C" int fft_conv_short_splits(const fft_conv_short_params* params) {
-    return with_short(*params, [&](auto launcher) { return derive(*params, launcher.kBackwardUnits).splits; });
+    return with_short(*params, [&](auto launcher) { return derive(*params, launcher.kBackwardUnits).splits * kShortTimeWarps; });
 }
 
 extern "C" int fft_conv_version() { return 4; }

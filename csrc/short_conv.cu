@@ -3,12 +3,14 @@
 #include "short_conv.cuh"
 
 template <class Element, bool kGated, int kTaps>
-__global__ void __launch_bounds__(kShortThreads, ShortLauncher<Element, kGated, kTaps>::kForwardBlocks) short_forward_kernel(const __grid_constant__ ShortParams params) {
+__global__ void __launch_bounds__(kShortThreads, ShortLauncher<Element, kGated, kTaps>::kForwardBlocks)
+    short_forward_kernel(const __grid_constant__ ShortParams params) {
     short_forward<Element, kGated, kTaps>(params);
 }
 
 template <class Element, bool kGated, int kTaps>
-__global__ void __launch_bounds__(kShortThreads, ShortLauncher<Element, kGated, kTaps>::kBackwardBlocks) short_backward_kernel(const __grid_constant__ ShortParams params) {
+__global__ void __launch_bounds__(kShortThreads, ShortLauncher<Element, kGated, kTaps>::kBackwardBlocks)
+    short_backward_kernel(const __grid_constant__ ShortParams params) {
     short_backward<Element, kGated, kTaps>(params);
 }
 

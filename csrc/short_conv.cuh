@@ -2,10 +2,12 @@
 #pragma once
 #include "short_tile.cuh"
 
-DEVICE float load_any(const void* p, int element, int64_t i) {
-    if (element == FFT_CONV_BFLOAT16) return widen_one(static_cast<const bfloat16*>(p)[i]);
-    if (element == FFT_CONV_FLOAT16) return widen_one(static_cast<const float16*>(p)[i]);
-    return static_cast<const float*>(p)[i];
+// The bits of a number of any type, and their value: apart, so that no load waits for the one before.
+DEVICE u32 load_any(const void* p, int element, int64_t i) {
+    return element == FFT_CONV_FLOAT32 ? static_cast<const u32*>(p)[i] : static_cast<const uint16_t*>(p)[i];
+}
+DEVICE float widen_any(u32 bits, int element) {
+    return element == FFT_CONV_FLOAT32 ? float_from_bits(bits) : element == FFT_CONV_BFLOAT16 ? float_from_bits(bits << 16) : low_half(bits);
 }
 
 // One channel's filter: the weight of a lag, and the offset.
@@ -16,8 +18,14 @@ struct ShortFilter {
     DEVICE void load(const ShortParams& p, int64_t channel) {
 #pragma unroll
         for (int s = 0; s < kTaps; s++)
-            lag[s] = channel >= 0 && s < p.taps ? load_any(p.weight, p.weight_element, channel * p.taps + p.taps - 1 - s) : 0.f;
-        offset = channel >= 0 && p.bias ? load_any(p.bias, p.bias_element, channel) : 0.f;
+            lag[s] = float_from_bits(channel >= 0 && s < p.taps ? load_any(p.weight, p.weight_element, channel * p.taps + p.taps - 1 - s) : 0);
+        offset = float_from_bits(channel >= 0 && p.bias ? load_any(p.bias, p.bias_element, channel) : 0);
+    }
+
+    DEVICE void widen(const ShortParams& p) {
+#pragma unroll
+        for (int s = 0; s < kTaps; s++) lag[s] = widen_any(bits_from_float(lag[s]), p.weight_element);
+        offset = widen_any(bits_from_float(offset), p.bias_element);
     }
 
     // y[i] from x, which starts kBefore positions earlier. Lags beyond the filter are left out: what is there need not be finite.
@@ -41,7 +49,8 @@ struct ShortTiles {
     static constexpr int kHalo = kTaps <= 5 ? 4 : 8;
 
     const ShortParams& params;
-    const int run = thread_index() % kShortRuns;
+    const int warp = thread_index() / 32, run = warp / kShortChannelWarps * kShortRuns + thread_index() % kShortRuns;
+    const int word = warp % kShortChannelWarps * kShortWords + thread_index() % 32 / kShortRuns;
     int first_channel, channels;    // the first of this thread, and how many exist from it on
     ShortFilter<kTaps> filters[kInputs][kPack];
 
@@ -60,12 +69,16 @@ struct ShortTiles {
     DEVICE void each(Function work, Finish finish) {
         for (int unit = block_index(); unit < params.units; unit += block_count()) {
             const int split = unit / params.channel_tiles;
-            first_channel = unit % params.channel_tiles * kShortChannels<Element> + thread_index() / kShortRuns * kPack;
+            first_channel = unit % params.channel_tiles * kShortChannels<Element> + word * kPack;
             channels = params.channels - first_channel;
 #pragma unroll
             for (int i = 0; i < kInputs; i++)
 #pragma unroll
                 for (int c = 0; c < kPack; c++) filters[i][c].load(params, c < channels ? input_channel(i) + c : -1);
+#pragma unroll
+            for (int i = 0; i < kInputs; i++)
+#pragma unroll
+                for (int c = 0; c < kPack; c++) filters[i][c].widen(params);
             const int64_t tiles = int64_t(params.batch) * params.time_tiles, first = tiles * split / params.splits;
             int batch = int(first / params.time_tiles), column = int(first % params.time_tiles);
             for (int64_t left = tiles * (split + 1) / params.splits - first; left > 0; left--) {
@@ -203,12 +216,13 @@ DEVICE void short_backward(const ShortParams& params) {
         for (int i = 0; i < kInputs; i++)
 #pragma unroll
             for (int c = 0; c < kPack; c++) {
-                float* const to = params.grad_filter + (split * int64_t(kInputs) * params.channels + tiles.input_channel(i) + c) * (taps + 1);
+                const int64_t part = split * kShortTimeWarps + tiles.run / kShortRuns;
+                float* const to = params.grad_filter + (part * kInputs * params.channels + tiles.input_channel(i) + c) * (taps + 1);
 #pragma unroll
                 for (int s = 0; s <= kTaps; s++) {
                     float sum = sums[i][c][s];
                     for (int mask = 1; mask < kShortRuns; mask *= 2) sum += shuffle_xor(sum, mask);
-                    if (tiles.run != 0 || c >= tiles.channels) continue;
+                    if (tiles.run % kShortRuns != 0 || c >= tiles.channels) continue;
                     if (s == kTaps) to[taps] = sum;
                     else if (s < taps) to[taps - 1 - s] = sum;
                 }
@@ -220,11 +234,11 @@ DEVICE void short_backward(const ShortParams& params) {
 
 template <class Element, bool kGated, int kTaps>
 struct ShortLauncher {
-    // Blocks of a multiprocessor at a time, by the registers of a thread. An H100 runs all units of a backward pass, which writes sums for
-    // each, in one round. Constants, so that the order of summation does not depend on the device.
+    // Blocks of a multiprocessor at a time, by the registers of a thread; units that are whole rounds of an H100's, few in the backward pass,
+    // which writes sums for each. Constants, so that the order of summation does not depend on the device.
     static constexpr bool kFew = kTaps <= kShortFewTaps;
-    static constexpr int kForwardBlocks = kGated ? (kFew ? 4 : 3) : (kFew ? 8 : 6), kBackwardBlocks = kGated ? (kFew ? 3 : 2) : (kFew ? 5 : 3);
-    static constexpr int kForwardUnits = 132 * kForwardBlocks * 6, kBackwardUnits = 132 * kBackwardBlocks;
+    static constexpr int kForwardBlocks = kGated ? (kFew ? 5 : 3) : (kFew ? 8 : 6), kBackwardBlocks = kGated ? (kFew ? 3 : 2) : (kFew ? 5 : 3);
+    static constexpr int kForwardUnits = 132 * kForwardBlocks * 4, kBackwardUnits = 132 * kBackwardBlocks * 2;
 
     static int forward(const ShortParams& params, void* stream);
     static int backward(const ShortParams& params, void* stream);

@@ -22,15 +22,17 @@ struct ShortParams : fft_conv_short_params {
     int thirds[3];      // where the gate and the two factors lie in the input
 };
 
-// A warp works on eight words of channels and four runs, so that either layout is read and written in whole sectors; the warps of a block lie
-// along the channels, so that channels that are neighbours in memory come in whole lines, and no sum crosses a warp.
-constexpr int kShortRun = 8, kShortRuns = 4, kShortTimes = kShortRun * kShortRuns, kShortThreads = 128;
+// A warp works on eight words of channels and four runs, so that either layout is read and written in whole sectors. More warps along the
+// channels read longer pieces of what has neighbouring channels, more along the time longer pieces of what has neighbouring positions.
+constexpr int kShortThreads = 128, kShortRun = 8, kShortRuns = 4, kShortWords = 32 / kShortRuns;
+constexpr int kShortChannelWarps = 4, kShortTimeWarps = kShortThreads / 32 / kShortChannelWarps;
+constexpr int kShortTimes = kShortRun * kShortRuns * kShortTimeWarps;
 // Nearly all models have three taps.
 constexpr int kShortFewTaps = 3, kShortMaxTaps = 7;
 template <class Element>
 constexpr int kShortPack = 4 / int(sizeof(Element));
 template <class Element>
-constexpr int kShortChannels = kShortThreads / kShortRuns * kShortPack<Element>;
+constexpr int kShortChannels = kShortWords * kShortChannelWarps * kShortPack<Element>;
 
 template <int kAccess>
 struct ShortAccessTag { static constexpr int value = kAccess; };
@@ -71,7 +73,8 @@ struct ShortStrip {
     DEVICE void load(ShortAccessTag<kAccess>, const ShortPlace& from, int reach) {
         const int left = from.length - from.time;
         const bool any = left > 0 && from.channels > 0;
-        const int begin = !any ? kLength : from.time < reach ? -from.time : -reach, end = !any ? -kLength : left < kShortRun + reach ? left : kShortRun + reach;
+        const int begin = !any ? kLength : from.time < reach ? -from.time : -reach;
+        const int end = !any ? -kLength : left < kShortRun + reach ? left : kShortRun + reach;
         // One comparison each: a run that exists begins before its end and does not begin before the sequence.
         const auto wanted = [&](int i, int count) { return i < 0 ? i + count > begin : i < end; };
         if constexpr (kAccess == kTimeVectors || kAccess == kTimeWords) {
@@ -151,8 +154,10 @@ struct ShortStrip {
                 char* p = to.data + c * to.channel_stride;
                 if (kAccess == kTimeVectors && left >= kShortRun) {
 #pragma unroll
-                    for (int i = c; i < kShortRun; i += 4 * kPack)
-                        reinterpret_cast<uint4*>(p)[i / (4 * kPack)] = make_uint4(words[i], words[i + kPack], words[i + 2 * kPack], words[i + 3 * kPack]);
+                    for (int i = c; i < kShortRun; i += 4 * kPack) {
+                        const uint4 v = make_uint4(words[i], words[i + kPack], words[i + 2 * kPack], words[i + 3 * kPack]);
+                        reinterpret_cast<uint4*>(p)[i / (4 * kPack)] = v;
+                    }
                 } else if (kAccess == kTimeWords && left >= kShortRun) {
 #pragma unroll
                     for (int i = c; i < kShortRun; i += kPack) reinterpret_cast<u32*>(p)[i / kPack] = words[i];

@@ -250,8 +250,7 @@ SPILL_LIMITS = {
     r"long_forward_kernel.*(bfloat16|half)Li32E": 680,
     r"long_backward_kernel.*(bfloat16|half)Li8E": 400,
     r"long_backward_kernel.*(bfloat16|half)Li32E": 1360,
-    r"short_forward_kernel": 0,
-    r"short_backward_kernel.*Li4E": 8,
+    r"short_(forward|backward)_kernel": 0,
 }
 
 

@@ -42,6 +42,13 @@ def test_lengths_and_taps(length: int, taps: int, gate: int) -> None:
     check(make(length, taps, gate, batch=3, channels=5, dtype=torch.bfloat16), gate)
 
 
+@pytest.mark.parametrize("dtype, channels", [(torch.bfloat16, 67), (torch.float16, 70), (torch.float32, 35)], ids=str)
+@pytest.mark.parametrize("layout", ["channels last", "rows two apart"])
+def test_channels_of_several_tiles(dtype: torch.dtype, channels: int, layout: str) -> None:
+    z, weight, bias = make(70, 3, 1, channels=channels, dtype=dtype)
+    check((LAYOUTS[layout](z), weight, bias), 1)
+
+
 @pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
 def test_dtypes_of_the_filter_and_no_bias(weight_dtype: torch.dtype) -> None:
     z, weight, bias = make(100, 3, 1, channels=9, dtype=torch.float16, weight_dtype=weight_dtype)
@@ -52,18 +59,19 @@ def test_dtypes_of_the_filter_and_no_bias(weight_dtype: torch.dtype) -> None:
 
 
 def test_many_parts_of_a_batch() -> None:
-    """More tiles than parts, so that a block goes from one batch row into the next."""
+    """Several tiles a part, so that a block goes from one batch row into the next."""
     z, weight, bias = make(70, 3, NO_GATE, batch=700, channels=4, dtype=torch.float16)
     check((z, weight, bias), NO_GATE)
 
 
-def test_what_is_not_finite_stays_with_its_neighbours() -> None:
-    z, weight, bias = make(140, 3, NO_GATE, channels=4)
+@pytest.mark.parametrize("taps", [2, 3, 5])
+def test_what_is_not_finite_stays_with_its_neighbours(taps: int) -> None:
+    z, weight, bias = make(140, taps, NO_GATE, channels=4)
     expected, _ = run((z, weight, bias), NO_GATE, "cuda")
     z[1, 2, 63] = torch.inf
     (actual,), (dz, dweight, _) = run((z, weight, bias), NO_GATE, "cuda")
-    assert not actual[1, 2, 63:66].isfinite().any()
-    actual[1, 2, 63:66] = expected[0][1, 2, 63:66]
+    assert not actual[1, 2, 63 : 63 + taps].isfinite().any()
+    actual[1, 2, 63 : 63 + taps] = expected[0][1, 2, 63 : 63 + taps]
     assert torch.equal(actual, expected[0]) and dz.isfinite().all()
     assert not dweight[2].isfinite().any() and dweight[[0, 1, 3]].isfinite().all()
 

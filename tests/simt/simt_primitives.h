@@ -286,7 +286,13 @@ inline void narrow_one(bfloat16* p, float x) {
 inline void narrow_one(float16* p, float x) { p->bits = half_bits(x); }
 inline void narrow_one(float* p, float x) { *p = x; }
 template <class Element>
-u32 narrow(const Element*, float x, float y) { Element pair[2]; narrow_one(pair, x), narrow_one(pair + 1, y); u32 word; std::memcpy(&word, pair, 4); return word; }
+u32 narrow(const Element*, float x, float y) {
+    Element pair[2];
+    u32 word;
+    narrow_one(pair, x), narrow_one(pair + 1, y);
+    std::memcpy(&word, pair, 4);
+    return word;
+}
 template <class Element>
 void narrow_two(Element* p, float x, float y) { narrow_one(p, x), narrow_one(p + 1, y); }
 template <bool kOnce, class Element>
