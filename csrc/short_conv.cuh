@@ -64,7 +64,7 @@ struct ShortTiles {
         return {params.outputs[i], batch, first_channel, channels, time, params.length};
     }
 
-    // Calls run(batch, time) for the runs of every unit of work of this thread, and finish(split) after each unit.
+    // Calls work(batch, time) for the runs of every unit of this thread, and finish(split) after each unit.
     template <class Function, class Finish>
     DEVICE void each(Function work, Finish finish) {
         for (int unit = block_index(); unit < params.units; unit += block_count()) {
