@@ -106,8 +106,9 @@ struct Backward {
     DEVICE void start_inputs(const TileSequences& sequences, int turn, bool any) const {
         if ((Plan::kStaged || Plan::kOverlaid) && any) {
             const TensorIndex operand = group == 0 ? kU : kGradOutput, gate = group == 0 ? kPreGate : kPostGate;
-            stager.start(stage(operand, turn), operand, headers[turn], sequences);
-            if (stage(gate, turn)) stager.start(stage(gate, turn), gate, headers[turn], sequences);
+            auto all = [&] { return sequences; };
+            stager.start(stage(operand, turn), operand, headers[turn], all);
+            if (stage(gate, turn)) stager.start(stage(gate, turn), gate, headers[turn], all);
         }
         copy_async_commit();
     }
@@ -185,10 +186,10 @@ struct Backward {
                     const int at = column + 128 * half, offset = (T::kMaxPairs == 1 ? 4 * n * kColumns : 0) + 128 * half;
                     Pair y = result.columns(n, half, c);
                     y = {y.x * undo, y.y * undo};
-                    const Pair f = factor ? factor.load(c, slot + 4 * n, at) : Pair{1.f, 1.f};
+                    const Pair f = factor ? factor.load(c, n, slot, at) : Pair{1.f, 1.f};
                     first.store(offset, y.x * f.x, y.y * f.y);
                     if (has_second) {
-                        const Pair v = input.load(c, slot + 4 * n, at);
+                        const Pair v = input.load(c, n, slot, at);
                         second.store(offset, y.x * v.x, y.y * v.y);
                     }
                 }

@@ -35,34 +35,42 @@ struct BlockScales {
     float* exchange;        // shared memory, one for each warp
     int group, warp, lane;
 
-    // On their way from memory.
-    struct Samples {
-        uint4 values[2], gates[2];
-    };
-
-    DEVICE int first_sample() const { return int(int64_t(params.length) * (thread_index() % T::kThreads) / T::kThreads) / kUnit * kUnit; }
-
-    DEVICE Samples start(const TileSequences& pair) const {
-        Samples samples{};
-        if (!params.whole_units) return samples;
-#pragma unroll
-        for (int c = 0; c < 2; c++) {
-            samples.values[c] = load_spectrum(reinterpret_cast<const uint4*>(pair.address<const Element>(params.u, c) + first_sample()));
-            if (params.pre_gate.data) samples.gates[c] = load_spectrum(reinterpret_cast<const uint4*>(pair.address<const Element>(params.pre_gate, c) + first_sample()));
-        }
-        return samples;
+    // Four threads sample neighbours: 64 places of a sequence.
+    DEVICE int first_sample() const {
+        constexpr int kTogether = 4, kPlaces = T::kThreads / kTogether;
+        const int thread = fresh_thread_index() % T::kThreads;
+        return int(int64_t(params.length) * (thread / kTogether) / kPlaces) / (kTogether * kUnit) * (kTogether * kUnit) + thread % kTogether * kUnit;
     }
 
-    DEVICE BlockScale from_samples(const TileSequences& pair, const Samples& samples) const {
+    // Sends for what from_samples will read, a line for each place.
+    DEVICE void start(const TileSequences& pair) const {
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            const Element* const u = pair.address<const Element>(params.u, c) + first_sample();
+            const Element* const gate = pair.address<const Element>(params.pre_gate, c) + first_sample();
+            if (fresh_thread_index() % 4 != 0) continue;
+            prefetch(u);
+            if (params.pre_gate.data) prefetch(gate);
+        }
+    }
+
+    DEVICE BlockScale from_samples(const TileSequences& pair) const {
         const bool present = shuffle(int(pair.valid), lane % 2);
         BlockScale scale{1.f, present ? 1.f : 0.f};
+        uint4 values[2], gates[2];
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            if (!params.whole_units) break;
+            values[c] = load_spectrum(reinterpret_cast<const uint4*>(pair.address<const Element>(params.u, c) + first_sample()));
+            if (params.pre_gate.data) gates[c] = load_spectrum(reinterpret_cast<const uint4*>(pair.address<const Element>(params.pre_gate, c) + first_sample()));
+        }
 #pragma unroll
         for (int c = 0; c < 2; c++) {
             float sum = 0.f;
             auto add = [&](Pair v) { sum += v.x * v.x + v.y * v.y; };
             if (params.whole_units) {
                 for (int i = 0; i < kUnit / 2; i++) {
-                    const Pair v = elements(samples.values[c], i), g = elements(samples.gates[c], i);
+                    const Pair v = elements(values[c], i), g = elements(gates[c], i);
                     add(params.pre_gate.data ? Pair{v.x * g.x, v.y * g.y} : v);
                 }
             } else {
@@ -78,7 +86,11 @@ struct BlockScales {
     // rounding of the other.
     DEVICE static bool fits(float largest) { return largest >= 0.5f && largest <= 32.f; }
 
-    DEVICE BlockScale from_all(const TileSequences& pair) const {
+    DEVICE BlockScale from_all(const TileSequences& pair) const { return from_all(*this, pair); }
+
+private:
+    RARE BlockScale from_all(BlockScales scales, TileSequences pair) { return scales.measure(pair); }
+    DEVICE BlockScale measure(const TileSequences& pair) const {
         BlockScale scale{1.f, 1.f};
         const int first = 2 * (thread_index() % T::kThreads);
 #pragma unroll
@@ -101,7 +113,6 @@ struct BlockScales {
         return scale;
     }
 
-private:
     // The i-th two elements of a vector.
     DEVICE static Pair elements(uint4 v, int i) {
         const u32 words[4] = {v.x, v.y, v.z, v.w};

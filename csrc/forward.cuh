@@ -41,11 +41,11 @@ struct Forward {
     DEVICE TileHeader& header(int group, int tile) const {
         return reinterpret_cast<TileHeader*>(control() + T::kEnergyBytes + Plan::kScaleSlots * 32 * 4)[2 * group + tile % 2];
     }
-    DEVICE TilePlace place(int tile) const { return TilePlace::of<T>(params, pairs, tile); }
-    DEVICE void fill_header(int group, int tile) const {
-        if (warp == 0) header(group, tile).template fill<Element>(params, RegularSequences::consecutive<T>(params, place(tile).first_pair), place(tile).start);
+    DEVICE int first_pair(TilePlace place) const { return place.first_pair<T>(params, pairs); }
+    DEVICE void fill_header(int group, int tile, TilePlace place) const {
+        if (warp == 0) header(group, tile).template fill<Element>(params, RegularSequences::consecutive<T>(params, first_pair(place)), place.start<T>(params));
     }
-    DEVICE TileSequences sequences(int tile) const { return TileSequences::consecutive(params, place(tile).first_pair, lane, place(tile).start); }
+    DEVICE TileSequences sequences(TilePlace place) const { return TileSequences::consecutive(params, first_pair(place), lane, place.start<T>(params)); }
     DEVICE int part_number(int tile, int part) const { return (tile - range.first) * T::kParts + part; }
 
     // The first group.
@@ -53,58 +53,62 @@ struct Forward {
         const Stager<T> stager{params, slots};
         const Stage<T> u = stage(0), pre{params.pre_gate.data ? stage(1).memory : nullptr};
         SequenceScales<T> sequence_scales{reinterpret_cast<float*>(control()), slots, 0, warp, lane};
-        auto start_inputs = [&](int tile) {
+        auto start_inputs = [&](int tile, TilePlace place) {
+            auto all = [&] { return sequences(place); };
             if (Plan::kStaged && tile < range.last) {
-                stager.start(u, kU, header(0, tile), sequences(tile));
-                if (pre) stager.start(pre, kPreGate, header(0, tile), sequences(tile));
+                stager.start(u, kU, header(0, tile), all);
+                if (pre) stager.start(pre, kPreGate, header(0, tile), all);
             }
             copy_async_commit();
         };
-        // Of blocked sequences: their scale, the largest mean square of their blocks so far, the pairs that it did not fit.
+        // Of blocked sequences: their scale, what undoes it and the filter's, the largest mean square of their blocks so far, the pairs that it
+        // did not fit.
         const BlockScales<T> block_scales{params, reinterpret_cast<float*>(control()), 0, warp, lane};
-        typename BlockScales<T>::Samples samples{};
         BlockScale scale{};
-        float largest = 0.f;
+        float undo = 0.f, largest = 0.f;
         int misfits = 0;
-        if (T::kBlocked) samples = block_scales.start(pair_of(range.first));
-        fill_header(0, range.first);
+        TilePlace place{range.first, 0}, next;
+        if (T::kBlocked) block_scales.start(pair_of(place));
+        fill_header(0, range.first, place);
         named_barrier<256>(kPack);
-        start_inputs(range.first);
-        for (int tile = range.first; tile < range.last; tile++) {
+        start_inputs(range.first, place);
+        for (int tile = range.first; tile < range.last; tile++, place = next) {
+            next = place.next<T>(params);
             copy_async_wait<0>();
             named_barrier<256>(kPack);
-            fill_header(0, tile + 1);
-            const TileSequences current = sequences(tile);
-            const float spectrum_scale = warp == 0 && current.valid ? params.spectrum_scale[current.channel] : 0.f;
+            fill_header(0, tile + 1, next);
             u32 x[T::kSlots / 4][4];
             if constexpr (T::kBlocked) {
-                const int step = place(tile).step;
-                if (step == 0) {
-                    scale = pairs.list ? block_scales.from_all(pair_of(tile)) : block_scales.from_samples(pair_of(tile), samples);
+                if (place.step == 0) {
+                    const TileSequences pair = pair_of(place);
+                    scale = pairs.list ? block_scales.from_all(pair) : block_scales.from_samples(pair);
                     largest = 0.f;
                     if (params.transforms) {
                         scale = scale.common();
-                        const float undo = scale.undo_common();
-                        if (thread_index() == 0) params.pair_scales[place(tile).first_pair] = undo;
+                        const float both = scale.undo_common();
+                        if (thread_index() == 0) params.pair_scales[first_pair(place)] = both;
                     }
+                    undo = undo_of(pair, scale.up);
                 }
                 sequence_scales.pack_known(x, u, pre, scale);
-                const float square = sequence_scales.mean_square();
-                largest = larger_or_nan(largest, square);
+                largest = larger_or_nan(largest, sequence_scales.mean_square());
                 if (params.transforms) largest = larger_or_nan(largest, shuffle_xor(largest, 1));
-                if (step == params.blocks.divisor - 1 && !pairs.list && warp_any(current.valid && lane < 2 && !BlockScales<T>::fits(largest))) {
-                    if (thread_index() == 0) misfit_list()[misfits] = params.blocks.divide(tile);
+                if (next.step == 0 && !pairs.list && warp_any(pair_of(place).valid && lane < 2 && !BlockScales<T>::fits(largest))) {
+                    if (thread_index() == 0) misfit_list()[misfits] = place.index;
                     misfits++;
                 }
-            } else if constexpr (Plan::kStaged) {
-                sequence_scales.template pack_scaled<false>(x, u, pre, current.valid);
             } else {
-                sequence_scales.template pack_direct<false>(x, params.u, params.pre_gate, params, current);
+                const TileSequences current = sequences(place);
+                if constexpr (Plan::kStaged)
+                    sequence_scales.template pack_scaled<false>(x, u, pre, current.valid);
+                else
+                    sequence_scales.template pack_direct<false>(x, params.u, params.pre_gate, params, current);
+                undo = undo_of(current, sequence_scales.up);
             }
             // Every thread has read its inputs (a barrier has passed): the next tile's may come.
-            start_inputs(tile + 1);
-            if (warp == 0) scales(tile)[lane] = current.valid ? spectrum_scale * sequence_scales.up : 0.f;
-            if (T::kBlocked && place(tile).step == params.blocks.divisor - 1) samples = block_scales.start(pair_of(tile + 1));
+            start_inputs(tile + 1, next);
+            if (warp == 0) scales(tile)[lane] = undo;
+            if (T::kBlocked && next.step == 0) block_scales.start(pair_of(next));
 #pragma unroll 1
             for (int part = 0; part < T::kParts; part++) {
                 const int number = part_number(tile, part), buffer = number % Plan::kBuffers;
@@ -116,8 +120,13 @@ struct Forward {
         if (T::kBlocked && thread_index() == 0) *misfit_count() = misfits;
     }
 
+    // What undoes the scale of this lane's sequence and its filter's; for the lanes of the first warp.
+    DEVICE float undo_of(const TileSequences& sequences, float up) const {
+        return warp == 0 && sequences.valid ? params.spectrum_scale[sequences.channel] * up : 0.f;
+    }
+
     // Of blocked sequences: the whole sequences of a tile's pair, and the own pairs which the sampled scale did not fit.
-    DEVICE TileSequences pair_of(int tile) const { return TileSequences::consecutive(params, place(tile).first_pair, lane); }
+    DEVICE TileSequences pair_of(TilePlace place) const { return TileSequences::consecutive(params, first_pair(place), lane); }
     DEVICE int* misfit_list() const {
         uint4* const ring_end = static_cast<uint4*>(params.scratch) + int64_t(block_count()) * params.windows * kBlockVectors<T>;
         return reinterpret_cast<int*>(ring_end) + int64_t(block_index()) * ((params.batch + 1) / 2 * params.channels / block_count() + 1);
@@ -170,60 +179,83 @@ struct Forward {
 
     // The same for blocked sequences, whose products are the steps.
     DEVICE void transform_blocked() const {
-        const InnerMatrices constants(InnerTables{tables.inner, lane});
+        constexpr int kSteps = Plan::kAhead / Plan::kAtOnce;
+        static_assert((kSteps & (kSteps - 1)) == 0, "places of operands");
+        const InnerTables constants{tables.inner, lane};
         uint4* const operands = reinterpret_cast<uint4*>(memory + Plan::kBuffers * T::kRowBytes) + warp * Plan::kAhead * Plan::kOperandVectors;
-        static_assert((Plan::kAhead & (Plan::kAhead - 1)) == 0, "places of operands");
-        int place = 0;      // of the operands of this step, and then of those kAhead steps later
+        int place = 0;      // of the operands of this step, and then of those kSteps steps later
         Products<T> next(*this);
         auto start_operands = [&] {
-            if (next.tile < range.last) {
-                uint4* const to = operands + place * Plan::kOperandVectors + lane;
-                copy_async<16>(to, next.spectra + next.window), copy_async<16>(to + 32, next.spectra + next.window + 32);
-                if (next.left < next.windows) copy_async<16>(to + 64, next.history + next.block), copy_async<16>(to + 96, next.history + next.block + 32);
+            if (next.own < pairs.count) {
+#pragma unroll
+                for (int i = 0; i < Plan::kAtOnce; i++) {
+                    uint4* const to = operands + (place * Plan::kAtOnce + i) * Plan::kOperandVectors + lane;
+                    const uint4 *const spectrum = next.spectra + next.window + i * Products<T>::kRowStep, *const block = next.history.blocks + next.block + i * Products<T>::kRowStep;
+                    copy_async<16>(to, spectrum), copy_async<16>(to + 32, spectrum + 32);
+                    if (next.left < next.windows) copy_async<16>(to + 64, block), copy_async<16>(to + 96, block + 32);
+                }
                 next.advance(*this);
             }
             copy_async_commit();
-            place = (place + 1) & (Plan::kAhead - 1);
+            place = (place + 1) & (kSteps - 1);
         };
         auto operand = [&] {
-            copy_async_wait<Plan::kAhead - 1>();
-            return operands + place * Plan::kOperandVectors;
+            copy_async_wait<kSteps - 1>();
+            return operands + place * Plan::kAtOnce * Plan::kOperandVectors;
         };
-        for (int i = 0; i < Plan::kAhead; i++) start_operands();
+        for (int i = 0; i < kSteps; i++) start_operands();
+        int number = 0;     // of a tile
 #pragma unroll 1
-        for (int tile = range.first; tile < range.last; tile++) {
-            const int buffer = (tile - range.first) % Plan::kBuffers, step = this->place(tile).step;
-            const int windows = step + 1 < params.windows ? step + 1 : params.windows;
-            const History<T> history(params, this->place(tile).first_pair);
-            uint4* const kept = history.blocks + step % history.count * kBlockVectors<T>;
-            named_barrier<512>(kPacked + buffer);
+        for (int own = 0; own < pairs.count; own++) {
+            const History<T> history(params, pairs[own]);
+            int slot = 0;
 #pragma unroll 1
-            for (int row = warp; row < T::kRows; row += T::kWarps) {
-                uint4* const words = rows(buffer) + row * (kRowPitch / 4);
-                RowFragment value, other, sum;
-                value.load(words, lane);
-                other.load(tables.twiddle + row * 64, lane);
-                value = inner_transform(value * other, constants);
-                if (history.count > 1) value.store(kept + row * 64, lane);
-                other.load(operand(), lane);
-                sum = params.reverse ? product_of_conjugate(value, other) : conjugate_product(value, other);
-                start_operands();
+            for (int step = 0; step < params.blocks.divisor; step++, number++) {
+                const int buffer = number % Plan::kBuffers, windows = step + 1 < params.windows ? step + 1 : params.windows;
+                uint4* const kept = history.blocks + slot * kBlockVectors<T>;
+                slot = slot + 1 < history.count ? slot + 1 : 0;
+                named_barrier<512>(kPacked + buffer);
 #pragma unroll 1
-                for (int window = 1; window < windows; window++) {
-                    const uint4* const both = operand();
-                    other.load(both, lane), value.load(both + 64, lane);
-                    if (params.reverse)
-                        add_product_of_conjugate(sum, value, other);
-                    else
-                        add_conjugate_product(sum, value, other);
+                for (int row = warp; row < T::kRows; row += Plan::kAtOnce * T::kWarps) {
+                    uint4* const words = rows(buffer) + row * (kRowPitch / 4);
+                    RowFragment values[Plan::kAtOnce], sums[Plan::kAtOnce], other;
+#pragma unroll
+                    for (int i = 0; i < Plan::kAtOnce; i++) {
+                        values[i].load(words + i * T::kWarps * (kRowPitch / 4), lane);
+                        other.load(tables.twiddle + row * 64 + i * Products<T>::kRowStep, lane);
+                        values[i] = values[i] * other;
+                    }
+                    inner_transform(values, constants);
+                    const uint4* operand_words = operand();
+#pragma unroll
+                    for (int i = 0; i < Plan::kAtOnce; i++) {
+                        if (history.count > 1) values[i].store(kept + row * 64 + i * Products<T>::kRowStep, lane);
+                        other.load(operand_words + i * Plan::kOperandVectors, lane);
+                        sums[i] = params.reverse ? product_of_conjugate(values[i], other) : conjugate_product(values[i], other);
+                    }
                     start_operands();
+#pragma unroll 1
+                    for (int window = 1; window < windows; window++) {
+                        operand_words = operand();
+#pragma unroll
+                        for (int i = 0; i < Plan::kAtOnce; i++) {
+                            const uint4* const both = operand_words + i * Plan::kOperandVectors;
+                            other.load(both, lane), values[i].load(both + 64, lane);
+                            if (params.reverse)
+                                add_product_of_conjugate(sums[i], values[i], other);
+                            else
+                                add_conjugate_product(sums[i], values[i], other);
+                        }
+                        start_operands();
+                    }
+#pragma unroll
+                    for (int i = 0; i < Plan::kAtOnce; i++) sums[i].store(words + i * T::kWarps * (kRowPitch / 4), lane);
                 }
-                sum.store(words, lane);
+                if (params.output.data)
+                    named_barrier_arrive<512>(kTransformed + buffer);
+                else if (number + Plan::kBuffers < range.last)
+                    named_barrier_arrive<512>(kEmpty + buffer);
             }
-            if (params.output.data)
-                named_barrier_arrive<512>(kTransformed + buffer);
-            else if (tile + Plan::kBuffers < range.last)
-                named_barrier_arrive<512>(kEmpty + buffer);
         }
         copy_async_wait<0>();
     }
@@ -245,24 +277,29 @@ struct Forward {
         named_barrier<256>(kStore);
     }
 
-    // The channel of the pair that a row of a tile belongs to; some channel if there is none.
-    DEVICE int row_channel(int tile, int row) const {
-        const int channel = params.pairs.divide(place(range.first + tile).first_pair + (T::kMaxPairs == 1 ? 0 : row >> params.log_radix));
+    // The channel of a pair, or of the pair that a row of a tile belongs to; some channel if there is none.
+    DEVICE int channel_of(int pair) const {
+        const int channel = params.pairs.divide(pair);
         return channel < params.channels ? channel : 0;
+    }
+    DEVICE int row_channel(int tile, int row) const {
+        return channel_of((range.first + tile) * (T::kAllRows >> params.log_radix) + (T::kMaxPairs == 1 ? 0 : row >> params.log_radix));
     }
 
     // The third group.
     DEVICE void store() const {
         const Stager<T> stager{params, slots};
         const Stage<T> post{Plan::kStaged && params.post_gate.data ? stage(2).memory : nullptr};
-        auto start_post = [&](int tile) {
-            if (post && tile < range.last) stager.start(post, kPostGate, header(1, tile), sequences(tile));
+        auto start_gate = [&](TensorIndex gate, int tile, TilePlace place) {
+            if (post && tile < range.last) stager.start(post, gate, header(1, tile), [&] { return sequences(place); });
             copy_async_commit();
         };
-        fill_header(1, range.first);
+        TilePlace place{range.first, 0}, next;
+        fill_header(1, range.first, place);
         named_barrier<256>(kStore);
-        start_post(range.first);
-        for (int tile = range.first; tile < range.last; tile++) {
+        start_gate(kPostGate, range.first, place);
+        for (int tile = range.first; tile < range.last; tile++, place = next) {
+            next = place.next<T>(params);
             Result result;
             float scale = 0.f;
 #pragma unroll 1
@@ -276,37 +313,36 @@ struct Forward {
             }
             copy_async_wait<0>();
             named_barrier<256>(kStore);
-            fill_header(1, tile + 1);
-            store_gated(result, tile, kOutput, kPostGate, post, scale);
+            fill_header(1, tile + 1, next);
+            store_gated(result, tile, place, kOutput, kPostGate, post, scale);
             if (T::kBlocked && params.second_output.data) {
                 // The second gate comes to the place of the first.
                 named_barrier<256>(kStore);
-                if (post) stager.start(post, kSecondGate, header(1, tile), sequences(tile));
-                copy_async_commit();
+                start_gate(kSecondGate, tile, place);
                 copy_async_wait<0>();
                 named_barrier<256>(kStore);
-                store_gated(result, tile, kSecondOutput, kSecondGate, post, scale);
+                store_gated(result, tile, place, kSecondOutput, kSecondGate, post, scale);
             }
             named_barrier<256>(kStore);
-            start_post(tile + 1);
+            start_gate(kPostGate, tile + 1, next);
         }
     }
 
     // Gates and stores a tile. `stage` holds the gate if there is one and it is staged; `scale` undoes the scales of the sequence that a lane knows;
     // the second sequence of a pair comes out conjugated.
-    DEVICE void store_gated(const Result& result, int tile, TensorIndex output, TensorIndex gate, const Stage<T>& stage, float scale) const {
+    DEVICE void store_gated(const Result& result, int tile, TilePlace place, TensorIndex output, TensorIndex gate, const Stage<T>& stage, float scale) const {
         const TileHeader& current = header(1, tile);
         const bool gated = (&params.u)[gate].data;
         if (current.regular && stage)
-            store_regular<true>(result, current, output, stage, scale, sequences(tile).length);
+            store_regular<true>(result, current, output, stage, scale);
         else if (current.regular && !gated)
-            store_regular<false>(result, current, output, stage, scale, sequences(tile).length);
+            store_regular<false>(result, current, output, stage, scale);
         else
-            store_any(result, sequences(tile), (&params.u)[output], (&params.u)[gate], stage, scale);
+            store_any(params, slots, result, sequences(place), output, gate, stage, scale);
     }
 
     template <bool kGated>
-    DEVICE void store_regular(const Result& result, const TileHeader& header, TensorIndex output, const Stage<T>& stage, float scale, int length) const {
+    DEVICE void store_regular(const Result& result, const TileHeader& header, TensorIndex output, const Stage<T>& stage, float scale) const {
         const int column = outer_column(warp, lane), slot = lane % 4;
 #pragma unroll
         for (int c = 0; c < 2; c++) {
@@ -326,17 +362,18 @@ struct Forward {
                     Pair y = result.columns(n, half, c);
                     y = {y.x * factor, y.y * factor};
                     if constexpr (kGated) {
-                        const Pair gate = stage.load(c, slot + 4 * n, column + 128 * half);
+                        const Pair gate = stage.load(c, n, slot, column + 128 * half);
                         y = {y.x * gate.x, y.y * gate.y};
                     }
-                    narrow_two_if<T::kBlocked>(at + column + 128 * half < length, to + (T::kMaxPairs == 1 ? 4 * n * kColumns : 0) + 128 * half, y.x, y.y);
+                    narrow_two_if<T::kBlocked>(at + column + 128 * half < header.length, to + (T::kMaxPairs == 1 ? 4 * n * kColumns : 0) + 128 * half, y.x, y.y);
                 }
             }
         }
     }
 
-    DEVICE void store_any(const Result& result, const TileSequences& sequences, const fft_conv_tensor& output, const fft_conv_tensor& gate, const Stage<T>& stage, float scale) const {
-        const int column = outer_column(warp, lane);
+    RARE void store_any(const LaunchParams& params, SlotMap<T> slots, Result result, TileSequences sequences, TensorIndex output_index, TensorIndex gate_index, Stage<T> stage, float scale) {
+        const fft_conv_tensor &output = (&params.u)[output_index], &gate = (&params.u)[gate_index];
+        const int lane = thread_index() % 32, column = outer_column(thread_index() / 32, lane);
 #pragma unroll
         for (int c = 0; c < 2; c++)
 #pragma unroll
@@ -351,7 +388,7 @@ struct Forward {
                     const int at = column + 128 * half, position = slots.position(slot) + at;
                     if (!valid || position >= sequences.length) continue;
                     Pair y = result.columns(n, half, c), by = {1.f, 1.f};
-                    if (gate.data) by = stage ? stage.load(c, slot, at) : load_global(gates, position, sequences.length, params.pair_aligned);
+                    if (gate.data) by = stage ? stage.load(c, n, lane % 4, at) : load_global(gates, position, sequences.length, params.pair_aligned);
                     store_global(to, position, sequences.length, params.pair_aligned, y.x * factor * by.x, y.y * factor * by.y);
                 }
             }

@@ -13,6 +13,7 @@ struct ForwardPlan {
     static constexpr int kRowsPerWarp = T::kRows / T::kWarps;
     static constexpr bool kNarrowElements = sizeof(typename T::Element) == 2;
     static constexpr int ahead(bool wide) { return T::kBlocked ? (kNarrowElements ? 4 : 1) : wide ? kRowsPerWarp : 1; }     // operands a warp has before it comes to them
+    static constexpr int kAtOnce = T::kBlocked && kNarrowElements ? 2 : 1;      // rows of blocked sequences
     static constexpr int operand_vectors(bool wide) { return wide ? 64 : 128; }         // of a row: spectrum, and twiddles or a block's transform
     static constexpr int buffers(bool wide) { return wide ? 3 : 2; }
     template <bool kWide>
@@ -43,43 +44,47 @@ struct History {
     }
 };
 
-// The steps of a warp of the second group, where sequences are blocked: the products of its rows: of a block's transform with window 0 of the filter, then of the
-// blocks before it, whose transforms wait in global memory, with the other windows. Here is where the operands of a step lie.
+// The steps of a warp of the second group, where sequences are blocked: the products of one row or, at once, of two: of a block's transform with
+// window 0 of the filter, then of the blocks before it, whose transforms wait in global memory, with the other windows. Here is where the operands
+// of a step lie; those of the second row are kRowStep vectors further.
 template <class T>
 struct Products {
-    int tile, row, left;        // products left in the row
-    int windows, slot;          // of the tile: products of a row, and where its block's transform goes
-    const uint4 *spectra, *history;     // of the channel, of the pair
-    int kept;                   // blocks in the history
-    int window, block;          // vectors of this lane: of the window's spectrum, of the block's transform
+    static constexpr int kRowStep = T::kWarps * 64, kRowsAtOnce = ForwardPlan<T>::kAtOnce * T::kWarps;
+    int own, step, row, left;       // pair, its block, row, products left in the rows
+    int windows, slot;              // of the block: products of a row, and where its transform goes
+    const uint4* spectra;           // of the pair's channel
+    History<T> history;
+    int window, block;              // vectors of this lane: of the window's spectrum, of the block's transform
 
     template <class Pass>
-    DEVICE explicit Products(const Pass& pass) : tile(pass.range.first) { start_tile(pass); }
+    DEVICE explicit Products(const Pass& pass) : own(0), history(pass.params, pass.pairs[0]) { start_pair(pass); }
 
     template <class Pass>
-    DEVICE void start_tile(const Pass& pass) {
-        const int step = pass.place(tile).step, channel = pass.row_channel(tile - pass.range.first, 0);
-        windows = step + 1 < pass.params.windows ? step + 1 : pass.params.windows;
-        const History<T> all(pass.params, pass.place(tile).first_pair);
-        history = all.blocks, kept = all.count, slot = step % kept;
+    DEVICE void start_pair(const Pass& pass) {
+        const int channel = pass.channel_of(pass.pairs[own]);
+        history = History<T>(pass.params, pass.pairs[own]);
         spectra = reinterpret_cast<const uint4*>(pass.params.spectrum) + int64_t(channel) * pass.params.windows * kBlockVectors<T>;
-        start_row(pass, pass.warp);
+        step = slot = 0, windows = 1;
+        start_row(pass.warp, pass.lane);
     }
-    template <class Pass>
-    DEVICE void start_row(const Pass& pass, int next) {
+    DEVICE void start_row(int next, int lane) {
         row = next, left = windows;
-        window = row * 64 + pass.lane, block = slot * kBlockVectors<T> + window;
+        window = row * 64 + lane, block = slot * kBlockVectors<T> + window;
     }
     template <class Pass>
     DEVICE void advance(const Pass& pass) {
         if (--left > 0) {
             window += kBlockVectors<T>, block -= kBlockVectors<T>;
-            if (block < 0) block += kept * kBlockVectors<T>;
-        } else if (row + T::kWarps < T::kRows) {
-            start_row(pass, row + T::kWarps);
+            if (block < 0) block += history.count * kBlockVectors<T>;
+        } else if (row + kRowsAtOnce < T::kRows) {
+            start_row(row + kRowsAtOnce, pass.lane);
+        } else if (++step < pass.params.blocks.divisor) {
+            slot = slot + 1 < history.count ? slot + 1 : 0;
+            if (windows < pass.params.windows) windows++;
+            start_row(pass.warp, pass.lane);
         } else {
-            tile++;
-            start_tile(pass);
+            own++;
+            start_pair(pass);
         }
     }
 };

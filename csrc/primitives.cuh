@@ -13,8 +13,16 @@ using bfloat16 = __nv_bfloat16;
 using float16 = __half;
 #define DEVICE __device__ __forceinline__
 #define HOST_DEVICE __host__ __device__ __forceinline__
+// What few calls need: its registers and addresses are nothing to the code around it.
+#define RARE static __device__ __noinline__
 
 DEVICE int thread_index() { return threadIdx.x; }
+// The same for rare work in a loop: what follows from it is computed there, and not ahead of the loop to be parked.
+DEVICE int fresh_thread_index() {
+    int index;
+    asm volatile("mov.u32 %0, %tid.x;" : "=r"(index));
+    return index;
+}
 DEVICE int block_index() { return blockIdx.x; }
 DEVICE int block_count() { return gridDim.x; }
 DEVICE int block_size() { return blockDim.x; }
@@ -89,6 +97,8 @@ DEVICE void copy_async_once(void* to, const void* from, int valid) {
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;"
                  :: "r"(static_cast<u32>(__cvta_generic_to_shared(to))), "l"(from), "r"(valid), "l"(policy) : "memory");
 }
+// A line on its way into the L2 cache.
+DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
 DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 DEVICE void copy_async_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(kPending) : "memory"); }

@@ -84,15 +84,22 @@ struct OwnPairs {
     DEVICE int operator[](int i) const { return block_index() + (list ? list[i < count ? i : 0] : i) * block_count(); }
 };
 
-// Where a tile lies: its first pair, and the positions of its block.
+// Where a tile lies: tile `index` of all, or block `step`, in the order of the work, of pair `index` of the own ones.
 struct TilePlace {
-    int first_pair, step, start;
+    int index, step;
 
     template <class T>
-    DEVICE static TilePlace of(const LaunchParams& params, const OwnPairs& pairs, int tile) {
-        if constexpr (!T::kBlocked) return {tile * (T::kAllRows >> params.log_radix), 0, 0};
-        const int own = params.blocks.divide(tile), step = tile - own * params.blocks.divisor;
-        return {pairs[own], step, (params.reverse ? params.blocks.divisor - 1 - step : step) * T::kPositions};
+    DEVICE TilePlace next(const LaunchParams& params) const {
+        const bool stays = T::kBlocked && step + 1 < params.blocks.divisor;
+        return {stays ? index : index + 1, stays ? step + 1 : 0};
+    }
+    template <class T>
+    DEVICE int first_pair(const LaunchParams& params, const OwnPairs& pairs) const {
+        return T::kBlocked ? pairs[index] : index * (T::kAllRows >> params.log_radix);
+    }
+    template <class T>
+    DEVICE int start(const LaunchParams& params) const {
+        return T::kBlocked ? (params.reverse ? params.blocks.divisor - 1 - step : step) * T::kPositions : 0;
     }
 };
 
@@ -150,6 +157,7 @@ struct TileHeader {
     char* first[kTensors];          // sequence 0 of pair 0
     int64_t pair_stride[kTensors];  // bytes
     int regular, second;
+    int length;                     // from the tile's first position on
 
     // All lanes of one warp.
     template <class Element>
@@ -160,6 +168,6 @@ struct TileHeader {
             first[lane] = static_cast<char*>(tensor.data) + (sequences.row * tensor.batch_stride + sequences.channel * tensor.channel_stride + start) * int(sizeof(Element));
             pair_stride[lane] = (sequences.row_step * tensor.batch_stride + sequences.channel_step * tensor.channel_stride) * int(sizeof(Element));
         }
-        if (lane == 0) regular = sequences.regular && params.whole_units, second = sequences.second;
+        if (lane == 0) regular = sequences.regular && params.whole_units, second = sequences.second, length = params.length - start;
     }
 };

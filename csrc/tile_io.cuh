@@ -27,18 +27,18 @@ struct Stage {
     char* memory;
 
     DEVICE explicit operator bool() const { return memory; }
-    // The parts of a segment lie rotated by its number, so that the lanes of the outer stage, which read eight pairs from each of four segments,
-    // meet no bank twice.
-    DEVICE static int offset(int slot, int column) {
+    // Of slot 4 four + q. The parts of a segment lie rotated by q, so that the lanes of the outer stage, which read eight pairs from each of four
+    // segments, meet no bank twice.
+    DEVICE char* at(int sequence, int four, int q, int column) const {
         constexpr int kSize = int(sizeof(Element));
-        return slot * T::kSegment + (((column & 127) * kSize) ^ ((slot & 3) * 16 * kSize)) + (column & 128) * kSize;
+        const int in_segment = (((column & 127) * kSize) ^ (q * 16 * kSize)) + (column & 128) * kSize;
+        return memory + (q * T::kSegment + in_segment) + (sequence * T::kSlots + 4 * four) * T::kSegment;
     }
-    DEVICE char* at(int sequence, int slot, int column) const { return memory + sequence * T::kSlots * T::kSegment + offset(slot, column); }
 
     // Two neighbouring elements.
-    DEVICE Pair load(int sequence, int slot, int column) const {
+    DEVICE Pair load(int sequence, int four, int q, int column) const {
         using Word = typename PairWord<Element>::type;
-        return widen(static_cast<const Element*>(nullptr), *reinterpret_cast<const Word*>(at(sequence, slot, column)));
+        return widen(static_cast<const Element*>(nullptr), *reinterpret_cast<const Word*>(at(sequence, four, q, column)));
     }
 };
 
@@ -50,16 +50,13 @@ struct Stager {
     const LaunchParams& params;
     SlotMap<T> slots;
 
-    DEVICE void start(Stage<T> stage, TensorIndex index, const TileHeader& header, const TileSequences& sequences) const {
-        const fft_conv_tensor& tensor = (&params.u)[index];
+    // sequences() tells of tiles that are not regular.
+    template <class Sequences>
+    DEVICE void start(Stage<T> stage, TensorIndex index, const TileHeader& header, Sequences sequences) const {
         if (header.regular)
-            copy_units(stage, index, header, sequences.length);
-        else if (params.alignment >= 16)
-            copy_parts<16>(stage, tensor, sequences);
-        else if (params.alignment >= 4)
-            copy_parts<4>(stage, tensor, sequences);
-        else if constexpr (sizeof(Element) == 2)
-            copy_parts<2>(stage, tensor, sequences);
+            copy_units(stage, index, header);
+        else
+            copy_any(params, slots, stage, index, sequences());
     }
 
 private:
@@ -71,8 +68,9 @@ private:
             copy_async<16>(to, from, bytes);
     }
 
-    DEVICE void copy_units(Stage<T> stage, TensorIndex index, const TileHeader& header, int length) const {
+    DEVICE void copy_units(Stage<T> stage, TensorIndex index, const TileHeader& header) const {
         constexpr int kUnit = 16 / int(sizeof(Element));
+        const int length = header.length;
         const int warp = thread_index() / 32 % T::kWarps, at = thread_index() % 32 * kUnit;
         const int64_t second = (&params.u)[index].batch_stride * int(sizeof(Element));
         const char* const first = header.first[index] + at * int(sizeof(Element));
@@ -85,14 +83,24 @@ private:
 #pragma unroll
             for (int part = 0; part < kColumns; part += 32 * kUnit) {
                 const int bytes = position + at + part < length ? 16 : 0, offset = part * int(sizeof(Element));
-                copy(stage.at(0, slot, at + part), from + offset, bytes);
-                copy(stage.at(1, slot, at + part), from + second + offset, header.second ? bytes : 0);
+                copy(stage.at(0, slot / 4, warp % 4, at + part), from + offset, bytes);
+                copy(stage.at(1, slot / 4, warp % 4, at + part), from + second + offset, header.second ? bytes : 0);
             }
         }
     }
 
+    RARE void copy_any(const LaunchParams& params, SlotMap<T> slots, Stage<T> stage, TensorIndex index, TileSequences sequences) {
+        const fft_conv_tensor& tensor = (&params.u)[index];
+        if (params.alignment >= 16)
+            copy_parts<16>(slots, stage, tensor, sequences);
+        else if (params.alignment >= 4)
+            copy_parts<4>(slots, stage, tensor, sequences);
+        else if constexpr (sizeof(Element) == 2)
+            copy_parts<2>(slots, stage, tensor, sequences);
+    }
+
     template <int kBytes>
-    DEVICE void copy_parts(Stage<T> stage, const fft_conv_tensor& tensor, const TileSequences& sequences) const {
+    DEVICE static void copy_parts(SlotMap<T> slots, Stage<T> stage, const fft_conv_tensor& tensor, const TileSequences& sequences) {
 #pragma unroll 1
         for (int index = thread_index() / 32 % T::kWarps; index < 2 * T::kSlots; index += T::kWarps) {
             const int slot = index % T::kSlots, owner = 2 * slots.pair(slot) + index / T::kSlots, left = sequences.length - slots.position(slot);
@@ -100,7 +108,7 @@ private:
             const int bytes = shuffle(int(sequences.valid), owner) && left > 0 ? (left < kColumns ? left : kColumns) * int(sizeof(Element)) : 0;
 #pragma unroll 1
             for (int at = thread_index() % 32 * kBytes; at < T::kSegment; at += 32 * kBytes) {
-                char* to = stage.at(index / T::kSlots, slot, at / int(sizeof(Element)));
+                char* to = stage.at(index / T::kSlots, slot / 4, slot % 4, at / int(sizeof(Element)));
                 const int count = bytes - at < 0 ? 0 : bytes - at < kBytes ? bytes - at : kBytes;
                 if constexpr (kBytes >= 4)
                     copy_async<kBytes>(to, count > 0 ? from + at : tensor.data, count);
@@ -175,7 +183,8 @@ struct DirectSource {
     DEVICE explicit operator bool() const { return tensor.data; }
 
     // All lanes of a warp.
-    DEVICE Pair load(int sequence, int slot, int column) const {
+    DEVICE Pair load(int sequence, int four, int q, int column) const {
+        const int slot = 4 * four + q;
         const int position = slots.position(slot) + column;
         if constexpr (T::kMaxPairs == 1)
             return (sequence == 0 ? first : second).load(position);
@@ -192,20 +201,21 @@ DEVICE void pack_product(u32 (&x)[T::kSlots / 4][4], const Source& u, const Sour
     for (int j = 0; j < T::kSlots / 4; j++) {
         const int slot = 4 * j + lane % 4;
         float first = 1.f, second = 1.f;
-        if constexpr (kScaled) first = shuffle(factor, 2 * slots.pair(slot)), second = shuffle(factor, 2 * slots.pair(slot) + 1);
+        u32 kept = ~0u;
+        if constexpr (kScaled) {
+            first = shuffle(factor, 2 * slots.pair(slot)), second = shuffle(factor, 2 * slots.pair(slot) + 1);
+            kept = (first == 0.f ? 0 : 0xffffu) | (second == 0.f ? 0 : 0xffff0000u);
+        }
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int at = column + 128 * half;
-            Pair v = u.load(0, slot, at), w = u.load(1, slot, at);
+            Pair v = u.load(0, j, lane % 4, at), w = u.load(1, j, lane % 4, at);
             if constexpr (kGated) {
-                const Pair g = gate.load(0, slot, at), h = gate.load(1, slot, at);
+                const Pair g = gate.load(0, j, lane % 4, at), h = gate.load(1, j, lane % 4, at);
                 v = {v.x * g.x, v.y * g.y}, w = {w.x * h.x, w.y * h.y};
             }
-            if constexpr (kScaled) {
-                v = first == 0.f ? Pair{0.f, 0.f} : Pair{v.x * first, v.y * first};
-                w = second == 0.f ? Pair{0.f, 0.f} : Pair{w.x * second, w.y * second};
-            }
-            x[j][2 * half] = pack(v.x, w.x), x[j][2 * half + 1] = pack(v.y, w.y);
+            if constexpr (kScaled) v = {v.x * first, v.y * first}, w = {w.x * second, w.y * second};
+            x[j][2 * half] = pack(v.x, w.x) & kept, x[j][2 * half + 1] = pack(v.y, w.y) & kept;
         }
     }
 }
@@ -256,9 +266,9 @@ struct SequenceScales {
         for (int j = 0; j < T::kSlots / 4; j++)
             for (int c = 0; c < 4; c++) {
                 const int slot = 4 * j + lane % 4, sequence = c % 2, at = column + 128 * (c / 2);
-                Pair v = u.load(sequence, slot, at);
+                Pair v = u.load(sequence, j, lane % 4, at);
                 if (gate) {
-                    const Pair g = gate.load(sequence, slot, at);
+                    const Pair g = gate.load(sequence, j, lane % 4, at);
                     v = {v.x * g.x, v.y * g.y};
                 }
                 const u32 a = bits_from_float(v.x) & 0x7fffffffu, b = bits_from_float(v.y) & 0x7fffffffu;

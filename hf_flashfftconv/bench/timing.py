@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
-# Larger than the L2 cache of any GPU, so that every repetition starts with a cold one.
-_FLUSH_BYTES = 256 << 20
+# Larger than the L2 cache of any GPU, so that every repetition starts with a cold one, and written so many times that
+# the GPU is busy with it for longer than the host with the work to be timed: a millisecond on an H100.
+_FLUSH_BYTES = 1 << 30
+_FLUSHES = 3
 _COPY_BYTES = 1 << 30
 
 
@@ -36,7 +38,8 @@ class Stopwatch:
     def _once(self, work: Callable[[], Any]) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         # While this runs, the host comes to the end of launching the work: its own time is not measured.
-        self._flush.zero_()
+        for _ in range(_FLUSHES):
+            self._flush.zero_()
         start.record()
         work()
         end.record()

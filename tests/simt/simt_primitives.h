@@ -18,6 +18,7 @@
 using u32 = uint32_t;
 #define DEVICE inline
 #define HOST_DEVICE inline
+#define RARE static inline
 #define __restrict__
 
 struct alignas(8) uint2 { u32 x, y; };
@@ -147,6 +148,7 @@ void exchange(const X& mine, X (&all)[32]) {
 }  // namespace simt
 
 inline int thread_index() { return simt::block->current->index; }
+inline int fresh_thread_index() { return thread_index(); }
 inline int block_index() { return simt::block->index; }
 inline int block_count() { return simt::block->count; }
 inline void block_barrier() { simt::meet(simt::block->barrier, int(simt::block->fibers.size())); }
@@ -235,6 +237,7 @@ void copy_async(void* to, const void* from, int valid) {
 template <int kBytes>
 void copy_async(void* to, const void* from) { copy_async<kBytes>(to, from, kBytes); }
 inline void copy_async_once(void* to, const void* from, int valid) { copy_async<16>(to, from, valid); }
+inline void prefetch(const void*) {}
 inline void copy_async_commit() { simt::block->current->groups.emplace_back(); }
 template <int kPending>
 void copy_async_wait() {
