@@ -235,9 +235,9 @@ def compiled(build: ModuleType) -> tuple[Path, list[dict[str, str | int]]]:
 
 # Bytes of spill stores and loads that a hot kernel may have, by its mangled name: the half transforms, which serve
 # causal and bidirectional convolutions. Forward kernels run three groups of warps on 80 registers a thread, which is
-# faster than two groups with all that they ask for; what they park is read once a tile. That of sequences in blocks counts
-# what it hands to functions for tiles that are not regular. The long ones have all their passes in one kernel, which
-# shares its registers.
+# faster than two groups with all that they ask for; what they park is read once a tile. That of sequences in blocks
+# counts what it hands to functions for tiles that are not regular. The long ones have all their passes in one kernel,
+# which shares its registers.
 SPILL_LIMITS = {
     r"filter_kernel": 0,
     r"window_sums_kernel": 0,
