@@ -35,9 +35,9 @@ struct BlockScales {
     float* exchange;        // shared memory, one for each warp
     int group, warp, lane;
 
-    // Four threads sample neighbours: 64 places of a sequence.
+    // So many threads sample neighbours, in 64 places of a sequence.
+    static constexpr int kTogether = 4, kPlaces = T::kThreads / kTogether;
     DEVICE int first_sample() const {
-        constexpr int kTogether = 4, kPlaces = T::kThreads / kTogether;
         const int thread = fresh_thread_index() % T::kThreads;
         return int(int64_t(params.length) * (thread / kTogether) / kPlaces) / (kTogether * kUnit) * (kTogether * kUnit) + thread % kTogether * kUnit;
     }
@@ -48,7 +48,7 @@ struct BlockScales {
         for (int c = 0; c < 2; c++) {
             const Element* const u = pair.address<const Element>(params.u, c) + first_sample();
             const Element* const gate = pair.address<const Element>(params.pre_gate, c) + first_sample();
-            if (fresh_thread_index() % 4 != 0) continue;
+            if (fresh_thread_index() % kTogether != 0) continue;
             prefetch(u);
             if (params.pre_gate.data) prefetch(gate);
         }

@@ -110,6 +110,9 @@ DEVICE uint2 scaled_pair(Complex x, Complex y, float scale) {
     return scale == scale ? uint2{pack(x.re / scale, y.re / scale), pack(x.im / scale, y.im / scale)} : uint2{0, 0};
 }
 
+// The frequency in a place of kernel order: row, fragment, lane and point of csrc/transform.cuh; of the other half of the pair, half the FFT on.
+DEVICE int frequency_of(int rows, int row, int fragment, int lane, int point) { return row + rows * (2 * (lane / 4) + point + 16 * (lane % 4 + 4 * fragment)); }
+
 struct FilterSpectrum {
     const FilterParams& params;
     FilterPoints points;
@@ -193,10 +196,8 @@ struct FilterSpectrum {
     DEVICE void store(int channel, int window, float scale) const {
         uint2* words = reinterpret_cast<uint2*>(params.spectrum + (int64_t(channel) * windows() + window) * params.fft_size);
         for (int i = thread_index(); i < params.fft_size / 2; i += kFilterThreads) {
-            // Row, fragment, lane and point of a row that its words belong to (csrc/transform.cuh).
-            const int k1 = i / 128, fragment = i / 64 % 2, lane = i / 2 % 32;
             Complex x, y;
-            at(k1 + (params.fft_size / kColumns) * (2 * (lane / 4) + i % 2 + 16 * (lane % 4 + 4 * fragment)), x, y);
+            at(frequency_of(params.fft_size / kColumns, i / 128, i / 64 % 2, i / 2 % 32, i % 2), x, y);
             words[i] = scaled_pair(x, y, scale);
         }
         if (thread_index() == 0 && window == 0) params.scale[channel] = scale;

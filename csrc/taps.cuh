@@ -72,9 +72,8 @@ DEVICE void transform_windows(const TapParams& params) {
         for (int window = params.windows - 1; window >= 0; window--) {
             const float4* const sums = params.window_sums(channel, window);
             for (int i = thread_index(); i < half; i += kTapThreads) {
-                // Row, fragment, point and lane: those of RowFragment. An inverse transform is the forward one between two conjugations.
-                const int row = i / 128, fragment = i / 64 % 2, point = i / 32 % 2, lane = i % 32;
-                const int frequency = row + params.rows() * (2 * (lane / 4) + point + 16 * (lane % 4 + 4 * fragment));
+                // An inverse transform is the forward one between two conjugations.
+                const int frequency = frequency_of(params.rows(), i / 128, i / 64 % 2, i % 32, i / 32 % 2);
                 const float4 v = sums[i];
                 points[frequency] = {v.x, -v.y}, points[frequency + half] = {v.z, -v.w};
             }

@@ -53,25 +53,17 @@ struct InnerTables {
     DEVICE uint4 twiddle(int m) const { return table[(8 + m) * 32 + lane]; }
 };
 
-// The same with the matrices kept in registers.
-struct InnerMatrices {
-    uint4 a_[2][2], b_[2][2];
-    InnerTables tables;
+// The same, kept in registers.
+struct InnerConstants {
+    uint4 a_[2][2], b_[2][2], twiddle_[2];
 
-    DEVICE explicit InnerMatrices(const InnerTables& tables) : tables(tables) {
+    DEVICE explicit InnerConstants(const InnerTables& tables) {
         for (int i = 0; i < 2; i++)
             for (int j = 0; j < 2; j++) a_[i][j] = tables.a(i, j), b_[i][j] = tables.b(i, j);
+        for (int i = 0; i < 2; i++) twiddle_[i] = tables.twiddle(i);
     }
     DEVICE uint4 a(int m, int s) const { return a_[m][s]; }
     DEVICE uint4 b(int h, int t) const { return b_[h][t]; }
-    DEVICE uint4 twiddle(int m) const { return tables.twiddle(m); }
-};
-
-// The twiddles, too.
-struct InnerConstants : InnerMatrices {
-    uint4 twiddle_[2];
-
-    DEVICE explicit InnerConstants(const InnerTables& tables) : InnerMatrices(tables), twiddle_{tables.twiddle(0), tables.twiddle(1)} {}
     DEVICE uint4 twiddle(int m) const { return twiddle_[m]; }
 };
 constexpr int kInnerConstantVectors = 320;

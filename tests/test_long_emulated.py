@@ -17,7 +17,7 @@ __all__ = ["emulation", "library"]
 
 
 def planned(arguments: dict[str, torch.Tensor], causal: bool = True) -> Plan:
-    """Of the gradients, which are those of long sequences where outputs go in blocks."""
+    """Of the gradients."""
     return cuda.plan_of(arguments["u"], arguments["k"], arguments.get("k_rev"), causal, backward=True)
 
 
