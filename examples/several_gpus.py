@@ -9,6 +9,7 @@ then tells how much faster all of them are together; add `--dtype bfloat16` for 
 """
 
 import argparse
+import gc
 import time
 from collections.abc import Callable
 
@@ -62,6 +63,10 @@ def main() -> None:
             print(f"  {name:<14} {together[i]:.3f} s{faster}")
         print(f"  loss           {together[2]:.5f}" + (f", alone {alone[2]:.5f}" if alone else ""))
         print(f"  memory         {together[3]:.1f} GB" + (f", alone {alone[3]:.1f} GB" if alone else ""))
+    # Data parallelism that outlives the process group may wait for gloo's threads for ever, and they for Python.
+    del model, optimizer
+    accelerator.free_memory()
+    gc.collect()
     accelerator.end_training()
 
 

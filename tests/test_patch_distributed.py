@@ -1,5 +1,6 @@
 """Patched models under DistributedDataParallel and fully_shard, on two processes of one machine."""
 
+import gc
 import os
 import socket
 
@@ -109,6 +110,7 @@ def run(rank: int, port: int) -> None:
             data_parallel(name, expected)
             sharded(name, expected)
     finally:
+        gc.collect()  # data parallelism that outlives the process group may wait for it for ever
         dist.destroy_process_group()
 
 

@@ -1,6 +1,7 @@
 """Sequences sharded over four processes, as two of two slices each or as one of four, against one process."""
 
 import copy
+import gc
 import multiprocessing
 import os
 import socket
@@ -289,6 +290,7 @@ def run(rank: int, port: int) -> None:
             except Exception as error:
                 raise AssertionError(f"check {number}, {check.__name__}{arguments}") from error
     finally:
+        gc.collect()  # data parallelism that outlives the process group may wait for it for ever
         dist.destroy_process_group()
 
 
