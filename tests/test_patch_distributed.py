@@ -1,14 +1,11 @@
 """Patched models under DistributedDataParallel and fully_shard, on two processes of one machine."""
 
-import gc
-import os
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
 from family_models import FAMILIES
 from patching import relative
+from process_group import free_port, process_group
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -99,23 +96,14 @@ def check_nothing_is_kept(model: nn.Module, reference: nn.Module) -> None:
 
 
 def run(rank: int, port: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
+    with process_group(rank, 2, port):
         evo2.use_kernels = lambda *_: True  # As `transforms_pay`, in a process of its own.
         for name in FAMILIES:
             reference = make(name)
             expected = loss_and_gradients(DistributedDataParallel(reference), reference)
             data_parallel(name, expected)
             sharded(name, expected)
-    finally:
-        gc.collect()  # data parallelism that outlives the process group may wait for it for ever
-        dist.destroy_process_group()
 
 
 def test_two_processes() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(run, (port,), nprocs=2)
+    torch.multiprocessing.spawn(run, (free_port(),), nprocs=2)

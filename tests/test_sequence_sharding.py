@@ -1,10 +1,7 @@
 """Sequences sharded over four processes, as two of two slices each or as one of four, against one process."""
 
 import copy
-import gc
 import multiprocessing
-import os
-import socket
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -15,6 +12,7 @@ import torch.distributed as dist
 from model_factory import dna_ids, tiny_hyena, tiny_hyenadna, tiny_hyenadna_classifier, tiny_m2bert
 from patching import relative
 from peft import LoraConfig, get_peft_model
+from process_group import free_port, process_group
 from remote_style import BertConfig, BertForMaskedLM, HyenaConfig, HyenaDNAForCausalLM, build
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -276,11 +274,8 @@ def undone(mesh: DeviceMesh) -> None:
 
 
 def run(rank: int, port: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
     # A deadlock is a failure, and soon.
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
-    try:
+    with process_group(rank, RANKS, port, timeout=timedelta(seconds=60)):
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "sequence"))
         four = init_device_mesh("cpu", (1, RANKS), mesh_dim_names=("data", "sequence"))
         torch.manual_seed(0)
@@ -289,9 +284,6 @@ def run(rank: int, port: int) -> None:
                 check(*arguments)
             except Exception as error:
                 raise AssertionError(f"check {number}, {check.__name__}{arguments}") from error
-    finally:
-        gc.collect()  # data parallelism that outlives the process group may wait for it for ever
-        dist.destroy_process_group()
 
 
 def checks(mesh: DeviceMesh, four: DeviceMesh) -> list[tuple[Callable[..., None], tuple[Any, ...]]]:
@@ -317,9 +309,6 @@ def checks(mesh: DeviceMesh, four: DeviceMesh) -> list[tuple[Callable[..., None]
 
 
 def test_four_processes() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     # All four fork from one process that has imported what takes long.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "transformers", "peft"])
-    torch.multiprocessing.start_processes(run, (port,), nprocs=RANKS, start_method="forkserver")
+    torch.multiprocessing.start_processes(run, (free_port(),), nprocs=RANKS, start_method="forkserver")

@@ -25,9 +25,7 @@ _ROW_ELEMENTS = 8
 _reasons_told: set[str] = set()
 
 
-def use_kernels(
-    u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, backend: str, backward: bool = False
-) -> bool:
+def use_kernels(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, backend: str, backward: bool = False) -> bool:
     """Whether the CUDA kernels serve this call or, if `backward`, its gradients.
 
     A fallback of "auto" is logged once for each reason.
