@@ -24,6 +24,7 @@ static bool valid(const fft_conv_params& p) {
     for (const fft_conv_tensor* t : {&p.u, &p.pre_gate, &p.post_gate, &p.grad_output, &p.second_gate, &p.output, &p.grad_u, &p.grad_pre_gate, &p.grad_post_gate, &p.second_output})
         if (reinterpret_cast<uintptr_t>(t->data) % bytes != 0) return false;
     const int radix = p.fft_size / kColumns, reach = p.windows > 0 ? p.length : p.half ? p.fft_size / 2 : p.fft_size;
+    if (p.cluster > 0 && (p.fft_size != p.cluster * 2 * kBlockPositions || !p.half || p.windows > 0)) return false;
     if (p.windows > 0 && (p.fft_size != 2 * kBlockPositions || !p.half || int64_t(p.batch + 1) / 2 * p.channels * block_count(p) > kMaximumTiles)) return false;
     return radix >= 1 && (radix & (radix - 1)) == 0 && radix * kColumns == p.fft_size && p.batch > 0 && p.channels > 0 && p.length > 0 && p.length <= reach;
 }
@@ -84,6 +85,7 @@ extern "C" int fft_conv_long_forward(const fft_conv_params* params, void* stream
 extern "C" int fft_conv_forward(const fft_conv_params* params, void* stream) {
     if (!valid(*params)) return kUnsupported;
     const LaunchParams derived = derive(*params);
+    if (params->cluster > 0) return with_cluster(*params, [&](auto launcher) { return decltype(launcher)::forward(derived, stream); });
     auto launch = [&](auto tile) { return Launcher<decltype(tile)>::forward(derived, stream); };
     return params->windows > 0 ? with_blocked_tile(*params, launch) : with_tile(*params, launch);
 }
@@ -109,7 +111,7 @@ extern "C" int fft_conv_tap_gradient(const fft_conv_tap_params* params, void* st
     static_cast<fft_conv_tap_params&>(derived) = *params;
     derived.log_points = log2_of(params->fft_size);
     const bool sizes = params->channels > 0 && params->pairs > 0 && params->taps > 0 && params->windows > 0 && params->windows <= params->blocks;
-    return sizes && params->fft_size == 2 * kBlockPositions ? launch_taps(derived, stream) : kUnsupported;
+    return sizes && (params->fft_size == 2 * kBlockPositions || !params->grad_filter) ? launch_taps(derived, stream) : kUnsupported;
 }
 
 extern "C" int fft_conv_long_backward(const fft_conv_params* params, void* stream) {
@@ -139,6 +141,10 @@ extern "C" int64_t fft_conv_blocked_scratch(const fft_conv_params* params, int d
     return error ? kUnsupported : blocks * params->windows * kBlockVectors<BlockedTile<float>> * 16 + (pairs + blocks) * 4;
 }
 
+extern "C" int fft_conv_clusters(const fft_conv_params* params) {
+    return with_cluster(*params, [](auto launcher) { return decltype(launcher)::clusters(); });
+}
+
 extern "C" int fft_conv_shared_bytes(const fft_conv_params* params, int backward) {
     auto bytes_of = [&](auto launcher) { return backward ? decltype(launcher)::kBackwardSharedBytes : decltype(launcher)::kForwardSharedBytes; };
     if (params->outer_radix > 0)
@@ -146,6 +152,7 @@ extern "C" int fft_conv_shared_bytes(const fft_conv_params* params, int backward
             return backward ? decltype(launcher)::kBackwardSharedBytes : decltype(launcher)::forward_shared_bytes(params->fft_size / kLongPoints > params->outer_radix);
         });
     auto bytes_of_tile = [&](auto tile) { return bytes_of(Launcher<decltype(tile)>{}); };
+    if (params->cluster > 0) return with_cluster(*params, [](auto launcher) { return decltype(launcher)::kForwardSharedBytes; });
     const int bytes = params->windows > 0 ? with_blocked_tile(*params, bytes_of_tile) : with_tile(*params, bytes_of_tile);
     return bytes < 0 ? bytes : std::max(bytes, filter_shared_bytes(params->fft_size));
 }
@@ -211,4 +218,4 @@ extern "C" int fft_conv_short_splits(const fft_conv_short_params* params) {
     return with_short(*params, [&](auto launcher) { return derive(*params, launcher.kBackwardUnits).splits * kShortTimeWarps; });
 }
 
-extern "C" int fft_conv_version() { return 4; }
+extern "C" int fft_conv_version() { return 5; }

@@ -83,7 +83,7 @@ struct Backward {
 
     DEVICE explicit Backward(const LaunchParams& params)
         : params(params), lane(thread_index() % 32), block_warp(thread_index() / 32), group(block_warp / 8), warp(block_warp % 8), radix(1 << params.log_radix),
-          units(params), slots{params.log_radix - T::kHalf}, stager{params, slots}, tables(params.tables, shared_memory(), radix) {
+          units(params), slots{params.log_radix - T::kHalf}, stager{params, slots, thread_index()}, tables(params.tables, shared_memory(), radix) {
         char* memory = shared_memory() + Tables<T, Plan::kSharedTwiddles>::kSharedBytes;
         energies = reinterpret_cast<float*>(memory + group * T::kEnergyBytes);
         memory += 2 * T::kEnergyBytes;
@@ -95,7 +95,7 @@ struct Backward {
         scratch = reinterpret_cast<float4*>(static_cast<char*>(params.scratch) + int64_t(block_index()) * Plan::kSumBytes);
     }
 
-    DEVICE uint4* row_words(uint4* rows, int row) const { return rows + row * (kRowPitch / 4); }
+    DEVICE uint4* row_words(uint4* rows, int row) const { return rows + row * kRowUnits; }
 
     // Stages of a tensor in even and odd tiles.
     DEVICE Stage<T> stage(TensorIndex index, int turn) const {
@@ -116,6 +116,7 @@ struct Backward {
     // Rows of both transforms: to the frequency domain, the sums, and back.
     DEVICE void transform_rows(const TileSequences& sequences, Sums& sums) const {
         const InnerTables constants{tables.inner, lane};
+        const int own_unit = fragment_unit(block_warp, lane);
 #pragma unroll(Plan::kRegisterSums ? Plan::kRowsPerWarp : 1)
         for (int i = 0; i < Plan::kRowsPerWarp; i++) {
             const int row = block_warp + i * Plan::kWarps, owner = 2 * (T::kMaxPairs == 1 ? 0 : row >> params.log_radix);
@@ -124,10 +125,10 @@ struct Backward {
             RowFragment &g = x[0], &e = x[1];
             float4(&sum)[4] = sums[Plan::kRegisterSums ? i : 0];
             if constexpr (!Plan::kRegisterSums) load_sums(sum, row);
-            g.load(row_words(rows_g, row), lane), e.load(row_words(rows_e, row), lane);
+            g.load(row_words(rows_g, row) + own_unit), e.load(row_words(rows_e, row) + own_unit);
             g = g * twiddle, e = e * twiddle;
             inner_transform(x, constants);
-            spectrum.load_spectrum(reinterpret_cast<const uint4*>(params.spectrum) + (channel * radix + (row & (radix - 1))) * 64, lane);
+            spectrum.load_spectrum(reinterpret_cast<const uint4*>(params.spectrum) + (channel * radix + (row & (radix - 1))) * 64 + lane);
             const float* up = reinterpret_cast<const float*>(exchange);
             // The second sequence's scale is the same unless it is not finite.
             const float weight = up[owner] * up[32 + owner] + 0.f * (up[owner + 1] * up[32 + owner + 1]);
@@ -143,8 +144,8 @@ struct Backward {
             }
             // Read again rather than kept: registers are scarce.
             twiddle = tables.row_twiddles(row & (radix - 1), lane);
-            if (params.grad_post_gate.data) (g * twiddle).store(row_words(rows_g, row), lane);
-            (e * twiddle).store(row_words(rows_e, row), lane);
+            if (params.grad_post_gate.data) (g * twiddle).store(row_words(rows_g, row) + own_unit);
+            (e * twiddle).store(row_words(rows_e, row) + own_unit);
         }
     }
 
@@ -268,6 +269,7 @@ struct Backward {
         }
         block_barrier();
         const InnerTables constants{tables.inner, lane};
+        const int own_unit = fragment_unit(block_warp, lane);
 #pragma unroll(Plan::kRegisterSums ? Plan::kRowsPerWarp : 1)
         for (int i = 0; i < Plan::kRowsPerWarp; i++) {
             // Sums that are not finite go in as zeros, not to reach the other pairs of the tile, and come out as NaN by their scale.
@@ -284,11 +286,11 @@ struct Backward {
                 x.value[j / 2][j % 2] = {pack(v.x * scale, v.z * scale), pack(-v.y * scale, -v.w * scale)};
             }
             x = inner_transform(x, constants) * tables.row_twiddles(row & (radix - 1), lane);
-            x.store(row_words(rows_g, row), lane);
+            x.store(row_words(rows_g, row) + own_unit);
             if (T::kHalf) {
                 if (row % 2 == 1)
                     for (int j = 0; j < 4; j++) x.value[j / 2][j % 2] = {negate2(x.value[j / 2][j % 2].re), negate2(x.value[j / 2][j % 2].im)};
-                x.store(row_words(rows_e, row), lane);
+                x.store(row_words(rows_e, row) + own_unit);
             }
         }
         block_barrier();
@@ -316,7 +318,7 @@ struct Backward {
     }
 
     DEVICE void fill_header(int unit, int tile, int turn) const {
-        if (warp == 0) headers[turn].fill<Element>(params, units.regular(params, unit, tile));
+        if (warp == 0) headers[turn].fill<Element>(params, units.regular(params, unit, tile), lane);
     }
 
     DEVICE void run() const {
@@ -344,9 +346,9 @@ struct Backward {
                 SequenceScales<T> scales{energies, slots, group, warp, lane};
                 u32 x[T::kSlots / 4][4];
                 if constexpr (Plan::kStaged || Plan::kOverlaid)
-                    scales.template pack_scaled<true>(x, stage(group == 0 ? kU : kGradOutput, turn), stage(group == 0 ? kPreGate : kPostGate, turn), sequences.valid);
+                    scales.pack_scaled(x, stage(group == 0 ? kU : kGradOutput, turn), stage(group == 0 ? kPreGate : kPostGate, turn), sequences.valid, true);
                 else
-                    scales.template pack_direct<true>(x, group == 0 ? params.u : params.grad_output, group == 0 ? params.pre_gate : params.post_gate, params, sequences);
+                    scales.pack_direct(x, group == 0 ? params.u : params.grad_output, group == 0 ? params.pre_gate : params.post_gate, params, sequences, true);
                 if (warp == 0) exchange[32 * group + lane] = bits_from_float(scales.up);
 
                 // Every thread of the group has read the group's inputs, and the stages of the tile before are free: the next tile's may come.

@@ -16,6 +16,7 @@ struct fft_conv_tensor {
 enum fft_conv_element { FFT_CONV_BFLOAT16 = 0, FFT_CONV_FLOAT16 = 1, FFT_CONV_FLOAT32 = 2 };
 
 // y = post_gate * conv(pre_gate * u, k) with the filter k given by its spectrum of fft_size points (hf_flashfftconv/ops/filters.py).
+// cluster > 1: so many blocks share a transform, of 8,192 points for each; half is set.
 // half: inputs and outputs lie in the first half of the transform (causal and bidirectional convolution).
 // windows > 0: causal convolution of sequences of any length in blocks of fft_size / 2, which is 4,096; output may be absent; k is given by the spectra of so many windows
 // (fft_conv_filter_params), enough for its taps or for all blocks. reverse: the convolution is transposed, anticausal.
@@ -36,7 +37,7 @@ struct fft_conv_params {
     int32_t batch, channels, length, fft_size, element, half;
     int32_t outer_radix, group_pairs, ring, part_count, column_items, row_steps, period, tickets;
     int32_t group_channels, channel_splits, tap_halves;
-    int32_t windows, reverse;
+    int32_t windows, reverse, cluster;
     // Of blocked sequences, where fft_conv_tap_gradient is to follow, else null: what it asks for. Both sequences of a pair then have one scale.
     void* transforms;               // (channels, pairs, blocks, fft_size) of all blocks in the order in which they are worked on
     float* pair_scales;             // (channels, pairs) what undoes their scales
@@ -48,7 +49,7 @@ struct fft_conv_tap_params {
     const void *transforms, *reverse_transforms;
     const float *scales, *reverse_scales;
     float* sums;                    // (channels, windows, fft_size, 2)
-    float* grad_filter;             // (channels, taps)
+    float* grad_filter;             // (channels, taps), or null: then the sums are all
     int32_t channels, pairs, blocks, windows, fft_size, taps;
 };
 
@@ -100,6 +101,8 @@ int fft_conv_backward(const struct fft_conv_params* params, void* stream);
 int fft_conv_tap_gradient(const struct fft_conv_tap_params* params, void* stream);
 int fft_conv_long_backward(const struct fft_conv_params* params, void* stream);
 int fft_conv_backward_splits(const struct fft_conv_params* params);
+// Clusters of the forward kernel that a device runs at a time; zero where it has none.
+int fft_conv_clusters(const struct fft_conv_params* params);
 int64_t fft_conv_backward_scratch(const struct fft_conv_params* params);
 // Of blocked sequences, on a device; negative if it cannot be asked.
 int64_t fft_conv_blocked_scratch(const struct fft_conv_params* params, int device);

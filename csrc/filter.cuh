@@ -3,6 +3,7 @@
 // zero. One block transforms it in single precision, in place in shared memory, as M = N / 2 complex points z[n] = x[2 n] + i x[2 n + 1]. What is
 // rounded to half precision is the result alone: rounded stages, as sequences go through, would cost a bfloat16 output of few positions too much.
 #pragma once
+#include "small_transform.cuh"
 #include "tile.cuh"
 
 constexpr int kFilterThreads = 256, kMaximumFilterPoints = 16384;
@@ -22,27 +23,11 @@ DEVICE Complex unit_root(int index, int log_order) {
     return conjugate(root);
 }
 
-// x * exp(-2 pi i index / 8) for an index known at compile time.
+// x * exp(-2 pi i index / 16), for an even index that is known at compile time.
 DEVICE Complex turn(Complex x, int index) {
     constexpr float kDiagonal = 0.70710678118654752f;
-    if (index % 2 == 1) x = {(x.re + x.im) * kDiagonal, (x.im - x.re) * kDiagonal};
-    return index / 2 == 1 ? Complex{x.im, -x.re} : x;
-}
-
-// DFT of 2, 4 or 8 points in registers.
-template <int kPoints>
-DEVICE void small_transform(Complex (&x)[kPoints]) {
-    if constexpr (kPoints > 1) {
-        Complex even[kPoints / 2], odd[kPoints / 2];
-        for (int i = 0; i < kPoints / 2; i++) even[i] = x[2 * i], odd[i] = x[2 * i + 1];
-        small_transform(even);
-        small_transform(odd);
-        for (int i = 0; i < kPoints / 2; i++) {
-            const Complex turned = turn(odd[i], 8 / kPoints * i);
-            x[i] = even[i] + turned;
-            x[i + kPoints / 2] = even[i] - turned;
-        }
-    }
+    if (index % 4 == 2) x = {(x.re + x.im) * kDiagonal, (x.im - x.re) * kDiagonal};
+    return index / 4 == 1 ? Complex{x.im, -x.re} : x;
 }
 
 struct FilterParams : fft_conv_filter_params {

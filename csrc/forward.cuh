@@ -9,6 +9,7 @@
 #pragma once
 #include "block_scale.cuh"
 #include "forward_plan.cuh"
+#include "tile_store.cuh"
 
 template <class T>
 struct Forward {
@@ -43,14 +44,14 @@ struct Forward {
     }
     DEVICE int first_pair(TilePlace place) const { return place.first_pair<T>(params, pairs); }
     DEVICE void fill_header(int group, int tile, TilePlace place) const {
-        if (warp == 0) header(group, tile).template fill<Element>(params, RegularSequences::consecutive<T>(params, first_pair(place)), place.start<T>(params));
+        if (warp == 0) header(group, tile).template fill<Element>(params, RegularSequences::consecutive<T>(params, first_pair(place)), lane, place.start<T>(params));
     }
     DEVICE TileSequences sequences(TilePlace place) const { return TileSequences::consecutive(params, first_pair(place), lane, place.start<T>(params)); }
     DEVICE int part_number(int tile, int part) const { return (tile - range.first) * T::kParts + part; }
 
     // The first group.
     DEVICE void pack() const {
-        const Stager<T> stager{params, slots};
+        const Stager<T> stager{params, slots, thread_index()};
         const Stage<T> u = stage(0), pre{params.pre_gate.data ? stage(1).memory : nullptr};
         SequenceScales<T> sequence_scales{reinterpret_cast<float*>(control()), slots, 0, warp, lane};
         auto start_inputs = [&](int tile, TilePlace place) {
@@ -100,9 +101,9 @@ struct Forward {
             } else {
                 const TileSequences current = sequences(place);
                 if constexpr (Plan::kStaged)
-                    sequence_scales.template pack_scaled<false>(x, u, pre, current.valid);
+                    sequence_scales.pack_scaled(x, u, pre, current.valid, false);
                 else
-                    sequence_scales.template pack_direct<false>(x, params.u, params.pre_gate, params, current);
+                    sequence_scales.pack_direct(x, params.u, params.pre_gate, params, current, false);
                 undo = undo_of(current, sequence_scales.up);
             }
             // Every thread has read its inputs (a barrier has passed): the next tile's may come.
@@ -136,6 +137,7 @@ struct Forward {
     // The second group. A warp's rows, part after part and tile after tile, are its steps.
     DEVICE void transform() const {
         const InnerConstants constants(InnerTables{tables.inner, lane});
+        const int own_unit = warp * kRowUnits + fragment_unit(warp, lane);
         const int steps = part_number(range.last, 0) * Plan::kRowsPerWarp;
         uint4* const operands = reinterpret_cast<uint4*>(memory + Plan::kBuffers * T::kRowBytes) + warp * Plan::kAhead * Plan::kOperandVectors;
         // Every lane copies what it will read itself: nothing but its own wait is needed.
@@ -155,21 +157,25 @@ struct Forward {
 #pragma unroll 1
         for (int number = 0; number < part_number(range.last, 0); number++) {
             const int buffer = number % Plan::kBuffers;
-            uint4* const words = rows(buffer) + warp * (kRowPitch / 4);
+            uint4* const units = rows(buffer) + own_unit;
             named_barrier<512>(kPacked + buffer);
 #pragma unroll 1
             for (int i = 0; i < Plan::kRowsPerWarp; i++) {
                 const int step = number * Plan::kRowsPerWarp + i;
                 const uint4* const operand = operands + step % Plan::kAhead * Plan::kOperandVectors;
-                uint4* const row = words + i * T::kWarps * (kRowPitch / 4);
-                RowFragment value, spectrum, twiddles;
-                value.load(row, lane);
+                uint4* const row = units + i * T::kWarps * kRowUnits;
+                const uint4* const twiddles = Plan::kWide ? tables.twiddle : operands;
+                int twiddle = (Plan::kWide ? ((warp + i * T::kWarps) & (radix - 1)) * 64 : step % Plan::kAhead * Plan::kOperandVectors + 64) + lane;
+                RowFragment value, factors;
+                value.load(row);
                 copy_async_wait<Plan::kAhead - 1>();
-                spectrum.load(operand, lane);
-                twiddles.load(Plan::kWide ? tables.twiddle + ((warp + i * T::kWarps) & (radix - 1)) * 64 : operand + 64, lane);
-                value = inner_transform(value * twiddles, constants);
-                value = inner_transform(conjugate_product(value, spectrum), constants) * twiddles;
-                value.store(row, lane);
+                factors.load(twiddles + twiddle);
+                value = inner_transform(value * factors, constants);
+                factors.load(operand + lane);
+                value = inner_transform(conjugate_product(value, factors), constants);
+                forget(twiddle);    // and read again: registers are scarce
+                factors.load(twiddles + twiddle);
+                (value * factors).store(row);
                 start_operands(step + Plan::kAhead);
             }
             named_barrier_arrive<512>(kTransformed + buffer);
@@ -182,6 +188,7 @@ struct Forward {
         constexpr int kSteps = Plan::kAhead / Plan::kAtOnce;
         static_assert((kSteps & (kSteps - 1)) == 0, "places of operands");
         const InnerTables constants{tables.inner, lane};
+        const int own_unit = fragment_unit(warp, lane);
         uint4* const operands = reinterpret_cast<uint4*>(memory + Plan::kBuffers * T::kRowBytes) + warp * Plan::kAhead * Plan::kOperandVectors;
         int place = 0;      // of the operands of this step, and then of those kSteps steps later
         Products<T> next(*this);
@@ -217,20 +224,20 @@ struct Forward {
                 named_barrier<512>(kPacked + buffer);
 #pragma unroll 1
                 for (int row = warp; row < T::kRows; row += Plan::kAtOnce * T::kWarps) {
-                    uint4* const words = rows(buffer) + row * (kRowPitch / 4);
+                    uint4* const words = rows(buffer) + row * kRowUnits;
                     RowFragment values[Plan::kAtOnce], sums[Plan::kAtOnce], other;
 #pragma unroll
                     for (int i = 0; i < Plan::kAtOnce; i++) {
-                        values[i].load(words + i * T::kWarps * (kRowPitch / 4), lane);
-                        other.load(tables.twiddle + row * 64 + i * Products<T>::kRowStep, lane);
+                        values[i].load(words + i * T::kWarps * kRowUnits + own_unit);
+                        other.load(tables.twiddle + row * 64 + i * Products<T>::kRowStep + lane);
                         values[i] = values[i] * other;
                     }
                     inner_transform(values, constants);
                     const uint4* operand_words = operand();
 #pragma unroll
                     for (int i = 0; i < Plan::kAtOnce; i++) {
-                        if (history.count > 1) values[i].store(kept + row * 64 + i * Products<T>::kRowStep, lane);
-                        other.load(operand_words + i * Plan::kOperandVectors, lane);
+                        if (history.count > 1) values[i].store(kept + row * 64 + i * Products<T>::kRowStep + lane);
+                        other.load(operand_words + i * Plan::kOperandVectors + lane);
                         sums[i] = params.reverse ? product_of_conjugate(values[i], other) : conjugate_product(values[i], other);
                     }
                     start_operands();
@@ -240,7 +247,7 @@ struct Forward {
 #pragma unroll
                         for (int i = 0; i < Plan::kAtOnce; i++) {
                             const uint4* const both = operand_words + i * Plan::kOperandVectors;
-                            other.load(both, lane), values[i].load(both + 64, lane);
+                            other.load(both + lane), values[i].load(both + 64 + lane);
                             if (params.reverse)
                                 add_product_of_conjugate(sums[i], values[i], other);
                             else
@@ -249,7 +256,7 @@ struct Forward {
                         start_operands();
                     }
 #pragma unroll
-                    for (int i = 0; i < Plan::kAtOnce; i++) sums[i].store(words + i * T::kWarps * (kRowPitch / 4), lane);
+                    for (int i = 0; i < Plan::kAtOnce; i++) sums[i].store(words + i * T::kWarps * kRowUnits + own_unit);
                 }
                 if (params.output.data)
                     named_barrier_arrive<512>(kTransformed + buffer);
@@ -263,15 +270,16 @@ struct Forward {
     // The way back of the rows of a blocked tile, which is the third group's work: the second has the products.
     DEVICE void transform_back(uint4* rows) const {
         const InnerTables constants{tables.inner, lane};
+        const int own_unit = fragment_unit(warp, lane);
 #pragma unroll 1
         for (int first = warp; first < T::kRows; first += 2 * T::kWarps) {
             RowFragment values[2], twiddles;
-            for (int i = 0; i < 2; i++) values[i].load(rows + (first + i * T::kWarps) * (kRowPitch / 4), lane);
+            for (int i = 0; i < 2; i++) values[i].load(rows + (first + i * T::kWarps) * kRowUnits + own_unit);
             inner_transform(values, constants);
             for (int i = 0; i < 2; i++) {
                 const int row = first + i * T::kWarps;
-                twiddles.load(tables.twiddle + row * 64, lane);
-                (values[i] * twiddles).store(rows + row * (kRowPitch / 4), lane);
+                twiddles.load(tables.twiddle + row * 64 + lane);
+                (values[i] * twiddles).store(rows + row * kRowUnits + own_unit);
             }
         }
         named_barrier<256>(kStore);
@@ -288,7 +296,8 @@ struct Forward {
 
     // The third group.
     DEVICE void store() const {
-        const Stager<T> stager{params, slots};
+        const Stager<T> stager{params, slots, thread_index()};
+        const TileStore<T, Result> output{params, slots, warp, lane};
         const Stage<T> post{Plan::kStaged && params.post_gate.data ? stage(2).memory : nullptr};
         auto start_gate = [&](TensorIndex gate, int tile, TilePlace place) {
             if (post && tile < range.last) stager.start(post, gate, header(1, tile), [&] { return sequences(place); });
@@ -314,84 +323,18 @@ struct Forward {
             copy_async_wait<0>();
             named_barrier<256>(kStore);
             fill_header(1, tile + 1, next);
-            store_gated(result, tile, place, kOutput, kPostGate, post, scale);
+            output.store(result, header(1, tile), kOutput, kPostGate, post, scale, [&] { return sequences(place); });
             if (T::kBlocked && params.second_output.data) {
                 // The second gate comes to the place of the first.
                 named_barrier<256>(kStore);
                 start_gate(kSecondGate, tile, place);
                 copy_async_wait<0>();
                 named_barrier<256>(kStore);
-                store_gated(result, tile, place, kSecondOutput, kSecondGate, post, scale);
+                output.store(result, header(1, tile), kSecondOutput, kSecondGate, post, scale, [&] { return sequences(place); });
             }
             named_barrier<256>(kStore);
             start_gate(kPostGate, tile + 1, next);
         }
-    }
-
-    // Gates and stores a tile. `stage` holds the gate if there is one and it is staged; `scale` undoes the scales of the sequence that a lane knows;
-    // the second sequence of a pair comes out conjugated.
-    DEVICE void store_gated(const Result& result, int tile, TilePlace place, TensorIndex output, TensorIndex gate, const Stage<T>& stage, float scale) const {
-        const TileHeader& current = header(1, tile);
-        const bool gated = (&params.u)[gate].data;
-        if (current.regular && stage)
-            store_regular<true>(result, current, output, stage, scale);
-        else if (current.regular && !gated)
-            store_regular<false>(result, current, output, stage, scale);
-        else
-            store_any(params, slots, result, sequences(place), output, gate, stage, scale);
-    }
-
-    template <bool kGated>
-    DEVICE void store_regular(const Result& result, const TileHeader& header, TensorIndex output, const Stage<T>& stage, float scale) const {
-        const int column = outer_column(warp, lane), slot = lane % 4;
-#pragma unroll
-        for (int c = 0; c < 2; c++) {
-            if (c == 1 && !header.second) break;
-            const int64_t second = c * (&params.u)[output].batch_stride;
-            Element* to = reinterpret_cast<Element*>(header.first[output]) + second + column + (T::kMaxPairs == 1 ? slot * kColumns : 0);
-            float factor = shuffle(scale, c) * (c == 0 ? 1.f : -1.f);
-#pragma unroll
-            for (int n = 0; n < Result::kTiles; n++) {
-                const int at = slots.position(slot + 4 * n);
-                if (T::kMaxPairs > 1) {
-                    factor = shuffle(scale, 2 * slots.pair(slot + 4 * n) + c) * (c == 0 ? 1.f : -1.f);
-                    to = reinterpret_cast<Element*>(header.first[output] + slots.pair(slot + 4 * n) * header.pair_stride[output]) + second + column + at;
-                }
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    Pair y = result.columns(n, half, c);
-                    y = {y.x * factor, y.y * factor};
-                    if constexpr (kGated) {
-                        const Pair gate = stage.load(c, n, slot, column + 128 * half);
-                        y = {y.x * gate.x, y.y * gate.y};
-                    }
-                    narrow_two_if<T::kBlocked>(at + column + 128 * half < header.length, to + (T::kMaxPairs == 1 ? 4 * n * kColumns : 0) + 128 * half, y.x, y.y);
-                }
-            }
-        }
-    }
-
-    RARE void store_any(const LaunchParams& params, SlotMap<T> slots, Result result, TileSequences sequences, TensorIndex output_index, TensorIndex gate_index, Stage<T> stage, float scale) {
-        const fft_conv_tensor &output = (&params.u)[output_index], &gate = (&params.u)[gate_index];
-        const int lane = thread_index() % 32, column = outer_column(thread_index() / 32, lane);
-#pragma unroll
-        for (int c = 0; c < 2; c++)
-#pragma unroll
-            for (int n = 0; n < Result::kTiles; n++) {
-                const int slot = 4 * n + lane % 4, owner = 2 * slots.pair(slot) + c;
-                const bool valid = shuffle(int(sequences.valid), owner);
-                const float factor = shuffle(scale, owner) * (c == 0 ? 1.f : -1.f);
-                Element* const to = sequences.address<Element>(output, owner);
-                const Element* const gates = sequences.address<const Element>(gate, owner);
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    const int at = column + 128 * half, position = slots.position(slot) + at;
-                    if (!valid || position >= sequences.length) continue;
-                    Pair y = result.columns(n, half, c), by = {1.f, 1.f};
-                    if (gate.data) by = stage ? stage.load(c, n, lane % 4, at) : load_global(gates, position, sequences.length, params.pair_aligned);
-                    store_global(to, position, sequences.length, params.pair_aligned, y.x * factor * by.x, y.y * factor * by.y);
-                }
-            }
     }
 
     DEVICE void run() const {

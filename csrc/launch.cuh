@@ -11,6 +11,11 @@ __global__ void __launch_bounds__(ForwardPlan<T>::kThreads, 1) forward_kernel(co
 }
 
 template <class T>
+__global__ void __launch_bounds__(ClusterPlan<T>::kThreads, 1) cluster_kernel(const __grid_constant__ LaunchParams params) {
+    ClusterForward<T>(params).run();
+}
+
+template <class T>
 __global__ void __launch_bounds__(BackwardPlan<T>::kThreads, 1) backward_kernel(const __grid_constant__ LaunchParams params) {
     Backward<T>(params).run();
 }
@@ -93,6 +98,53 @@ int LongLauncher<Element, kSlots>::backward(const LongParams& params, void* stre
     const Grid grid{params.tickets, 1, Plan::kThreads, Plan::kSharedBytes, Plan::kSharedBytes};
     return launch(long_backward_kernel<Element, kSlots>, prepared, grid, params, stream);
 }
+
+// A launch of clusters, of as many as asked for.
+template <class Element, int kBlocks>
+cudaLaunchConfig_t cluster_launch(int clusters, cudaLaunchAttribute* attribute, void* stream) {
+    using Plan = ClusterPlan<typename ClusterLauncher<Element, kBlocks>::T>;
+    attribute->id = cudaLaunchAttributeClusterDimension;
+    attribute->val.clusterDim.x = kBlocks, attribute->val.clusterDim.y = attribute->val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = clusters * kBlocks, config.blockDim = Plan::kThreads, config.dynamicSmemBytes = Plan::kSharedBytes;
+    config.stream = static_cast<cudaStream_t>(stream), config.attrs = attribute, config.numAttrs = 1;
+    return config;
+}
+
+template <class Element, int kBlocks>
+int ClusterLauncher<Element, kBlocks>::clusters() {
+    static std::atomic<int> known[kKnownDevices];
+    int device = 0, count = 0, major = 0;
+    if (cudaGetDevice(&device) != 0 || cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != 0 || major < 9) return 0;
+    if (device < kKnownDevices && (count = known[device].load(std::memory_order_relaxed)) > 0) return count;
+    const auto kernel = cluster_kernel<T>;
+    cudaLaunchAttribute attribute;
+    const cudaLaunchConfig_t config = cluster_launch<Element, kBlocks>(1, &attribute, nullptr);
+    int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ClusterPlan<T>::kSharedBytes);
+    // More than eight blocks is more than every device promises.
+    if (error == 0 && kBlocks > 8) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error == 0) error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+    cudaGetLastError();
+    if (error != 0) return 0;
+    if (device < kKnownDevices) known[device].store(count, std::memory_order_relaxed);
+    return count;
+}
+
+template <class Element, int kBlocks>
+int ClusterLauncher<Element, kBlocks>::forward(const LaunchParams& params, void* stream) {
+    const int count = std::min(clusters(), tile_count<T>(params));
+    if (count <= 0) return kUnsupported;
+    cudaLaunchAttribute attribute;
+    const cudaLaunchConfig_t config = cluster_launch<Element, kBlocks>(count, &attribute, stream);
+    const int error = cudaLaunchKernelEx(&config, cluster_kernel<T>, params);
+    const int launch_error = cudaGetLastError();
+    return error ? error : launch_error;
+}
+
+#define INSTANTIATE_CLUSTER(blocks)                    \
+    template struct ClusterLauncher<bfloat16, blocks>; \
+    template struct ClusterLauncher<float16, blocks>;  \
+    template struct ClusterLauncher<float, blocks>;
 
 #define INSTANTIATE_LONG(slots)                  \
     template struct LongLauncher<bfloat16, slots>; \

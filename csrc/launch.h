@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "backward.cuh"
+#include "cluster.cuh"
 #include "filter.cuh"
 #include "filter_rounding.cuh"
 #include "forward.cuh"
@@ -20,6 +21,16 @@ struct Launcher {
     static int backward(const LaunchParams& params, void* stream);
     static constexpr int kForwardSharedBytes = ForwardPlan<T>::kSharedBytes, kBackwardSharedBytes = BackwardPlan<BackwardTile<T>>::kSharedBytes;
     static constexpr int kSumBytes = BackwardPlan<BackwardTile<T>>::kSumBytes;
+};
+
+// Transforms that a cluster of blocks shares.
+template <class Element, int kBlocks>
+struct ClusterLauncher {
+    using T = Tile<Element, 32, true, 1, 1, false, kBlocks>;
+    static int forward(const LaunchParams& params, void* stream);
+    // That run at a time on the current device; zero or less where it has none.
+    static int clusters();
+    static constexpr int kForwardSharedBytes = ClusterPlan<T>::kSharedBytes;
 };
 
 int launch_filter(const FilterParams& params, void* stream);
@@ -84,6 +95,27 @@ int with_tile(const fft_conv_params& p, Function function) {
         case FFT_CONV_BFLOAT16: return p.half ? with_rows<bfloat16, true>(radix, function) : with_rows<bfloat16, false>(radix, function);
         case FFT_CONV_FLOAT16: return p.half ? with_rows<float16, true>(radix, function) : with_rows<float16, false>(radix, function);
         case FFT_CONV_FLOAT32: return p.half ? with_rows<float, true>(radix, function) : with_rows<float, false>(radix, function);
+        default: return kUnsupported;
+    }
+}
+
+// Calls function(ClusterLauncher<...>{}).
+template <class Function>
+int with_cluster(const fft_conv_params& p, Function function) {
+    auto with_element = [&](auto element) {
+        using Element = decltype(element);
+        switch (p.cluster) {
+            case 2: return function(ClusterLauncher<Element, 2>{});
+            case 4: return function(ClusterLauncher<Element, 4>{});
+            case 8: return function(ClusterLauncher<Element, 8>{});
+            case 16: return function(ClusterLauncher<Element, 16>{});
+            default: return kUnsupported;
+        }
+    };
+    switch (p.element) {
+        case FFT_CONV_BFLOAT16: return with_element(bfloat16{});
+        case FFT_CONV_FLOAT16: return with_element(float16{});
+        case FFT_CONV_FLOAT32: return with_element(float{});
         default: return kUnsupported;
     }
 }

@@ -94,19 +94,20 @@ struct LongBackward : LongPasses<Element, kSlots> {
     DEVICE void transform_rows(uint4* points, int k0, int channel, float weight) const {
         uint4* const own_rows = operand == 0 ? rows_g : rows_e;
         const InnerConstants constants(InnerTables{tables.inner, lane});
+        const int own_unit = fragment_unit(block_warp, lane);
 #pragma unroll 1
         for (int k1 = block_warp; k1 < T::kRows; k1 += kWarps) {
             RowFragment spectrum, g, e;
             Base::load_row_spectrum(spectrum, channel, k0, k1);
             const RowFragment twiddle = Base::row_twiddles(k1);
-            g.load(rows_g + k1 * (kRowPitch / 4), lane);
+            g.load(rows_g + k1 * kRowUnits + own_unit);
             g = inner_transform(g * twiddle, constants);
-            e.load(rows_e + k1 * (kRowPitch / 4), lane);
+            e.load(rows_e + k1 * kRowUnits + own_unit);
             e = inner_transform(e * twiddle, constants);
             float4* const row_sums = reinterpret_cast<float4*>(sums) + k1 * 128 + lane;
             for (int i = 0; i < 4; i++) accumulate(row_sums[32 * i], g.value[i / 2][i % 2], e.value[i / 2][i % 2], weight);
-            if (params.grad_post_gate.data) (inner_transform(conjugate_product(g, spectrum), constants) * twiddle).store(rows_g + k1 * (kRowPitch / 4), lane);
-            (inner_transform(product_of_conjugate(e, spectrum), constants) * twiddle).store(rows_e + k1 * (kRowPitch / 4), lane);
+            if (params.grad_post_gate.data) (inner_transform(conjugate_product(g, spectrum), constants) * twiddle).store(rows_g + k1 * kRowUnits + own_unit);
+            (inner_transform(product_of_conjugate(e, spectrum), constants) * twiddle).store(rows_e + k1 * kRowUnits + own_unit);
         }
         block_barrier();
         if (operand == 1 || params.grad_post_gate.data) Base::rows_to(points, own_rows);
@@ -154,6 +155,7 @@ struct LongBackward : LongPasses<Element, kSlots> {
 
     DEVICE void inverse_rows(int group, int channel, int row, float down) const {
         const InnerConstants constants(InnerTables{tables.inner, lane});
+        const int own_unit = fragment_unit(block_warp, lane);
         for (int k1 = block_warp; k1 < T::kRows; k1 += kWarps) {
             RowFragment sum;
             for (int i = 0; i < 4; i++) {
@@ -164,7 +166,7 @@ struct LongBackward : LongPasses<Element, kSlots> {
                 }
                 sum.value[i / 2][i % 2] = {pack(v.x * down, v.z * down), pack(-v.y * down, -v.w * down)};
             }
-            (inner_transform(sum, constants) * Base::row_twiddles(k1)).store(rows_g + k1 * (kRowPitch / 4), lane);
+            (inner_transform(sum, constants) * Base::row_twiddles(k1)).store(rows_g + k1 * kRowUnits + own_unit);
         }
         block_barrier();
     }

@@ -53,23 +53,24 @@ struct LongForward : LongPasses<Element, kSlots> {
 
     DEVICE void transform_rows(uint4* points, int channel, int k0) const {
         const InnerConstants constants(InnerTables{tables.inner, lane});
+        const int own_unit = fragment_unit(warp, lane);
         RowFragment next_spectrum, next_twiddle;
         auto load_next = [&](int row) {
             Base::load_row_spectrum(next_spectrum, channel, k0, row);
-            next_twiddle.load_twiddles(tables.twiddle + row * 64, lane);
+            next_twiddle.load_twiddles(tables.twiddle + row * 64 + lane);
         };
         load_next(warp);
 #pragma unroll 1
         for (int row = warp; row < T::kRows; row += T::kWarps) {
             const RowFragment spectrum = next_spectrum, twiddle = Base::shifted(next_twiddle);
             if (row + T::kWarps < T::kRows) load_next(row + T::kWarps);
-            uint4* words = rows + row * (kRowPitch / 4);
+            uint4* words = rows + row * kRowUnits;
             RowFragment value;
-            value.load(words, lane);
+            value.load(words + own_unit);
             value = inner_transform(value * twiddle, constants);
             value = conjugate_product(value, spectrum);
             value = inner_transform(value, constants) * twiddle;
-            value.store(words, lane);
+            value.store(words + own_unit);
         }
         block_barrier();
         Base::rows_to(points, rows);

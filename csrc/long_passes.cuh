@@ -174,17 +174,17 @@ struct LongPasses {
     // Row twiddles with the twist by columns.
     DEVICE RowFragment shifted(const RowFragment& twiddle) const {
         RowFragment shift;
-        shift.load(column_twiddles, lane);
+        shift.load(column_twiddles + lane);
         return twiddle * shift;
     }
     DEVICE RowFragment row_twiddles(int row) const {
         RowFragment twiddle;
-        twiddle.load_twiddles(tables.twiddle + row * 64, lane);
+        twiddle.load_twiddles(tables.twiddle + row * 64 + lane);
         return shifted(twiddle);
     }
 
     DEVICE void load_row_spectrum(RowFragment& spectrum, int channel, int k0, int row) const {
-        spectrum.load_spectrum(reinterpret_cast<const uint4*>(params.spectrum) + int64_t(channel) * (params.fft_size / 4) + (k0 + row * params.radix) * 64, lane);
+        spectrum.load_spectrum(reinterpret_cast<const uint4*>(params.spectrum) + int64_t(channel) * (params.fft_size / 4) + (k0 + row * params.radix) * 64 + lane);
     }
 
     // Both outer stages of the transform of 8,192 points, for a group of eight warps, between the intermediate and rows in shared memory. Its points

@@ -23,10 +23,13 @@ DEVICE int fresh_thread_index() {
     asm volatile("mov.u32 %0, %tid.x;" : "=r"(index));
     return index;
 }
+// The compiler forgets what it knows of x: what follows from it is computed where it is used, and not ahead of a loop to be parked.
+DEVICE void forget(int& x) { asm volatile("" : "+r"(x)); }
 DEVICE int block_index() { return blockIdx.x; }
 DEVICE int block_count() { return gridDim.x; }
 DEVICE int block_size() { return blockDim.x; }
 DEVICE void block_barrier() { __syncthreads(); }
+DEVICE void warp_barrier() { __syncwarp(); }
 // Barriers beside the block's, by number from 1 on. Threads that only arrive do not wait for the others.
 template <int kThreads>
 DEVICE void named_barrier(int number) { asm volatile("bar.sync %0, %1;" :: "r"(number), "n"(kThreads) : "memory"); }
@@ -44,6 +47,67 @@ DEVICE char* shared_memory() {
     return memory;
 }
 
+// Clusters of thread blocks, which reach into each other's shared memory: a block's rank, and for all their threads a barrier. Such code runs from
+// compute capability 9.0 on; for others it is compiled to nothing.
+#if __CUDA_ARCH__ >= 900
+#define CLUSTER_ASM(...) asm volatile(__VA_ARGS__)
+#else
+#define CLUSTER_ASM(...)
+#endif
+DEVICE int cluster_rank() {
+    u32 rank = 0;
+    CLUSTER_ASM("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+DEVICE void cluster_barrier() {
+    CLUSTER_ASM("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+}
+DEVICE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+// What lies in the same place in the shared memory of another block.
+DEVICE u32 address_in_block(int rank, const void* p) {
+    u32 address = 0;
+    CLUSTER_ASM("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(rank));
+    return address;
+}
+// A barrier in shared memory that waits, in phases of alternating parity, for arrivals and for so many bytes as they expect.
+struct TransactionBarrier {
+    uint64_t state;
+};
+DEVICE void barrier_start(TransactionBarrier* p, int arrivals) {
+    CLUSTER_ASM("mbarrier.init.shared::cta.b64 [%0], %1; fence.mbarrier_init.release.cluster;" :: "r"(shared_address(p)), "r"(arrivals) : "memory");
+}
+DEVICE void barrier_expect(TransactionBarrier* p, int bytes) {
+    CLUSTER_ASM("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(shared_address(p)), "r"(bytes) : "memory");
+}
+DEVICE void barrier_arrive(int rank, TransactionBarrier* p) {
+    CLUSTER_ASM("mbarrier.arrive.shared::cluster.b64 _, [%0];" :: "r"(address_in_block(rank, p)) : "memory");
+}
+DEVICE void barrier_wait(TransactionBarrier* p, int parity) {
+    CLUSTER_ASM("{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }"
+                :: "r"(shared_address(p)), "r"(parity) : "memory");
+}
+// Stores to another block, which count for its barrier.
+DEVICE void store_to_block(int rank, uint4* to, uint4 v, TransactionBarrier* p) {
+    CLUSTER_ASM("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
+                :: "r"(address_in_block(rank, to)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(address_in_block(rank, p)) : "memory");
+}
+DEVICE void store_to_block(int rank, uint2* to, uint2 v, TransactionBarrier* p) {
+    CLUSTER_ASM("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];"
+                :: "r"(address_in_block(rank, to)), "r"(v.x), "r"(v.y), "r"(address_in_block(rank, p)) : "memory");
+}
+
+// The same to any block: to this one, `own`, nothing is counted.
+DEVICE void store_in_cluster(int rank, int own, uint4* to, uint4 v, TransactionBarrier* p) {
+    CLUSTER_ASM("{ .reg .pred here; setp.eq.s32 here, %0, %1; @here st.shared.v4.b32 [%2], {%4, %5, %6, %7};"
+                "@!here st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%3], {%4, %5, %6, %7}, [%8]; }"
+                :: "r"(rank), "r"(own), "r"(shared_address(to)), "r"(address_in_block(rank, to)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(address_in_block(rank, p)) : "memory");
+}
+DEVICE void store_in_cluster(int rank, int own, uint2* to, uint2 v, TransactionBarrier* p) {
+    CLUSTER_ASM("{ .reg .pred here; setp.eq.s32 here, %0, %1; @here st.shared.v2.b32 [%2], {%4, %5};"
+                "@!here st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%3], {%4, %5}, [%6]; }"
+                :: "r"(rank), "r"(own), "r"(shared_address(to)), "r"(address_in_block(rank, to)), "r"(v.x), "r"(v.y), "r"(address_in_block(rank, p)) : "memory");
+}
+
 DEVICE u32 as_word(__half2 x) { return *reinterpret_cast<u32*>(&x); }
 DEVICE __half2 as_half2(u32 x) { return *reinterpret_cast<__half2*>(&x); }
 DEVICE u32 pack(float low, float high) { return as_word(__floats2half2_rn(low, high)); }
@@ -51,6 +115,8 @@ DEVICE float low_half(u32 x) { return __low2float(as_half2(x)); }
 DEVICE float high_half(u32 x) { return __high2float(as_half2(x)); }
 DEVICE u32 multiply2(u32 a, u32 b) { return as_word(__hmul2(as_half2(a), as_half2(b))); }
 DEVICE u32 multiply_add2(u32 a, u32 b, u32 c) { return as_word(__hfma2(as_half2(a), as_half2(b), as_half2(c))); }
+DEVICE u32 add2(u32 a, u32 b) { return as_word(__hadd2(as_half2(a), as_half2(b))); }
+DEVICE u32 subtract2(u32 a, u32 b) { return as_word(__hsub2(as_half2(a), as_half2(b))); }
 DEVICE u32 negate2(u32 a) { return as_word(__hneg2(as_half2(a))); }
 // Four of the bytes 0 to 3 of a and 4 to 7 of b, by the four low digits of the selector.
 DEVICE u32 permute_bytes(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }

@@ -9,5 +9,5 @@ int launch_taps(const TapParams& params, void* stream) {
     static Prepared sums_prepared, prepared;
     const int bytes = FilterPoints::bytes(params.fft_size);
     const int error = launch(window_sums_kernel, sums_prepared, {(params.units() + 3) / 4, 3, kSumThreads, 0, 0}, params, stream);
-    return error ? error : launch(tap_gradient_kernel, prepared, {params.channels, 3, kTapThreads, bytes, bytes}, params, stream);
+    return error || !params.grad_filter ? error : launch(tap_gradient_kernel, prepared, {params.channels, 3, kTapThreads, bytes, bytes}, params, stream);
 }

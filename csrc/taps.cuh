@@ -38,8 +38,8 @@ DEVICE void sum_windows(const TapParams& params, int64_t unit) {
             for (int turn = 0; turn < kWindowsAtOnce; turn++) {
                 const int j = start + turn;
                 if (j >= params.blocks) break;
-                recent[turn].load_spectrum(inputs + (j - first_window) * block, 0);
-                gradient.load_spectrum(gradients - j * block, 0);
+                recent[turn].load_spectrum(inputs + (j - first_window) * block);
+                gradient.load_spectrum(gradients - j * block);
 #pragma unroll
                 for (int n = 0; n < 4; n++)
 #pragma unroll

@@ -3,15 +3,16 @@
 // A transform of N = radix * 256 complex points has the points n = 256 n1 + p; a tile is `kRows` rows of 256 points: the `radix` rows of one
 // pair of sequences, or of several pairs where the radix is below 32. Two batch rows of a channel form a pair: real and imaginary part.
 // Of blocked sequences, a tile transforms one block of kPositions positions; the tiles of a pair follow each other.
+// Where a cluster of kCluster thread blocks shares a transform, n = 256 (kCluster n1 + b) + p are the points of block b, and the radix is that of all.
 #pragma once
 #include "fft_conv.h"
 #include "primitives.cuh"
 
 constexpr int kColumns = 256;       // points of the inner transform, done by one warp in registers
-constexpr int kRowPitch = 260;      // words between rows in shared memory: a 16-byte unit beyond the row, against bank conflicts
+constexpr int kRowUnits = 64;       // of 16 bytes, each of a row's points a, a + 1, a + 128 and a + 129
 constexpr int kSharedLimit = 232448;
 
-template <typename Element_, int kRows_, bool kHalf_, int kMaxPairs_, int kParts_ = 1, bool kBlocked_ = false>
+template <typename Element_, int kRows_, bool kHalf_, int kMaxPairs_, int kParts_ = 1, bool kBlocked_ = false, int kCluster_ = 1>
 struct Tile {
     using Element = Element_;
     static constexpr int kRows = kRows_;
@@ -19,12 +20,13 @@ struct Tile {
     static constexpr int kAllRows = kRows * kParts;
     static constexpr int kSlots = kHalf_ ? kAllRows / 2 : kAllRows;     // rows of 256 positions that are read and written
     static constexpr bool kHalf = kHalf_, kBlocked = kBlocked_;
+    static constexpr int kCluster = kCluster_, kOwnRows = kRows / kCluster;     // of each block, as rows pass through the cluster
     static constexpr int kWarps = 8, kThreads = 256;             // a group of eight warps covers the 256 columns
     static constexpr int kPositions = kSlots * kColumns;         // of a block
     static constexpr int kMaxPairs = kMaxPairs_;                 // one, or sixteen: the lanes of a warp know the sequences of a tile
     static constexpr int kSegment = kColumns * int(sizeof(Element));
     static constexpr int kStageBytes = 2 * kSlots * kSegment;    // one tensor of a tile
-    static constexpr int kRowBytes = kRows * kRowPitch * 4;
+    static constexpr int kRowBytes = kRows * kRowUnits * 16;
     static constexpr int kEnergyBytes = 2 * kMaxPairs * 8 * 4;   // partial energies of the sequences
     static_assert(kRows == 16 || kRows == 32 || kRows == 64, "rows of a tile");
     static_assert(kMaxPairs == 1 || kMaxPairs == 16, "pairs of a tile");
@@ -60,14 +62,15 @@ struct WorkRange {
     int first, last;
 };
 
-DEVICE WorkRange work_range(int tiles) {
-    return {int(int64_t(tiles) * block_index() / block_count()), int(int64_t(tiles) * (block_index() + 1) / block_count())};
+DEVICE WorkRange work_range(int tiles, int workers_blocks = 1) {
+    const int worker = block_index() / workers_blocks, workers = block_count() / workers_blocks;
+    return {int(int64_t(tiles) * worker / workers), int(int64_t(tiles) * (worker + 1) / workers)};
 }
 
 // Pairs run over the batch first, then over the channels; a tile holds consecutive ones.
 template <class T>
 HOST_DEVICE int tile_count(const LaunchParams& params) {
-    const int pairs = (params.batch + 1) / 2 * params.channels, per_tile = T::kAllRows >> params.log_radix;
+    const int pairs = (params.batch + 1) / 2 * params.channels, per_tile = T::kMaxPairs == 1 ? 1 : T::kAllRows >> params.log_radix;
     return T::kBlocked ? pairs * params.blocks.divisor : (pairs + per_tile - 1) / per_tile;
 }
 
@@ -95,10 +98,11 @@ struct TilePlace {
     }
     template <class T>
     DEVICE int first_pair(const LaunchParams& params, const OwnPairs& pairs) const {
-        return T::kBlocked ? pairs[index] : index * (T::kAllRows >> params.log_radix);
+        return T::kBlocked ? pairs[index] : T::kMaxPairs == 1 ? index : index * (T::kAllRows >> params.log_radix);
     }
     template <class T>
     DEVICE int start(const LaunchParams& params) const {
+        if constexpr (T::kCluster > 1) return cluster_rank() * kColumns;
         return T::kBlocked ? (params.reverse ? params.blocks.divisor - 1 - step : step) * T::kPositions : 0;
     }
 };
@@ -161,8 +165,7 @@ struct TileHeader {
 
     // All lanes of one warp.
     template <class Element>
-    DEVICE void fill(const LaunchParams& params, const RegularSequences& sequences, int start = 0) {
-        const int lane = thread_index() % 32;
+    DEVICE void fill(const LaunchParams& params, const RegularSequences& sequences, int lane, int start = 0) {
         if (lane < kTensors) {
             const fft_conv_tensor& tensor = (&params.u)[lane];
             first[lane] = static_cast<char*>(tensor.data) + (sequences.row * tensor.batch_stride + sequences.channel * tensor.channel_stride + start) * int(sizeof(Element));

@@ -17,7 +17,7 @@ template <class T>
 struct SlotMap {
     int log_slots_per_pair;
     DEVICE int pair(int slot) const { return T::kMaxPairs == 1 ? 0 : slot >> log_slots_per_pair; }
-    DEVICE int position(int slot) const { return (T::kMaxPairs == 1 ? slot : slot & ((1 << log_slots_per_pair) - 1)) * kColumns; }
+    DEVICE int position(int slot) const { return (T::kMaxPairs == 1 ? slot * T::kCluster : slot & ((1 << log_slots_per_pair) - 1)) * kColumns; }
 };
 
 // One tensor's segments of a tile in shared memory. What lies beyond the sequence or the batch is zero.
@@ -49,6 +49,7 @@ struct Stager {
     using Element = typename T::Element;
     const LaunchParams& params;
     SlotMap<T> slots;
+    int thread;
 
     // sequences() tells of tiles that are not regular.
     template <class Sequences>
@@ -71,7 +72,7 @@ private:
     DEVICE void copy_units(Stage<T> stage, TensorIndex index, const TileHeader& header) const {
         constexpr int kUnit = 16 / int(sizeof(Element));
         const int length = header.length;
-        const int warp = thread_index() / 32 % T::kWarps, at = thread_index() % 32 * kUnit;
+        const int warp = thread / 32 % T::kWarps, at = thread % 32 * kUnit;
         const int64_t second = (&params.u)[index].batch_stride * int(sizeof(Element));
         const char* const first = header.first[index] + at * int(sizeof(Element));
 #pragma unroll
@@ -229,6 +230,7 @@ struct SequenceScales {
     SlotMap<T> slots;
     int group, warp, lane;
     float up = 1.f;     // what undoes the scale of this lane's sequence
+    int root = 0;       // of its mean square as packed, which apply() makes near one
 
     DEVICE void publish(const u32 (&x)[T::kSlots / 4][4]) {
         const int per_pair = 1 << slots.log_slots_per_pair;
@@ -275,14 +277,17 @@ struct SequenceScales {
                 atomic_maximum(largest + 2 * slots.pair(slot) + sequence, a > b ? a : b);
             }
         group_barrier(group);
-        const int exponent = lane < 2 * T::kMaxPairs ? int(largest[lane] >> 23) : 127;
+        const u32 bits = lane < 2 * T::kMaxPairs ? largest[lane] : 0;
+        const int exponent = int(bits >> 23);
         group_barrier(group);
-        return exponent == 255 ? 0.f : power_of_two(exponent < 1 ? 126 : 127 - exponent);
+        // So that zeros stay zeros, and what undoes any other scale is a normal number.
+        return exponent == 255 ? 0.f : power_of_two(bits == 0 ? 126 : exponent < 13 ? 114 : 127 - exponent);
     }
 
-    // Packs a tile's inputs into x. With kCommon both sequences of a pair get one scale, so that products of their spectra may be added up.
-    template <bool kCommon, class Source>
-    DEVICE void pack_scaled(u32 (&x)[T::kSlots / 4][4], const Source& u, const Source& gate, bool valid) {
+    // Packs a tile's inputs into x, which apply() then scales; `up` undoes both. If `common`, both sequences of a pair get one scale, so that
+    // products of their spectra may be added up.
+    template <class Source>
+    DEVICE void pack_measured(u32 (&x)[T::kSlots / 4][4], const Source& u, const Source& gate, bool valid, bool common) {
         const int column = outer_column(warp, lane);
         // Two texts, so that loads need not wait for a branch.
         if (gate)
@@ -293,7 +298,7 @@ struct SequenceScales {
         float square = mean_square(), factor = 1.f;
         if (warp_any(valid && !(square >= 0x1p-14f && square <= 0x1p10f))) {
             factor = from_largest(u, gate, column);
-            if (kCommon) {
+            if (common) {
                 const float other = shuffle_xor(factor, 1);
                 if (factor != 0.f && other != 0.f && other < factor) factor = other;
             }
@@ -302,19 +307,29 @@ struct SequenceScales {
             square = mean_square();
         }
         const int exponent = int(bits_from_float(square) >> 23) - 127;
-        int root = exponent < -24 ? -12 : exponent >> 1;
-        if (kCommon) {
+        root = exponent < -24 ? -12 : exponent >> 1;
+        if (common) {
             const int other = shuffle_xor(root, 1);
             root = other > root ? other : root;
         }
         up = factor == 0.f ? float_from_bits(0x7fc00000u) : power_of_two(root) * power_of_two(127 - int(bits_from_float(factor) >> 23));
+    }
+
+    // Multiplies every packed sequence by the power of two whose exponent its lane holds.
+    DEVICE void apply(u32 (&x)[T::kSlots / 4][4], int exponent) const {
 #pragma unroll
         for (int j = 0; j < T::kSlots / 4; j++) {
             const int pair = slots.pair(4 * j + lane % 4);
-            const u32 scale = pack(power_of_two(-shuffle(root, 2 * pair)), power_of_two(-shuffle(root, 2 * pair + 1)));
+            const u32 scale = pack(power_of_two(shuffle(exponent, 2 * pair)), power_of_two(shuffle(exponent, 2 * pair + 1)));
 #pragma unroll
             for (int c = 0; c < 4; c++) x[j][c] = multiply2(x[j][c], scale);
         }
+    }
+
+    template <class Source>
+    DEVICE void pack_scaled(u32 (&x)[T::kSlots / 4][4], const Source& u, const Source& gate, bool valid, bool common) {
+        pack_measured(x, u, gate, valid, common);
+        apply(x, -root);
     }
 
     // The same for blocked sequences, whose scales are known; a barrier passes, and mean_square() is that of the scaled tile.
@@ -329,16 +344,21 @@ struct SequenceScales {
         publish(x);
     }
 
-    // The same as pack_scaled with inputs in global memory; an absent gate has no data.
-    template <bool kCommon>
-    DEVICE void pack_direct(u32 (&x)[T::kSlots / 4][4], const fft_conv_tensor& u, const fft_conv_tensor& gate, const LaunchParams& params,
-                            const TileSequences& sequences) {
+    // The same as pack_measured with inputs in global memory; an absent gate has no data.
+    DEVICE void measure_direct(u32 (&x)[T::kSlots / 4][4], const fft_conv_tensor& u, const fft_conv_tensor& gate, const LaunchParams& params,
+                            const TileSequences& sequences, bool common) {
         if (params.pair_aligned) {
             const DirectSource<T, true> source(u, params, sequences, slots), factor(gate, params, sequences, slots);
-            pack_scaled<kCommon>(x, source, factor, sequences.valid);
+            pack_measured(x, source, factor, sequences.valid, common);
         } else {
             const DirectSource<T, false> source(u, params, sequences, slots), factor(gate, params, sequences, slots);
-            pack_scaled<kCommon>(x, source, factor, sequences.valid);
+            pack_measured(x, source, factor, sequences.valid, common);
         }
+    }
+
+    DEVICE void pack_direct(u32 (&x)[T::kSlots / 4][4], const fft_conv_tensor& u, const fft_conv_tensor& gate, const LaunchParams& params,
+                            const TileSequences& sequences, bool common) {
+        measure_direct(x, u, gate, params, sequences, common);
+        apply(x, -root);
     }
 };

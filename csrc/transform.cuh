@@ -17,6 +17,19 @@ struct PlanarPair {
     u32 re, im;
 };
 
+DEVICE PlanarPair operator+(PlanarPair x, PlanarPair y) { return {add2(x.re, y.re), add2(x.im, y.im)}; }
+DEVICE PlanarPair operator-(PlanarPair x, PlanarPair y) { return {subtract2(x.re, y.re), subtract2(x.im, y.im)}; }
+
+// x * exp(-2 pi i index / 16), for an index below 8 that is known at compile time.
+DEVICE PlanarPair turn(PlanarPair x, int index) {
+    constexpr float kCosines[4] = {1.f, 0.92387953251128676f, 0.70710678118654752f, 0.38268343236508977f};
+    if (index % 4 != 0) {
+        const u32 cosine = pack(kCosines[index % 4], kCosines[index % 4]), sine = pack(kCosines[4 - index % 4], kCosines[4 - index % 4]);
+        x = {multiply_add2(x.im, sine, multiply2(x.re, cosine)), multiply_add2(x.im, cosine, negate2(multiply2(x.re, sine)))};
+    }
+    return index / 4 == 1 ? PlanarPair{x.im, negate2(x.re)} : x;
+}
+
 // (re, im) * (w.re, w.im) for two points.
 DEVICE PlanarPair operator*(PlanarPair x, PlanarPair w) {
     return {multiply_add2(x.re, w.re, negate2(multiply2(x.im, w.im))), multiply_add2(x.re, w.im, multiply2(x.im, w.re))};
@@ -81,28 +94,29 @@ DEVICE void accumulate(float4& value, PlanarPair x, PlanarPair y, float weight) 
 struct RowFragment {
     PlanarPair value[2][2];
 
-    DEVICE void load(const uint4* words, int lane) {
+    // From or to a lane's first unit; its second is 32 beyond it.
+    DEVICE void load(const uint4* units) {
         for (int s = 0; s < 2; s++) {
-            const uint4 v = words[32 * s + lane];
+            const uint4 v = units[32 * s];
             value[s][0] = {v.x, v.y}, value[s][1] = {v.z, v.w};
         }
     }
 
-    DEVICE void store(uint4* words, int lane) const {
+    DEVICE void store(uint4* units) const {
         for (int s = 0; s < 2; s++)
-            words[32 * s + lane] = make_uint4(value[s][0].re, value[s][0].im, value[s][1].re, value[s][1].im);
+            units[32 * s] = make_uint4(value[s][0].re, value[s][0].im, value[s][1].re, value[s][1].im);
     }
 
-    DEVICE void load_twiddles(const uint4* words, int lane) {
+    DEVICE void load_twiddles(const uint4* units) {
         for (int s = 0; s < 2; s++) {
-            const uint4 v = load_table(words + 32 * s + lane);
+            const uint4 v = load_table(units + 32 * s);
             value[s][0] = {v.x, v.y}, value[s][1] = {v.z, v.w};
         }
     }
 
-    DEVICE void load_spectrum(const uint4* words, int lane) {
+    DEVICE void load_spectrum(const uint4* units) {
         for (int s = 0; s < 2; s++) {
-            const uint4 v = ::load_spectrum(words + 32 * s + lane);
+            const uint4 v = ::load_spectrum(units + 32 * s);
             value[s][0] = {v.x, v.y}, value[s][1] = {v.z, v.w};
         }
     }
@@ -181,9 +195,10 @@ DEVICE RowFragment inner_transform(const RowFragment& x, const Constants& consta
     return y[0];
 }
 
-// Where a row keeps the four columns of a lane of the outer stage, in 16-byte units: in the order in which RowFragment's
-// lanes read them, so that neither side has bank conflicts.
-DEVICE int row_unit(int warp, int lane) { return warp % 8 / 4 * 32 + lane / 4 * 4 + warp % 4; }
+// Where a row in shared memory keeps the unit of lane (r, q) of the outer stage, and those that a lane of a RowFragment reads, 32 apart. A warp of
+// the outer stage has 128 neighbouring bytes of each of its rows; with their order neither it nor RowFragment meets a bank twice.
+DEVICE int row_unit(int row, int warp, int lane) { return warp % 8 * 8 + (lane / 4 ^ ((warp ^ row) & 3) * 2); }
+DEVICE int fragment_unit(int row, int lane) { return row_unit(row, lane % 4, lane); }
 
 // Sums of an outer stage for one slot and one column pair: (re, im) at columns a + t and a + 128 + t. In half precision where there are too many
 // for the registers.
@@ -240,14 +255,18 @@ DEVICE void contract_steps(Sums (&value)[kTiles][2], const uint4* table, int pai
     }
 }
 
+// The four columns of an output, as rows keep them.
+DEVICE uint4 packed(const SingleSums (&d)[2]) {
+    return make_uint4(pack(d[0].re(0), d[0].re(1)), pack(d[0].im(0), d[0].im(1)), pack(d[1].re(0), d[1].re(1)), pack(d[1].im(0), d[1].im(1)));
+}
+
 // The outer stage: writes the rows of one part.
 template <class T>
 DEVICE void outer_forward(const u32 (&x)[T::kSlots / 4][4], uint4* rows, const uint4* table, int part, int warp, int lane) {
     constexpr int kTiles = T::kRows / 4;
-    uint4* const words = rows + lane % 4 * (kRowPitch / 4) + row_unit(warp, lane);
+    uint4* const words = rows + lane % 4 * kRowUnits + row_unit(lane, warp, lane);
     contract<T::kSlots>(x, table, part * kTiles, kTiles, lane, [&](int n, const SingleSums (&d)[2]) {
-        words[4 * (n - part * kTiles) * (kRowPitch / 4)] = make_uint4(pack(d[0].re(0), d[0].re(1)), pack(d[0].im(0), d[0].im(1)), pack(d[1].re(0), d[1].re(1)),
-                                                                       pack(d[1].im(0), d[1].im(1)));
+        words[4 * (n - part * kTiles) * kRowUnits] = packed(d);
     });
 }
 
@@ -259,9 +278,9 @@ struct OuterResult {
 
     // What the rows of one part contribute.
     DEVICE void add(const uint4* rows, const uint4* table, int part, int warp, int lane) {
-        const uint4* const words = rows + lane % 4 * (kRowPitch / 4) + row_unit(warp, lane);
+        const uint4* const words = rows + lane % 4 * kRowUnits + row_unit(lane, warp, lane);
         contract_steps(value, table + part * (T::kRows / 8) * (T::kSlots / 8) * 32, T::kSlots / 8, T::kRows / 8, lane, [&](int s, u32 (&a)[2][4]) {
-            const uint4 v = words[8 * s * (kRowPitch / 4)], w = words[(8 * s + 4) * (kRowPitch / 4)];
+            const uint4 v = words[8 * s * kRowUnits], w = words[(8 * s + 4) * kRowUnits];
             a[0][0] = join_low(v.x, v.y), a[0][1] = join_high(v.x, v.y), a[0][2] = join_low(w.x, w.y), a[0][3] = join_high(w.x, w.y);
             a[1][0] = join_low(v.z, v.w), a[1][1] = join_high(v.z, v.w), a[1][2] = join_low(w.z, w.w), a[1][3] = join_high(w.z, w.w);
         });
@@ -273,21 +292,37 @@ struct OuterResult {
     }
 };
 
+// The row of all, k1, that is row `own` of a block in a cluster: each has kOwnRows neighbours of every kRows.
+template <class T>
+DEVICE int cluster_row(int rank, int own) { return rank * T::kOwnRows + own % T::kOwnRows + own / T::kOwnRows * T::kRows; }
+
 // Where the constants of a transform lie: in shared memory, for all teams of a block. The row twiddles, as large as the transform itself, join
 // them where there is room and else stay in global memory and the L1 cache.
 template <class T, bool kSharedTwiddles>
 struct Tables {
     static constexpr int kOuterVectors = T::kAllRows / 8 * (T::kSlots / 8) * 32;
     static constexpr int kFixedVectors = kInnerConstantVectors + 2 * kOuterVectors;
-    static constexpr int kMaxRadix = T::kMaxPairs == 1 ? T::kAllRows : T::kRows == 16 ? 1 : T::kRows / 2;
+    static constexpr int kMaxRadix = T::kCluster > 1 ? T::kRows : T::kMaxPairs == 1 ? T::kAllRows : T::kRows == 16 ? 1 : T::kRows / 2;
     static constexpr int kSharedBytes = (kFixedVectors + (kSharedTwiddles ? kMaxRadix * 64 : 0)) * 16;
     const uint4 *inner, *outer, *outer_inverse, *twiddle;
 
-    // They come asynchronously: a wait and a block barrier must follow.
+    // They come asynchronously: a wait and a block barrier must follow. Where a cluster shares a transform, each block has the outer stage's for its
+    // points, and the twiddles of its rows.
     DEVICE Tables(const u32* words, char* memory, int radix) {
         const uint4* global = reinterpret_cast<const uint4*>(words);
         uint4* shared = reinterpret_cast<uint4*>(memory);
-        for (int i = thread_index(); i < kFixedVectors + (kSharedTwiddles ? radix * 64 : 0); i += block_size()) copy_async<16>(shared + i, global + i);
+        auto copy = [&](int to, int from, int count) {
+            for (int i = thread_index(); i < count; i += block_size()) copy_async<16>(shared + to + i, global + from + i);
+        };
+        if constexpr (T::kCluster == 1) {
+            copy(0, 0, kFixedVectors + (kSharedTwiddles ? radix * 64 : 0));
+        } else {
+            const int rank = cluster_rank(), inverse = kInnerConstantVectors + T::kCluster * kOuterVectors, twiddles = inverse + T::kCluster * kOuterVectors;
+            copy(0, 0, kInnerConstantVectors);
+            copy(kInnerConstantVectors, kInnerConstantVectors + rank * kOuterVectors, kOuterVectors);
+            copy(kInnerConstantVectors + kOuterVectors, inverse + rank * kOuterVectors, kOuterVectors);
+            for (int row = 0; row < T::kRows; row += T::kOwnRows) copy(kFixedVectors + row * 64, twiddles + cluster_row<T>(rank, row) * 64, T::kOwnRows * 64);
+        }
         copy_async_commit();
         inner = shared;
         outer = inner + kInnerConstantVectors;
@@ -298,9 +333,9 @@ struct Tables {
     DEVICE RowFragment row_twiddles(int k1, int lane) const {
         RowFragment twiddles;
         if constexpr (kSharedTwiddles)
-            twiddles.load(twiddle + k1 * 64, lane);
+            twiddles.load(twiddle + k1 * 64 + lane);
         else
-            twiddles.load_twiddles(twiddle + k1 * 64, lane);
+            twiddles.load_twiddles(twiddle + k1 * 64 + lane);
         return twiddles;
     }
 };

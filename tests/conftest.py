@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_flashfftconv.adapters import evo2
+from hf_flashfftconv.ops import cuda
 
 # The models are tiny: more threads only wait for each other.
 torch.set_num_threads(1)
@@ -29,3 +30,9 @@ def _seed() -> None:
 def transforms_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU with kernels, where the 7 taps of Evo 2's shortest filters go through a transform too."""
     monkeypatch.setattr(evo2, "use_kernels", lambda *_: True)
+
+
+@pytest.fixture
+def without_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device whose blocks cannot share a transform: the kernels that serve it otherwise."""
+    monkeypatch.setattr(cuda, "_clusters", lambda *_: 0)

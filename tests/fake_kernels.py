@@ -23,6 +23,7 @@ class FakeLibrary:
         self.fft_conv_error_string = lambda code: b"out of luck"
         self.fft_conv_shared_bytes = lambda parameters, backward: 60_000 + 100_000 * backward
         self.fft_conv_shared_limit = lambda device: 232_448
+        self.fft_conv_clusters = lambda parameters: 0
 
     def __getattr__(self, name: str) -> object:
         def launch(parameters: object, stream: ctypes.c_void_p) -> int:
@@ -47,6 +48,8 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeLibrar
     monkeypatch.setattr(cuda, "_is_capturing", lambda: False)
     extension.load.cache_clear()
     cuda._lacks_memory.cache_clear()
+    cuda._clusters.cache_clear()
     yield fake
     extension.load.cache_clear()
     cuda._lacks_memory.cache_clear()
+    cuda._clusters.cache_clear()

@@ -32,7 +32,7 @@ Arguments = dict[str, Tensor]
 
 def case(plan: Plan) -> dict[str, int]:
     """A length and numbers of taps that need this transform, odd wherever it is not the longest of its kind."""
-    size, half, _ = plan
+    size, half = plan[:2]
     if half:
         return {"length": size // 2 - 3, "taps": size // 2, "reverse_taps": size // 2 - 5}
     return {"length": size // 2 + size // 4 + 1, "taps": size // 4 - 2, "reverse_taps": size // 8 + 1}

@@ -13,6 +13,7 @@ from hf_flashfftconv.ops import cuda, cuda_gradients, filters
 from hf_flashfftconv.ops.plan import BLOCK_POSITIONS, Plan
 
 __all__ = ["emulation", "library"]
+pytestmark = pytest.mark.usefixtures("without_clusters")
 
 
 def windows(arguments: dict[str, torch.Tensor]) -> int:

@@ -9,7 +9,7 @@ from hf_flashfftconv import fft_conv
 from hf_flashfftconv.ops import cuda
 
 __all__ = ["tf32"]
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("without_clusters")]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -23,7 +23,7 @@ from hf_flashfftconv.ops import cuda
 from hf_flashfftconv.ops.plan import MAX_FFT_SIZE, MAX_FULL_FFT_SIZE, Plan, choose
 
 __all__ = ["tf32"]
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("without_clusters")]
 
 FULL_SIZES = [1 << n for n in range(14, MAX_FULL_FFT_SIZE.bit_length())]
 PLANS = [Plan(size, False) for size in FULL_SIZES] + [Plan(1 << n, True) for n in range(15, MAX_FFT_SIZE.bit_length())]
@@ -39,7 +39,8 @@ def shape(points: int) -> dict[str, int]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_transform(plan: Plan, dtype: torch.dtype, options: tuple[str, ...]) -> None:
     lengths = case(plan)
-    assert choose(lengths["length"], lengths["taps"], lengths["reverse_taps"], True) == plan and plan.is_long
+    assert choose(lengths["length"], lengths["taps"], lengths["reverse_taps"], True, in_clusters=False) == plan
+    assert plan.is_long
     check(make(**lengths, options=options, dtype=dtype, **shape(plan.fft_size), device="cuda"))
 
 

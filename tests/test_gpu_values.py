@@ -26,7 +26,7 @@ from torch import Tensor
 from hf_flashfftconv import fft_conv
 from hf_flashfftconv.ops.plan import MAX_FULL_TILE_FFT_SIZE, MAX_TILE_FFT_SIZE, Plan, choose
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("without_clusters")]
 
 SIZES = [256 << n for n in range((MAX_TILE_FFT_SIZE // 256).bit_length())]
 FULL_SIZES = [size for size in SIZES if size <= MAX_FULL_TILE_FFT_SIZE]
@@ -47,7 +47,7 @@ def tf32() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_transform(plan: Plan, dtype: torch.dtype, options: tuple[str, ...]) -> None:
     lengths = case(plan)
-    assert choose(lengths["length"], lengths["taps"], lengths["reverse_taps"], True) == plan
+    assert choose(lengths["length"], lengths["taps"], lengths["reverse_taps"], True, in_clusters=False) == plan
     check(make(**lengths, options=options, dtype=dtype, batch=5, channels=67, device="cuda"))
 
 

@@ -14,6 +14,7 @@ from hf_flashfftconv.ops import cuda, cuda_gradients, extension, long_plan
 from hf_flashfftconv.ops.plan import Plan
 
 __all__ = ["emulation", "library"]
+pytestmark = pytest.mark.usefixtures("without_clusters")
 
 
 def planned(arguments: dict[str, torch.Tensor], causal: bool = True) -> Plan:

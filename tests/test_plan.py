@@ -29,11 +29,11 @@ def circular_is_right(length: int, taps: int, reverse_taps: int, size: int) -> b
 @settings(max_examples=300, deadline=None)
 @given(length=st.integers(1, 3000), taps=st.integers(1, 4000), reverse_taps=st.integers(0, 4000))
 def test_smallest_transform_without_wrap_around(length: int, taps: int, reverse_taps: int) -> None:
-    size, half, windows = choose(length, taps, reverse_taps, True)
+    size, half, *several = choose(length, taps, reverse_taps, True)
     assert size % COLUMNS == 0 and size & (size - 1) == 0 and size <= MAX_FFT_SIZE
     assert circular_is_right(length, taps, reverse_taps, size)
     assert size == COLUMNS or not circular_is_right(length, taps, reverse_taps, size // 2)
-    assert half == (length <= size // 2 and size > COLUMNS) and windows == 0
+    assert half == (length <= size // 2 and size > COLUMNS) and several == [0, 0]
 
 
 def test_the_check_of_wrap_around_agrees_with_a_convolution() -> None:
@@ -104,10 +104,10 @@ def test_what_takes_several_passes() -> None:
     assert choose(4000, 4097, 0, True) == Plan(8192, True)
     assert choose(5000, 3, 0, True) == Plan(8192, False)
     assert choose(12000, 3, 2, True) == choose(12000, 3, 0, True, in_blocks=False) == Plan(16384, False)
-    assert choose(8000, 8000, 0, True) == Plan(16384, True)
+    assert choose(8000, 8000, 0, True, in_clusters=False) == Plan(16384, True)
     long = [Plan(16384, False), Plan(32768, True), Plan(MAX_FFT_SIZE, True)]
     assert all(plan.is_long for plan in long)
-    assert not any(plan.is_long for plan in (Plan(16384, True), Plan(8192, False)))
+    assert not any(plan.is_long for plan in (Plan(16384, True), Plan(8192, False), Plan(32768, True, 0, 4)))
 
 
 def test_windows_of_causal_filters_of_longer_sequences() -> None:
@@ -120,10 +120,31 @@ def test_windows_of_causal_filters_of_longer_sequences() -> None:
         (65536, 65536, 16),
         (1 << 22, 61441, 16),
     ]:
-        assert choose(length, taps, 0, True) == Plan(8192, True, windows)
+        assert choose(length, taps, 0, True, in_clusters=False) == Plan(8192, True, windows)
         assert choose(length, taps, 0, True, in_blocks=False).windows == choose(length, taps, 1, True).windows == 0
     assert choose(65537, 61442, 0, True) == Plan(131072, False)
     # Every tap and no other meets an output: window d has the lags from (d - 1) 4096 to (d + 1) 4096, both exclusive.
     for taps in (1, 2, 4096, 4097, 4098, 8193, 8194):
         reached = [d for d in range(20) if (d - 1) * BLOCK_POSITIONS + 1 <= taps - 1]
         assert windows_of(1 << 20, taps) == len(reached)
+
+
+def test_clusters_of_blocks() -> None:
+    for length, taps, reverse_taps, cluster in [
+        (4096, 4096, 0, 0),
+        (4096, 4096, 4096, 0),
+        (4097, 4097, 0, 2),
+        (8192, 8192, 8192, 2),
+        (8193, 8193, 0, 4),
+        (16384, 4097, 0, 4),
+        (32768, 4097, 0, 0),
+        (32768, 4098, 0, 8),
+        (65536, 12289, 0, 0),
+        (65536, 12290, 0, 16),
+        (65537, 12290, 0, 0),
+    ]:
+        plan = choose(length, taps, reverse_taps, True)
+        assert plan.cluster == cluster == choose(length, taps, reverse_taps, True, backward=True).cluster
+        assert not cluster or (plan.half and plan.fft_size == cluster * 8192 >= 2 * length and not plan.windows)
+        assert not choose(length, taps, reverse_taps, True, in_clusters=False).cluster
+    assert choose(8192, 1, 0, False).cluster == 0

@@ -89,13 +89,13 @@ class Call:
             spectrum = filters.prepare(k, skip, k_rev, length, self.plan, self.stream)
         else:
             spectrum = _spectra.get(k, skip, k_rev, length, self.plan, self.stream)
-        constants = tables.device_tables(*(ON_CHIP if long else self.plan)[:2], u.device)
+        constants = tables.device_tables(*_tables_key(ON_CHIP if long else self.plan), u.device)
         self.parameters = parameters = extension.Parameters()
         parameters.tables = constants.data_ptr()
         parameters.spectrum = spectrum.words.data_ptr()
         parameters.spectrum_scale = spectrum.scale.data_ptr()
         parameters.batch, parameters.channels, parameters.length = u.shape
-        parameters.fft_size, parameters.half, parameters.windows = self.plan
+        parameters.fft_size, parameters.half, parameters.windows, parameters.cluster = self.plan
         parameters.element = extension.ELEMENTS[u.dtype]
         # Memory that is given back before the launch may be given to another stream.
         self._alive: list[Any] = [spectrum, constants]
@@ -157,14 +157,22 @@ class Call:
         extension.launch(f"fft_conv_{kind}{name}", self.parameters, self.stream)
 
 
+def _tables_key(chosen: plan.Plan) -> tuple[int, bool, int]:
+    return chosen.fft_size, chosen.half, max(1, chosen.cluster)
+
+
 def plan_of(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, backward: bool = False) -> Any:
     """The transform of a call or, if `backward`, of its gradients."""
     lengths = u.shape[2], k.shape[1], 0 if k_rev is None else k_rev.shape[1], causal, backward
     chosen = plan.choose(*lengths)
-    if isinstance(chosen, str) or not chosen.windows or not u.is_cuda or isinstance(extension.load(), str):
+    if isinstance(chosen, str) or isinstance(extension.load(), str):
         return chosen
-    # The kernels for long sequences need less shared memory.
-    return plan.choose(*lengths, in_blocks=False) if _lacks_memory(u.device, chosen, u.dtype, False) else chosen
+    if chosen.cluster and not _clusters(u.device, chosen, u.dtype):
+        chosen = plan.choose(*lengths, in_clusters=False)
+    if chosen.windows and u.is_cuda and _lacks_memory(u.device, chosen, u.dtype, False):
+        # The kernels for long sequences need less shared memory.
+        chosen = plan.choose(*lengths, in_blocks=False, in_clusters=False)
+    return chosen
 
 
 def channel_blocks(
@@ -184,13 +192,13 @@ def channel_blocks(
     """
     chosen, count = plan_of(u, k, k_rev, causal, backward), u.shape[1]
     block = count
-    if chosen.is_long or chosen.windows:
+    if chosen.is_long or chosen.windows or chosen.cluster:
         bound = min(SPECTRUM_BYTES, u.numel() * u.element_size())
         if not _spectra.keeps(k, skip, k_rev, chosen):
             block = min(count, max(1, bound // (4 * chosen.points)))
-    if chosen.windows and backward:
-        blocks = (u.shape[0] + 1) // 2 * -(-u.shape[2] // plan.BLOCK_POSITIONS)
-        channel_bytes = 4 * chosen.fft_size * 2 * (blocks + chosen.windows)
+    if (chosen.windows or chosen.cluster) and backward:
+        blocks = (u.shape[0] + 1) // 2 * (1 if chosen.cluster else -(-u.shape[2] // plan.BLOCK_POSITIONS))
+        channel_bytes = 4 * chosen.fft_size * 2 * (blocks + max(3, chosen.windows))
         parts = -(-count // max(1, min(block, TRANSFORM_BYTES // channel_bytes)))
         block = -(-count // parts)
     if block == count:
@@ -232,14 +240,22 @@ def _verdict(device: torch.device) -> str | None:
 
 
 @lru_cache(maxsize=1024)
+def _clusters(device: torch.device, chosen: plan.Plan, dtype: torch.dtype) -> int:
+    """Clusters that the device runs at a time, if any."""
+    parameters = extension.Parameters(element=extension.ELEMENTS[dtype], cluster=chosen.cluster)
+    with device_guard(device):
+        return extension.call("fft_conv_clusters", parameters)
+
+
+@lru_cache(maxsize=1024)
 def _lacks_memory(device: torch.device, chosen: plan.Plan, dtype: torch.dtype, backward: bool) -> str | None:
     """Why a kernel does not fit the device, or None. Only the shared memory of GPUs for data centres holds all."""
     parameters = extension.Parameters(element=extension.ELEMENTS[dtype])
-    parameters.fft_size, parameters.half, parameters.windows = chosen
+    parameters.fft_size, parameters.half, parameters.windows, parameters.cluster = chosen
     if chosen.is_long:
         parameters.outer_radix = long_plan.outer_radix(*chosen[:2])
     # Gradients of sequences in blocks take the forward kernel.
-    needed = extension.call("fft_conv_shared_bytes", parameters, backward and not chosen.windows)
+    needed = extension.call("fft_conv_shared_bytes", parameters, backward and not (chosen.windows or chosen.cluster))
     available = extension.call("fft_conv_shared_limit", device.index)
     if needed <= available:
         return None

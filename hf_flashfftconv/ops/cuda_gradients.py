@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import cuda, extension, filters, plan
+from . import cuda, extension, filters, plan, tables
 from .reference import Gradients
 
 
@@ -26,8 +26,8 @@ def backward(
     """
     with cuda.device_guard(u.device):
         chosen = cuda.plan_of(u, k, k_rev, causal, backward=True)
-        if chosen.windows:
-            return _blocked_backward(dy, (u, k, skip, pre_gate, post_gate, k_rev), needs)
+        if chosen.windows or chosen.cluster:
+            return _blocked_backward(dy, (u, k, skip, pre_gate, post_gate, k_rev), chosen, needs)
         if chosen.is_long:
             return _long_backward(dy, (u, k, skip, pre_gate, post_gate, k_rev), causal, needs)
         call = cuda.Call(u, k, skip, pre_gate, post_gate, k_rev, causal, backward=True)
@@ -46,17 +46,18 @@ def backward(
     return du, dk, dskip, dpre, dpost, dk_rev
 
 
-def _blocked_backward(dy: Tensor, operands: cuda.Operands, needs: Sequence[bool]) -> Gradients:
-    """The same for causal sequences in blocks: dpost is a forward pass; du and dpre are one in reverse.
+def _blocked_backward(dy: Tensor, operands: cuda.Operands, chosen: plan.Plan, needs: Sequence[bool]) -> Gradients:
+    """The same for sequences in blocks or clusters of blocks: dpost is a forward pass; du and dpre are one in reverse.
 
     Both leave the transforms of their inputs behind where gradients of taps are wanted, which are made of these.
     """
-    u, k, skip, pre_gate, post_gate, _ = operands
+    u, k, skip, pre_gate, post_gate, k_rev = operands
     dpost = _like(post_gate, needs[4])
     dpre = _like(pre_gate, needs[3])
     du = _like(u, needs[0] or dpre is not None)
-    taps = min(k.shape[1], u.shape[2])
-    total = k.new_empty((k.shape[0], taps), dtype=torch.float32) if needs[1] or needs[2] else None
+    taps = chosen.fft_size if chosen.cluster else min(k.shape[1], u.shape[2])
+    wanted = needs[1] or needs[2] or needs[5]
+    total = k.new_empty((k.shape[0], taps), dtype=torch.float32) if wanted else None
     for channels, tensors in cuda.channel_blocks(*operands, True, backward=True):
 
         def part(x: Tensor | None, channels: slice = channels) -> Tensor | None:
@@ -82,16 +83,17 @@ def _blocked_backward(dy: Tensor, operands: cuda.Operands, needs: Sequence[bool]
                 call.operand(name, x)
             call.parameters.reverse = reverse
             # Without an output, the products with the other windows would be in vain.
-            call.parameters.windows = 1 if arguments["output"] is None else call.plan.windows
+            if call.plan.windows:
+                call.parameters.windows = 1 if arguments["output"] is None else call.plan.windows
             if kept:
                 kept[reverse].pass_to(call.parameters)
             call.launch("forward")
         if total is not None:
             _tap_gradient(call, kept, total[channels])
-    dk = dskip = None
+    dk = dskip = dk_rev = None
     if total is not None:
-        dk, dskip, _ = filters.tap_gradients(total, k, skip, None, u.shape[2])
-    return du if needs[0] else None, dk, dskip, dpre, dpost, None
+        dk, dskip, dk_rev = filters.tap_gradients(total, k, skip, k_rev, u.shape[2])
+    return du if needs[0] else None, dk, dskip, dpre, dpost, dk_rev
 
 
 class _KeptTransforms:
@@ -99,7 +101,8 @@ class _KeptTransforms:
 
     def __init__(self, call: cuda.Call) -> None:
         batch, channels, length = call.u.shape
-        pairs, blocks = channels * ((batch + 1) // 2), -(-length // plan.BLOCK_POSITIONS)
+        pairs = channels * ((batch + 1) // 2)
+        blocks = 1 if call.plan.cluster else -(-length // plan.BLOCK_POSITIONS)
         self.words = torch.empty((pairs, blocks, call.plan.fft_size), dtype=torch.int32, device=call.u.device)
         self.scales = torch.empty((pairs,), dtype=torch.float32, device=call.u.device)
 
@@ -110,16 +113,22 @@ class _KeptTransforms:
 def _tap_gradient(call: cuda.Call, kept: Sequence[_KeptTransforms], total: Tensor) -> None:
     """Writes the gradients of the taps (H, K), float32."""
     inputs, gradients = kept
-    windows, size = call.plan.windows, call.plan.fft_size
+    windows, size = max(1, call.plan.windows), call.plan.fft_size
     sums = torch.empty((total.shape[0], windows, size, 2), dtype=torch.float32, device=total.device)
     parameters = extension.TapParameters()
     parameters.transforms, parameters.scales = inputs.words.data_ptr(), inputs.scales.data_ptr()
     parameters.reverse_transforms, parameters.reverse_scales = gradients.words.data_ptr(), gradients.scales.data_ptr()
-    parameters.sums, parameters.grad_filter = sums.data_ptr(), total.data_ptr()
+    parameters.sums, parameters.grad_filter = sums.data_ptr(), 0 if call.plan.cluster else total.data_ptr()
     parameters.channels, parameters.taps = total.shape
     parameters.pairs, parameters.blocks = inputs.words.shape[0] // total.shape[0], inputs.words.shape[1]
     parameters.windows, parameters.fft_size = windows, size
     extension.launch("fft_conv_tap_gradient", parameters, call.stream)
+    if call.plan.cluster:
+        # Frequencies in kernel order, each with the one half the FFT on.
+        spectrum = torch.empty((total.shape[0], 2, size // 2), dtype=torch.complex64, device=total.device)
+        order = tables.device_frequencies(size, total.device)
+        spectrum[:, :, order] = torch.view_as_complex(sums.view(-1, size // 2, 2, 2)).transpose(1, 2)
+        total.copy_(torch.fft.ifft(spectrum.view(-1, size), norm="forward").real)
 
 
 def _like(x: Tensor | None, wanted: bool) -> Tensor | None:

@@ -10,7 +10,7 @@ import torch
 from ..errors import BackendError
 
 PATH = Path(__file__).parent.parent / "lib" / "libhf_flashfftconv.so"
-VERSION = 4
+VERSION = 5
 
 ELEMENTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -72,6 +72,7 @@ class Parameters(ctypes.Structure):
         ("tap_halves", ctypes.c_int32),
         ("windows", ctypes.c_int32),
         ("reverse", ctypes.c_int32),
+        ("cluster", ctypes.c_int32),
         ("transforms", ctypes.c_void_p),
         ("pair_scales", ctypes.c_void_p),
     )

@@ -8,10 +8,14 @@ from .tables import COLUMNS
 # What one thread block transforms in shared memory, where a full transform leaves less room for its inputs.
 MAX_TILE_FFT_SIZE = 16384
 MAX_FULL_TILE_FFT_SIZE = 8192
-# Causal sequences that are longer go block by block through transforms of two blocks, as long as the filter has few
+# Causal sequences that are longer may go block by block through transforms of two blocks, as long as the filter has few
 # windows: the work on the transforms of earlier blocks grows with their number.
 BLOCK_POSITIONS = 4096
 MAX_WINDOWS = 16
+# Or a cluster of thread blocks shares a transform, each holding so many points: its work does not grow with the filter,
+# but the larger the cluster, the more passes between the blocks. It is slower, as measured, than so many windows.
+CLUSTER_POINTS = 8192
+CLUSTERS = {2: 0, 4: 1, 8: 2, 16: 4}
 # All others that are longer go through global memory in several passes.
 MAX_FFT_SIZE = 1 << 24
 MAX_FULL_FFT_SIZE = 1 << 23
@@ -25,11 +29,14 @@ class Plan(NamedTuple):
         half (`bool`): Whether inputs and outputs lie in its first half, so that the work on the other half is left out.
         windows (`int`, *optional*, defaults to 0):
             Of sequences in blocks of half the FFT, the windows of the filter: its spectra around lags a block apart.
+        cluster (`int`, *optional*, defaults to 0):
+            Thread blocks that share the transform, if several do.
     """
 
     fft_size: int
     half: bool
     windows: int = 0
+    cluster: int = 0
 
     @property
     def points(self) -> int:
@@ -39,12 +46,18 @@ class Plan(NamedTuple):
     @property
     def is_long(self) -> bool:
         """Whether it takes the kernels of csrc/long.cuh."""
-        return self.fft_size > (MAX_TILE_FFT_SIZE if self.half else MAX_FULL_TILE_FFT_SIZE)
+        return not self.cluster and self.fft_size > (MAX_TILE_FFT_SIZE if self.half else MAX_FULL_TILE_FFT_SIZE)
 
 
 @lru_cache(maxsize=1024)
 def choose(
-    length: int, taps: int, reverse_taps: int, causal: bool, backward: bool = False, in_blocks: bool = True
+    length: int,
+    taps: int,
+    reverse_taps: int,
+    causal: bool,
+    backward: bool = False,
+    in_blocks: bool = True,
+    in_clusters: bool = True,
 ) -> Plan | str:
     """The transform for sequences of `length` and filters of `taps` and `reverse_taps`, or why there is none.
 
@@ -52,17 +65,19 @@ def choose(
     reaches from -R to L + K - 2, and the outputs are those from 0 to L - 1; none of them is reached if
     N > L + K - 2 and N > L - 1 + R. Taps beyond the sequence (K > L, R > L - 1) meet only zeros and are cut.
 
-    Only if `in_blocks` may sequences go in blocks. Gradients (`backward`) gain by it as soon as there are two.
+    Only if `in_blocks` may sequences go in blocks, and gradients (`backward`) gain by it as soon as there are two; only
+    if `in_clusters` may a cluster share a transform.
     """
-    longest_tile = BLOCK_POSITIONS if backward else MAX_TILE_FFT_SIZE // 2
-    if causal and in_blocks and reverse_taps == 0 and length > longest_tile:
-        windows = windows_of(length, taps)
-        if windows <= MAX_WINDOWS:
-            return Plan(2 * BLOCK_POSITIONS, True, windows)
     if causal:
         needed = length + max(reach(length, taps, reverse_taps))
         size = max(COLUMNS, 1 << (needed - 1).bit_length())
         half = size > COLUMNS and length <= size // 2
+        windows = windows_of(length, taps) if in_blocks and reverse_taps == 0 else MAX_WINDOWS + 1
+        cluster = size // CLUSTER_POINTS
+        if in_clusters and half and windows > CLUSTERS.get(cluster, windows):
+            return Plan(size, half, 0, cluster)
+        if length > (BLOCK_POSITIONS if backward else MAX_TILE_FFT_SIZE // 2) and windows <= MAX_WINDOWS:
+            return Plan(2 * BLOCK_POSITIONS, True, windows)
     else:
         size, half = length, False
         if size % COLUMNS or size & (size - 1):

@@ -66,14 +66,16 @@ def _inner() -> Tensor:
     return torch.stack([torch.stack(operand, -1) for operand in a_operands + b_operands + twiddles])
 
 
-def _outer(radix: int, rows: int, half: bool) -> tuple[Tensor, Tensor]:
+def _outer(radix: int, rows: int, half: bool, cluster: int = 1, rank: int = 0) -> tuple[Tensor, Tensor]:
     """B operands of the outer stage and of its inverse, block diagonal over the pairs of sequences in a tile."""
-    slots_per_pair = radix // 2 if half else radix
-    slots = rows // radix * slots_per_pair
+    in_block = radix // cluster
+    slots_per_pair = in_block // 2 if half else in_block
+    slots = rows // in_block * slots_per_pair
 
     def matrix(slot: Tensor, row: Tensor) -> Tensor:
-        same_pair = slot // slots_per_pair == row // radix
-        return _root((slot % slots_per_pair) * (row % radix), radix) * same_pair / radix**0.5
+        same_pair = slot // slots_per_pair == row // in_block
+        index = (cluster * (slot % slots_per_pair) + rank) * (row % in_block)
+        return _root(index, radix) * same_pair / radix**0.5
 
     def operand(value: Tensor) -> Tensor:
         is_real = _R % 2 == 0
@@ -110,11 +112,22 @@ def _row_twiddles(fft_size: int) -> Tensor:
     return torch.stack(table, 1)
 
 
-def transform_tables(fft_size: int, half: bool) -> Tensor:
+def transform_tables(fft_size: int, half: bool, cluster: int = 1) -> Tensor:
     """All constants of one transform as int32 words on the CPU, in the order of `Tables` in csrc/transform.cuh."""
     with torch.device("cpu"):
-        outer, back = _outer(fft_size // COLUMNS, tile_rows(fft_size), half)
-        return torch.cat([part.flatten() for part in (_inner(), outer, back, _row_twiddles(fft_size))])
+        rows = tile_rows(fft_size // cluster)
+        outer = [_outer(fft_size // COLUMNS, rows, half, cluster, rank) for rank in range(cluster)]
+        stages = [torch.stack(part) for part in zip(*outer, strict=True)]
+        return torch.cat([part.flatten() for part in (_inner(), *stages, _row_twiddles(fft_size))])
+
+
+@cache
+def device_frequencies(fft_size: int, device: torch.device) -> Tensor:
+    """The frequencies below half the FFT in kernel order: row, fragment, point, lane; see csrc/filter.cuh."""
+    with torch.device("cpu"):
+        rows = fft_size // COLUMNS
+        row, s, t = torch.arange(rows).view(-1, 1, 1, 1), torch.arange(2).view(-1, 1, 1), torch.arange(2).view(-1, 1)
+        return (row + rows * (2 * _R + t + 16 * (_Q + 4 * s))).flatten().to(device)
 
 
 def upload(constant: Tensor, device: torch.device) -> Tensor:
@@ -130,6 +143,6 @@ def upload(constant: Tensor, device: torch.device) -> Tensor:
 
 # Never dropped: captured graphs keep the addresses.
 @cache
-def device_tables(fft_size: int, half: bool, device: torch.device) -> Tensor:
+def device_tables(fft_size: int, half: bool, cluster: int, device: torch.device) -> Tensor:
     """The same as `transform_tables` on a device."""
-    return upload(transform_tables(fft_size, half), device)
+    return upload(transform_tables(fft_size, half, cluster), device)

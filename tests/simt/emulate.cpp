@@ -14,6 +14,15 @@ int Launcher<T>::backward(const LaunchParams& params, void*) {
     return 0;
 }
 
+template <class Element, int kBlocks>
+int ClusterLauncher<Element, kBlocks>::forward(const LaunchParams& params, void*) {
+    simt::launch(2 * kBlocks, ClusterPlan<T>::kThreads, ClusterPlan<T>::kSharedBytes, [&] { ClusterForward<T>(params).run(); }, kBlocks);
+    return 0;
+}
+
+template <class Element, int kBlocks>
+int ClusterLauncher<Element, kBlocks>::clusters() { return 2; }
+
 int processor_count(int, int*) { return 2; }
 
 int launch_filter(const FilterParams& params, void*) {
@@ -28,7 +37,7 @@ int launch_rounding(const RoundingParams& params, void*) {
 
 int launch_taps(const TapParams& params, void*) {
     simt::launch(2, kSumThreads, 0, [&] { sum_windows(params); });
-    simt::launch(2, kTapThreads, FilterPoints::bytes(params.fft_size), [&] { transform_windows(params); });
+    if (params.grad_filter) simt::launch(2, kTapThreads, FilterPoints::bytes(params.fft_size), [&] { transform_windows(params); });
     return 0;
 }
 

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <vector>
@@ -58,12 +59,23 @@ struct Warp {
     alignas(16) unsigned char slots[32][64];
 };
 
+// What is on its way to the shared memory of a block lands when that waits for it.
+struct Delivery { void* to; unsigned char value[16]; int bytes; };
+
+struct TransactionBarrier {
+    int count = 0, missing = 0, bytes = 0;
+    long generation = 0;
+    std::vector<Delivery> deliveries;
+};
+
 struct Block {
     std::vector<std::unique_ptr<Fiber>> fibers;
     std::vector<Warp> warps;
-    Rendezvous barrier, named_barriers[16];
+    Rendezvous barrier, named_barriers[16], cluster_meeting;
     std::vector<unsigned char> shared;
-    int index = 0, count = 1;
+    std::map<size_t, TransactionBarrier> transaction_barriers;    // by their places in shared memory
+    int index = 0, count = 1, rank = 0;
+    std::vector<Block>* cluster = nullptr;
     jmp_buf scheduler;
     Fiber* current = nullptr;
     std::function<void()> body;
@@ -103,29 +115,33 @@ inline void entry() {
     _longjmp(block->scheduler, 1);
 }
 
-// Runs body as a grid of blocks, one after the other.
-inline void launch(int blocks, int threads, int shared_bytes, std::function<void()> body) {
-    for (int b = 0; b < blocks; b++) {
-        Block state;
-        block = &state;
-        state.index = b, state.count = blocks, state.body = body;
-        state.warps.resize(threads / 32);
-        state.shared.assign(shared_bytes + 128, 0xff);
-        for (int t = 0; t < threads; t++) {
-            auto fiber = std::make_unique<Fiber>();
-            fiber->index = t;
-            getcontext(&fiber->context);
-            fiber->context.uc_stack.ss_sp = fiber->stack.get();
-            fiber->context.uc_stack.ss_size = kStackBytes;
-            fiber->context.uc_link = nullptr;
-            makecontext(&fiber->context, entry, 0);
-            state.fibers.push_back(std::move(fiber));
+// Runs body as a grid of blocks, one cluster after the other.
+inline void launch(int blocks, int threads, int shared_bytes, std::function<void()> body, int cluster_size = 1) {
+    for (int first = 0; first < blocks; first += cluster_size) {
+        std::vector<Block> cluster(cluster_size);
+        for (int rank = 0; rank < cluster_size; rank++) {
+            Block& state = cluster[rank];
+            state.index = first + rank, state.count = blocks, state.rank = rank, state.cluster = &cluster, state.body = body;
+            state.warps.resize(threads / 32);
+            state.shared.assign(shared_bytes + 128, 0xff);
+            for (int t = 0; t < threads; t++) {
+                auto fiber = std::make_unique<Fiber>();
+                fiber->index = t;
+                getcontext(&fiber->context);
+                fiber->context.uc_stack.ss_sp = fiber->stack.get();
+                fiber->context.uc_stack.ss_size = kStackBytes;
+                fiber->context.uc_link = nullptr;
+                makecontext(&fiber->context, entry, 0);
+                state.fibers.push_back(std::move(fiber));
+            }
         }
         // Odd rounds run the fibers backwards: an order that code without a barrier may not rely on.
-        for (long round = 0, running = threads; running > 0; round++) {
+        for (long round = 0, running = 1; running > 0; round++) {
             running = 0;
-            for (int i = 0; i < threads; i++) {
-                Fiber* fiber = state.fibers[round % 2 ? threads - 1 - i : i].get();
+            for (int i = 0; i < cluster_size * threads; i++) {
+                const int at = round % 2 ? cluster_size * threads - 1 - i : i;
+                block = &cluster[at / threads];
+                Fiber* fiber = block->fibers[at % threads].get();
                 if (fiber->done) continue;
                 resume(fiber);
                 running += !fiber->done;
@@ -133,6 +149,17 @@ inline void launch(int blocks, int threads, int shared_bytes, std::function<void
         }
         block = nullptr;
     }
+}
+
+inline char* shared_memory(Block& of) {
+    const auto address = reinterpret_cast<uintptr_t>(of.shared.data());
+    return reinterpret_cast<char*>((address + 127) / 128 * 128);
+}
+
+inline size_t place(const void* p) { return size_t(static_cast<const char*>(p) - shared_memory(*block)); }
+
+inline void complete(TransactionBarrier& barrier) {
+    if (barrier.missing == 0 && barrier.bytes == 0) barrier.missing = barrier.count, barrier.generation++;
 }
 
 template <class X>
@@ -149,18 +176,66 @@ void exchange(const X& mine, X (&all)[32]) {
 
 inline int thread_index() { return simt::block->current->index; }
 inline int fresh_thread_index() { return thread_index(); }
+inline void forget(int&) {}
 inline int block_index() { return simt::block->index; }
 inline int block_count() { return simt::block->count; }
 inline void block_barrier() { simt::meet(simt::block->barrier, int(simt::block->fibers.size())); }
+inline void warp_barrier() { simt::meet(simt::block->warps[simt::block->current->index / 32].meet, 32); }
 inline int block_size() { return int(simt::block->fibers.size()); }
 template <int kThreads>
 void named_barrier(int number) { simt::meet(simt::block->named_barriers[number], kThreads); }
 template <int kThreads>
 void named_barrier_arrive(int number) { simt::arrive(simt::block->named_barriers[number], kThreads); }
 inline void group_barrier(int group) { named_barrier<256>(1 + group); }
-inline char* shared_memory() {
-    const auto address = reinterpret_cast<uintptr_t>(simt::block->shared.data());
-    return reinterpret_cast<char*>((address + 127) / 128 * 128);
+inline char* shared_memory() { return simt::shared_memory(*simt::block); }
+
+inline int cluster_rank() { return simt::block->rank; }
+inline void cluster_barrier() {
+    auto& cluster = *simt::block->cluster;
+    simt::meet(cluster[0].cluster_meeting, int(cluster.size() * cluster[0].fibers.size()));
+}
+struct TransactionBarrier { uint64_t state; };
+inline simt::TransactionBarrier& barrier_of(simt::Block& block, const TransactionBarrier* p) { return block.transaction_barriers.at(simt::place(p)); }
+inline void barrier_start(TransactionBarrier* p, int arrivals) {
+    simt::TransactionBarrier& barrier = simt::block->transaction_barriers[simt::place(p)];
+    barrier.count = barrier.missing = arrivals;
+}
+inline void barrier_expect(TransactionBarrier* p, int bytes) {
+    auto& barrier = barrier_of(*simt::block, p);
+    barrier.bytes += bytes, barrier.missing--;
+    simt::complete(barrier);
+}
+inline void barrier_arrive(int rank, TransactionBarrier* p) {
+    auto& barrier = barrier_of((*simt::block->cluster)[rank], p);
+    barrier.missing--;
+    simt::complete(barrier);
+}
+template <class Word>
+void store_to_block(int rank, Word* to, Word value, TransactionBarrier* p) {
+    simt::Block& target = (*simt::block->cluster)[rank];
+    simt::Delivery delivery{simt::shared_memory(target) + simt::place(to), {}, int(sizeof(Word))};
+    std::memcpy(delivery.value, &value, sizeof(Word));
+    barrier_of(target, p).deliveries.push_back(delivery);
+}
+template <class Word>
+void store_in_cluster(int rank, int own, Word* to, Word value, TransactionBarrier* p) {
+    if (rank == own)
+        *to = value;
+    else
+        store_to_block(rank, to, value, p);
+}
+inline void barrier_wait(TransactionBarrier* p, int parity) {
+    auto& barrier = barrier_of(*simt::block, p);
+    for (;;) {
+        for (const simt::Delivery& delivery : barrier.deliveries) {
+            std::memcpy(delivery.to, delivery.value, delivery.bytes);
+            barrier.bytes -= delivery.bytes;
+        }
+        barrier.deliveries.clear();
+        simt::complete(barrier);
+        if (barrier.generation % 2 != parity) return;
+        simt::yield();
+    }
 }
 
 inline float float_from_bits(u32 x) { float f; std::memcpy(&f, &x, 4); return f; }
@@ -178,6 +253,8 @@ inline u32 multiply2(u32 a, u32 b) { return pack(low_half(a) * low_half(b), high
 inline u32 multiply_add2(u32 a, u32 b, u32 c) {
     return pack(low_half(a) * low_half(b) + low_half(c), high_half(a) * high_half(b) + high_half(c));
 }
+inline u32 add2(u32 a, u32 b) { return pack(low_half(a) + low_half(b), high_half(a) + high_half(b)); }
+inline u32 subtract2(u32 a, u32 b) { return pack(low_half(a) - low_half(b), high_half(a) - high_half(b)); }
 inline u32 negate2(u32 a) { return a ^ 0x80008000u; }
 inline u32 permute_bytes(u32 a, u32 b, u32 selector) {
     const uint64_t bytes = uint64_t(b) << 32 | a;

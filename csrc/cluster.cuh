@@ -1,0 +1,321 @@
+// The same as csrc/forward.cuh for sequences whose transform takes the shared memory of several blocks: a cluster of R = kCluster blocks works on a pair.
+//
+//   n = 256 n1 + p, n1 = R r + b,   f = k1 + 32 R (...), k1 = q + 32 s,   w_32R^(n1 k1) = w_32^(r q) w_32R^(b q) w_R^(b s)
+//
+// Block b contracts r, its own segments of 256 positions, by a matrix that has both factors without s. The rows q then pass through the cluster, each
+// block receiving its own ones from all; it contracts b by a DFT of R points and has the rows k1 = q + 32 s of the whole transform. The way back
+// is the same: a DFT of R points, rows that return to the blocks of their positions, a contraction of q. Rows travel from block to block as
+// asynchronous stores that count for a barrier of the receiver; a receiver tells all blocks when its buffer is free.
+//
+// Of the three groups of warps, the first packs, sends and does the DFTs of what has come of the pair before; the second does the rows; the third does
+// the DFTs on the way back, contracts and stores.
+#pragma once
+#include "small_transform.cuh"
+#include "tile_store.cuh"
+
+// Two words from each block of a cluster to all blocks, again and again.
+template <int kBlocks>
+struct BlockWords {
+    static constexpr int kPlaces = 2;   // a block may be one exchange ahead
+    uint2 words[kPlaces][kBlocks];
+    TransactionBarrier came[kPlaces];
+
+    DEVICE void start() {
+        for (int i = 0; i < kPlaces; i++) barrier_start(came + i, 1);
+    }
+    // All lanes of a warp know this block's words.
+    DEVICE void send(int number, uint2 own, int lane) {
+        TransactionBarrier* const barrier = came + number % kPlaces;
+        if (lane == 0) barrier_expect(barrier, kBlocks * int(sizeof(uint2)));
+        if (lane < kBlocks) store_to_block(lane, words[number % kPlaces] + cluster_rank(), own, barrier);
+    }
+    // The largest of all blocks, words of floats that are not negative: a NaN is larger than all.
+    DEVICE uint2 largest(int number, int lane) {
+        barrier_wait(came + number % kPlaces, number / kPlaces % 2);
+        const uint2 word = words[number % kPlaces][lane % kBlocks];
+        return {warp_maximum(word.x), warp_maximum(word.y)};
+    }
+};
+
+template <class T>
+struct ClusterPlan {
+    static constexpr int kThreads = 3 * T::kThreads;
+    static constexpr int kBuffers = 2;          // of rows that come; there is one for rows that return
+    static constexpr int kScaleSlots = 4;       // tiles under way between the first and the third group
+    static constexpr int kRowsPerWarp = T::kRows / T::kWarps;
+    static constexpr int kRowBytes = T::kRows * kColumns * 4;   // that are sent
+    struct Control {
+        alignas(16) float energies[2 * 8];
+        BlockWords<T::kCluster> scale_words;
+        float scales[kScaleSlots][32];
+        TileHeader headers[2][2];       // of a tile and the next in turn, for the first and for the third group
+        TransactionBarrier rows_came[kBuffers], rows_free[kBuffers], returned, return_free;
+    };
+    static constexpr int kControlBytes = (int(sizeof(Control)) + 127) / 128 * 128;
+    static constexpr int kFixedBytes = Tables<T, true>::kSharedBytes + (kBuffers + 1) * T::kRowBytes + kRowBytes + kControlBytes;
+    static constexpr bool kStaged = kFixedBytes + 3 * T::kStageBytes <= kSharedLimit;   // else inputs come from global memory
+    static constexpr int kSharedBytes = kFixedBytes + (kStaged ? 3 * T::kStageBytes : 0);
+    static_assert(kSharedBytes <= kSharedLimit, "shared memory of a block");
+};
+
+template <class T>
+struct ClusterForward {
+    using Plan = ClusterPlan<T>;
+    using Control = typename Plan::Control;
+    using Tables = ::Tables<T, true>;
+    using Result = OuterResult<T>;
+    static constexpr int kRemoteBytes = (T::kCluster - 1) * T::kOwnRows * kColumns * 4;     // that come from other blocks
+    using Vector = typename Choose<(T::kCluster > 8), uint2, uint4>::type;      // of a row, that a thread transforms across the blocks
+    static constexpr int kVectors = kRowUnits * 16 / int(sizeof(Vector));      // of a row
+    enum Barrier { kPack = 1, kStore = 3, kReady = 4, kTransformed = kReady + Plan::kBuffers };
+    const LaunchParams& params;
+    int lane, warp;
+    const int rank;
+    const SlotMap<T> slots;
+    const Tables tables;
+    const WorkRange range;      // of pairs
+    char* const memory;
+
+    DEVICE explicit ClusterForward(const LaunchParams& params)
+        : params(params), lane(thread_index() % 32), warp(thread_index() / 32 % T::kWarps), rank(cluster_rank()), slots{T::kHalf ? 4 : 5},
+          tables(params.tables, shared_memory(), T::kRows), range(work_range(tile_count<T>(params), T::kCluster)), memory(shared_memory() + Tables::kSharedBytes) {}
+
+    DEVICE uint4* rows(int buffer) const { return reinterpret_cast<uint4*>(memory + buffer * T::kRowBytes); }
+    DEVICE uint4* returned_rows() const { return rows(Plan::kBuffers); }
+    DEVICE uint4* spectrum() const { return rows(Plan::kBuffers + 1); }
+    DEVICE char* control_memory() const { return reinterpret_cast<char*>(spectrum()) + Plan::kRowBytes; }
+    DEVICE Control& control() const { return *reinterpret_cast<Control*>(control_memory()); }
+    DEVICE Stage<T> stage(int tensor) const { return {control_memory() + Plan::kControlBytes + tensor * T::kStageBytes}; }
+    DEVICE float* scales(int pair) const { return control().scales[pair % Plan::kScaleSlots]; }
+    DEVICE TileHeader& header(int group, int pair) const { return control().headers[group][pair % 2]; }
+    DEVICE int start() const { return rank * kColumns; }
+    DEVICE void fill_header(int group, int pair) const {
+        if (warp == 0) header(group, pair).template fill<typename T::Element>(params, RegularSequences::consecutive<T>(params, pair), lane, start());
+    }
+    DEVICE TileSequences sequences(int pair) const { return TileSequences::consecutive(params, pair, lane, start()); }
+    DEVICE int channel_of(int pair) const {
+        const int channel = params.pairs.divide(pair);
+        return channel < params.channels ? channel : 0;
+    }
+
+    // The first group. Of the scales that the blocks find for their parts of a sequence the largest counts.
+    DEVICE void pack() {
+        const Stage<T> u = stage(0), pre{params.pre_gate.data ? stage(1).memory : nullptr};
+        auto start_inputs = [&](int pair) {
+            auto all = [&] { return sequences(pair); };
+            const Stager<T> stager{params, slots, thread_index()};
+            if (Plan::kStaged && pair < range.last) {
+                stager.start(u, kU, header(0, pair), all);
+                if (pre) stager.start(pre, kPreGate, header(0, pair), all);
+            }
+            copy_async_commit();
+        };
+        fill_header(0, range.first);
+        named_barrier<256>(kPack);
+        start_inputs(range.first);
+#pragma unroll 1
+        for (int pair = range.first; pair <= range.last; pair++) {
+            forget(lane), forget(warp);
+            const int number = pair - range.first;
+            if (pair == range.last) {
+                if (number > 0) transform_across(number - 1);
+                break;
+            }
+            copy_async_wait<0>();
+            named_barrier<256>(kPack);
+            fill_header(0, pair + 1);
+            u32 x[T::kSlots / 4][4];
+            SequenceScales<T> sequence_scales{control().energies, slots, 0, warp, lane};
+            const TileSequences current = sequences(pair);
+            if constexpr (Plan::kStaged)
+                sequence_scales.pack_measured(x, u, pre, current.valid, params.transforms);
+            else
+                sequence_scales.measure_direct(x, params.u, params.pre_gate, params, current, params.transforms);
+            const u32 own = bits_from_float(sequence_scales.up);
+            if (warp == 0) control().scale_words.send(number, {shuffle(own, 0), shuffle(own, 1)}, lane);
+            // Every thread has read its inputs (a barrier has passed): the next pair's may come.
+            start_inputs(pair + 1);
+            if (number > 0) transform_across(number - 1);
+            const uint2 both = control().scale_words.largest(number, lane);
+            const float up = float_from_bits(lane % 2 == 0 ? both.x : both.y);
+            const int down = int(own >> 23) - int(bits_from_float(up) >> 23) - sequence_scales.root;
+            sequence_scales.apply(x, down < -30 ? -30 : down);
+            if (warp == 0) {
+                scales(pair)[lane] = current.valid ? params.spectrum_scale[current.channel] * up : 0.f;
+                if (params.transforms && rank == 0 && lane == 0) params.pair_scales[pair] = larger_or_nan(up, float_from_bits(both.y));
+            }
+            send(x, number);
+        }
+    }
+
+    // Sends a pair's rows to their blocks.
+    DEVICE void send(const u32 (&x)[T::kSlots / 4][4], int number) const {
+        const int buffer = number % Plan::kBuffers, round = number / Plan::kBuffers;
+        TransactionBarrier* const came = control().rows_came + buffer;
+        if (round > 0) barrier_wait(control().rows_free + buffer, (round - 1) % 2);
+        const int first = rank * T::kOwnRows;       // where they have this block's rows
+        // Rows four apart have their units in the same places.
+        const int slot = lane % 4, there = first + slot % T::kOwnRows;
+        uint4* const units = rows(buffer) + there * kRowUnits + row_unit(there, warp, lane);
+        contract<T::kSlots>(x, tables.outer, 0, T::kRows / 4, lane, [&](int n, const SingleSums (&d)[2]) {
+            store_in_cluster(4 * n / T::kOwnRows + slot / T::kOwnRows, rank, units + 4 * n % T::kOwnRows * kRowUnits, packed(d), came);
+        });
+        warp_barrier();
+        if (lane == 0) barrier_expect(came, kRemoteBytes / T::kWarps);
+    }
+
+    // A vector of a row, the one that is number `at` in rows whose number four divides: see row_unit().
+    DEVICE static Vector* vector_of(uint4* rows, int row, int at) {
+        return reinterpret_cast<Vector*>(rows) + row * kVectors + (at ^ (row & 3) * (32 / int(sizeof(Vector))));
+    }
+
+    // Calls function(b, own, at, vector) for the DFTs of R points that this thread does: of vector `at` of row `own` of each block.
+    template <class Function>
+    DEVICE void across(uint4* rows, Function function) const {
+        constexpr int kPairs = int(sizeof(Vector)) / 8;
+#pragma unroll 1
+        for (int i = warp * 32 + lane; i < T::kOwnRows * kVectors; i += T::kThreads) {
+            const int own = i / kVectors, at = i % kVectors;
+            PlanarPair x[kPairs][T::kCluster];
+#pragma unroll
+            for (int b = 0; b < T::kCluster; b++) unpack(*vector_of(rows, b * T::kOwnRows + own, at), x, b);
+#pragma unroll
+            for (int j = 0; j < kPairs; j++) small_transform(x[j]);
+#pragma unroll
+            for (int b = 0; b < T::kCluster; b++) function(b, own, at, vector(x, b));
+        }
+    }
+    DEVICE static void unpack(uint4 v, PlanarPair (&x)[2][T::kCluster], int b) { x[0][b] = {v.x, v.y}, x[1][b] = {v.z, v.w}; }
+    DEVICE static void unpack(uint2 v, PlanarPair (&x)[1][T::kCluster], int b) { x[0][b] = {v.x, v.y}; }
+    DEVICE static uint4 vector(const PlanarPair (&x)[2][T::kCluster], int b) { return make_uint4(x[0][b].re, x[0][b].im, x[1][b].re, x[1][b].im); }
+    DEVICE static uint2 vector(const PlanarPair (&x)[1][T::kCluster], int b) { return make_uint2(x[0][b].re, x[0][b].im); }
+
+    // From the rows that have come to those of the whole transform, in place.
+    DEVICE void transform_across(int number) const {
+        const int buffer = number % Plan::kBuffers;
+        barrier_wait(control().rows_came + buffer, number / Plan::kBuffers % 2);
+        across(rows(buffer), [&](int s, int own, int at, Vector v) { *vector_of(rows(buffer), s * T::kOwnRows + own, at) = v; });
+        named_barrier_arrive<512>(kReady + buffer);
+    }
+
+    // The second group.
+    DEVICE void transform() {
+        const InnerConstants constants(InnerTables{tables.inner, lane});
+        const int own_unit = fragment_unit(warp, lane);
+        const int count = range.last - range.first;
+        uint4* const operands = spectrum() + warp * Plan::kRowsPerWarp * 64;
+        // Every lane copies what it will read itself: nothing but its own wait is needed. The spectrum stays as long as the channel does.
+        auto start_operand = [&](int number, int i) {
+            const int channel = channel_of(range.first + number);
+            if (number < count && (number == 0 || channel_of(range.first + number - 1) != channel)) {
+                const int row = cluster_row<T>(rank, warp + i * T::kWarps);
+                const uint4* const from = reinterpret_cast<const uint4*>(params.spectrum) + (int64_t(channel) * T::kCluster * T::kRows + row) * 64 + lane;
+                copy_async<16>(operands + i * 64 + lane, from), copy_async<16>(operands + i * 64 + 32 + lane, from + 32);
+            }
+            copy_async_commit();
+        };
+        for (int i = 0; i < Plan::kRowsPerWarp; i++) start_operand(0, i);
+#pragma unroll 1
+        for (int number = 0; number < count; number++) {
+            const int buffer = number % Plan::kBuffers;
+            named_barrier<512>(kReady + buffer);
+            forget(lane), forget(warp);
+#pragma unroll 1
+            for (int i = 0; i < Plan::kRowsPerWarp; i++) {
+                const int own = warp + i * T::kWarps;
+                uint4* const row = rows(buffer) + own * kRowUnits;
+                RowFragment value, factors, twiddles;
+                value.load(row + own_unit);
+                copy_async_wait<Plan::kRowsPerWarp - 1>();
+                twiddles.load(tables.twiddle + own * 64 + lane);
+                value = inner_transform(value * twiddles, constants);
+                if (params.transforms)
+                    value.store(static_cast<uint4*>(params.transforms) + (int64_t(range.first + number) * T::kCluster * T::kRows + cluster_row<T>(rank, own)) * 64 + lane);
+                factors.load(operands + i * 64 + lane);
+                value = params.reverse ? product_of_conjugate(value, factors) : conjugate_product(value, factors);
+                value = inner_transform(value, constants) * twiddles;
+                value.store(row + own_unit);
+                start_operand(number + 1, i);
+            }
+            named_barrier_arrive<512>(kTransformed + buffer);
+        }
+        copy_async_wait<0>();
+    }
+
+    // The way back, to the blocks of the positions.
+    DEVICE void return_rows(int number) const {
+        const int buffer = number % Plan::kBuffers;
+        named_barrier<512>(kTransformed + buffer);
+        if (params.output.data) {
+            if (number > 0) barrier_wait(&control().return_free, (number - 1) % 2);
+            across(rows(buffer), [&](int b, int own, int at, Vector v) {
+                store_in_cluster(b, rank, vector_of(returned_rows(), rank * T::kOwnRows + own, at), v, &control().returned);
+            });
+            warp_barrier();
+            if (lane == 0) barrier_expect(&control().returned, kRemoteBytes / T::kWarps);
+        }
+        named_barrier<256>(kStore);
+        if (warp == 0 && lane < T::kCluster) barrier_arrive(lane, control().rows_free + buffer);
+    }
+
+    // The third group: while the second works on a pair, stores the one before.
+    DEVICE void store() {
+        const Stager<T> stager{params, slots, thread_index()};
+        const Stage<T> post{Plan::kStaged && params.post_gate.data ? stage(2).memory : nullptr};
+        const int count = range.last - range.first;
+        auto start_gate = [&](TensorIndex gate, int pair) {
+            if (post && pair < range.last) stager.start(post, gate, header(1, pair), [&] { return sequences(pair); });
+            copy_async_commit();
+        };
+        fill_header(1, range.first);
+        named_barrier<256>(kStore);
+        start_gate(kPostGate, range.first);
+#pragma unroll 1
+        for (int number = 0; number <= count; number++) {
+            forget(lane), forget(warp);
+            const int pair = range.first + number - 1;
+            if (number > 0 && params.output.data) {
+                const TileStore<T, Result> output{params, slots, warp, lane};
+                auto all = [&] { return sequences(pair); };
+                barrier_wait(&control().returned, (number - 1) % 2);
+                Result result;
+                result.add(returned_rows(), tables.outer_inverse, 0, warp, lane);
+                const float scale = scales(pair)[lane];
+                copy_async_wait<0>();
+                named_barrier<256>(kStore);
+                if (warp == 0 && lane < T::kCluster) barrier_arrive(lane, &control().return_free);
+                fill_header(1, pair + 1);
+                output.store(result, header(1, pair), kOutput, kPostGate, post, scale, all);
+                if (params.second_output.data) {
+                    // The second gate comes to the place of the first.
+                    named_barrier<256>(kStore);
+                    start_gate(kSecondGate, pair);
+                    copy_async_wait<0>();
+                    named_barrier<256>(kStore);
+                    output.store(result, header(1, pair), kSecondOutput, kSecondGate, post, scale, all);
+                }
+                named_barrier<256>(kStore);
+                start_gate(kPostGate, pair + 1);
+            }
+            if (number < count) return_rows(number);
+        }
+        copy_async_wait<0>();
+    }
+
+    DEVICE void run() {
+        if (thread_index() == 0) {
+            control().scale_words.start();
+            for (int i = 0; i < Plan::kBuffers; i++) barrier_start(control().rows_came + i, T::kWarps), barrier_start(control().rows_free + i, T::kCluster);
+            barrier_start(&control().returned, T::kWarps), barrier_start(&control().return_free, T::kCluster);
+        }
+        copy_async_wait<0>();
+        cluster_barrier();
+        switch (thread_index() / T::kThreads) {
+            case 0: pack(); break;
+            case 1: transform(); break;
+            default: store();
+        }
+        // Until all have read what others had for them.
+        cluster_barrier();
+    }
+};

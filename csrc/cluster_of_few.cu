@@ -1,0 +1,4 @@
+#include "launch.cuh"
+
+INSTANTIATE_CLUSTER(2)
+INSTANTIATE_CLUSTER(4)

@@ -1,0 +1,4 @@
+#include "launch.cuh"
+
+INSTANTIATE_CLUSTER(8)
+INSTANTIATE_CLUSTER(16)

@@ -1,0 +1,20 @@
+// DFT of a few points in registers, for values that have sums, differences and turn(x, index), which is x * exp(-2 pi i index / 16).
+#pragma once
+#include "primitives.cuh"
+
+template <class Value, int kPoints>
+DEVICE void small_transform(Value (&x)[kPoints]) {
+    if constexpr (kPoints > 1) {
+        Value even[kPoints / 2], odd[kPoints / 2];
+#pragma unroll
+        for (int i = 0; i < kPoints / 2; i++) even[i] = x[2 * i], odd[i] = x[2 * i + 1];
+        small_transform(even);
+        small_transform(odd);
+#pragma unroll
+        for (int i = 0; i < kPoints / 2; i++) {
+            const Value turned = turn(odd[i], 16 / kPoints * i);
+            x[i] = even[i] + turned;
+            x[i + kPoints / 2] = even[i] - turned;
+        }
+    }
+}

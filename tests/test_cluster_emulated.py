@@ -1,0 +1,77 @@
+"""The kernel for clusters of blocks without a GPU; see test_kernels_emulated.py."""
+
+import math
+
+import pytest
+import torch
+from kernel_cases import BOUNDS, DTYPES, GATES, check_values, gradients, make, oracle
+from numerics import gradient_violations
+from test_kernels_emulated import emulation, library
+
+from hf_flashfftconv import fft_conv
+from hf_flashfftconv.ops import cuda
+from hf_flashfftconv.ops.plan import CLUSTERS, Plan
+
+__all__ = ["emulation", "library"]
+
+
+def plan(arguments: dict[str, torch.Tensor]) -> Plan:
+    return cuda.plan_of(arguments["u"], arguments["k"], arguments.get("k_rev"), True)
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_clusters(cluster: int) -> None:
+    arguments = make(4096 * cluster, 4096 * cluster, ("skip", *GATES), batch=2, channels=1)
+    assert plan(arguments) == Plan(8192 * cluster, True, 0, cluster)
+    check_values(fft_conv(**arguments, backend="cuda"), arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [(), ("pre_gate",), ("post_gate", "skip")], ids="+".join)
+def test_dtypes_and_options(dtype: torch.dtype, options: tuple[str, ...]) -> None:
+    arguments = make(5001, 5001, options, dtype=dtype, batch=3, channels=3)
+    assert plan(arguments).cluster == 2
+    check_values(fft_conv(**arguments, backend="cuda"), arguments)
+
+
+def test_both_sides() -> None:
+    arguments = make(9001, 9001, ("k_rev", "skip", *GATES), reverse_taps=7000, channels=1)
+    assert plan(arguments).cluster == 4
+    check_values(fft_conv(**arguments, backend="cuda"), arguments)
+
+
+def test_sequences_of_any_size() -> None:
+    """What one block sees of a sequence says little of the others; a pair's second sequence may be of another size."""
+    arguments = make(16384, 16384, batch=6, channels=1)
+    u = arguments["u"].float()
+    u[0] *= 1e-20
+    u[1] *= 1e20
+    u[2, :, 256:] *= 1e-3
+    u[3] = 0
+    u[4, 0, 5000] = math.nan
+    arguments["u"] = u.to(torch.bfloat16)
+    y = fft_conv(**arguments, backend="cuda")
+    assert y[4].isnan().all() and not y[3].any()
+    rest = {name: x[[0, 1, 2, 3, 5]] if name == "u" else x for name, x in arguments.items()}
+    check_values(y[[0, 1, 2, 3, 5]], rest)
+
+
+@pytest.mark.parametrize(
+    "length, taps, options, dtype, channels",
+    [
+        (8192, 8192, ("skip", *GATES), torch.bfloat16, 2),
+        (9000, 20000, ("pre_gate",), torch.float16, 1),
+        (5000, 5000, ("k_rev", "post_gate"), torch.float32, 3),
+    ],
+)
+def test_gradients(length: int, taps: int, options: tuple[str, ...], dtype: torch.dtype, channels: int) -> None:
+    arguments = make(
+        length, taps, options, reverse_taps=300 if "k_rev" in options else 0, channels=channels, dtype=dtype
+    )
+    assert cuda.plan_of(arguments["u"], arguments["k"], arguments.get("k_rev"), True, backward=True).cluster
+    leaves = {name: x.double().requires_grad_() for name, x in arguments.items()}
+    dy = torch.randn_like(arguments["u"].float()).to(dtype)
+    oracle(leaves).backward(dy.double())
+    _, grads = gradients(arguments, dy)
+    for name, leaf in leaves.items():
+        assert not gradient_violations(name, grads[name], leaf.grad, BOUNDS[dtype])
