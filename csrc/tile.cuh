@@ -57,13 +57,13 @@ struct LaunchParams : fft_conv_params {
 // The first of the four columns a, a + 1, a + 128, a + 129 that a lane of the outer stage holds.
 DEVICE int outer_column(int warp, int lane) { return 2 * (warp % 8 * 8 + lane / 4); }
 
-// The tiles of a block: neighbours, which share filter spectra.
+// The tiles of a block, or of a cluster of blocks: neighbours, which share filter spectra.
 struct WorkRange {
     int first, last;
 };
 
-DEVICE WorkRange work_range(int tiles, int workers_blocks = 1) {
-    const int worker = block_index() / workers_blocks, workers = block_count() / workers_blocks;
+DEVICE WorkRange work_range(int tiles, int cluster = 1) {
+    const int worker = block_index() / cluster, workers = block_count() / cluster;
     return {int(int64_t(tiles) * worker / workers), int(int64_t(tiles) * (worker + 1) / workers)};
 }
 

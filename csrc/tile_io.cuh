@@ -326,6 +326,7 @@ struct SequenceScales {
         }
     }
 
+    // Both at once.
     template <class Source>
     DEVICE void pack_scaled(u32 (&x)[T::kSlots / 4][4], const Source& u, const Source& gate, bool valid, bool common) {
         pack_measured(x, u, gate, valid, common);
@@ -344,7 +345,7 @@ struct SequenceScales {
         publish(x);
     }
 
-    // The same as pack_measured with inputs in global memory; an absent gate has no data.
+    // The same two with inputs in global memory; an absent gate has no data.
     DEVICE void measure_direct(u32 (&x)[T::kSlots / 4][4], const fft_conv_tensor& u, const fft_conv_tensor& gate, const LaunchParams& params,
                             const TileSequences& sequences, bool common) {
         if (params.pair_aligned) {

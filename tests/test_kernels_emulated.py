@@ -51,6 +51,8 @@ def build(folder: Path) -> Path:
         unfinished = library.with_suffix(f".part{os.getpid()}")
         # Fibers are switched by jumps that a fortified libc takes for an error.
         command = ["g++", "-std=c++17", "-O1", "-march=native", "-U_FORTIFY_SOURCE", "-w", "-shared", "-fPIC"]
+        # What a GPU calls a misaligned address is a trap here too.
+        command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
         command += [*(f"-I{path}" for path in directories), "-x", "c++", str(ROOT / "tests" / "simt" / "emulate.cpp")]
         subprocess.run([*command, "-o", str(unfinished)], check=True)
         unfinished.rename(library)

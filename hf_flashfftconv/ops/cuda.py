@@ -164,7 +164,7 @@ def _tables_key(chosen: plan.Plan) -> tuple[int, bool, int]:
 def plan_of(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, backward: bool = False) -> Any:
     """The transform of a call or, if `backward`, of its gradients."""
     lengths = u.shape[2], k.shape[1], 0 if k_rev is None else k_rev.shape[1], causal, backward
-    chosen = plan.choose(*lengths)
+    chosen: Any = plan.choose(*lengths)
     if isinstance(chosen, str) or isinstance(extension.load(), str):
         return chosen
     if chosen.cluster and not _clusters(u.device, chosen, u.dtype):
