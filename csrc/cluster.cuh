@@ -43,7 +43,6 @@ struct ClusterPlan {
     static constexpr int kBuffers = 2;          // of rows that come; there is one for rows that return
     static constexpr int kScaleSlots = 4;       // tiles under way between the first and the third group
     static constexpr int kRowsPerWarp = T::kRows / T::kWarps;
-    static constexpr int kRowBytes = T::kRows * kColumns * 4;   // that are sent
     struct Control {
         alignas(16) float energies[2 * 8];
         BlockWords<T::kCluster> scale_words;
@@ -52,7 +51,7 @@ struct ClusterPlan {
         TransactionBarrier rows_came[kBuffers], rows_free[kBuffers], returned, return_free;
     };
     static constexpr int kControlBytes = (int(sizeof(Control)) + 127) / 128 * 128;
-    static constexpr int kFixedBytes = Tables<T, true>::kSharedBytes + (kBuffers + 1) * T::kRowBytes + kRowBytes + kControlBytes;
+    static constexpr int kFixedBytes = Tables<T, true>::kSharedBytes + (kBuffers + 2) * T::kRowBytes + kControlBytes;
     static constexpr bool kStaged = kFixedBytes + 3 * T::kStageBytes <= kSharedLimit;   // else inputs come from global memory
     static constexpr int kSharedBytes = kFixedBytes + (kStaged ? 3 * T::kStageBytes : 0);
     static_assert(kSharedBytes <= kSharedLimit, "shared memory of a block");
@@ -64,7 +63,7 @@ struct ClusterForward {
     using Control = typename Plan::Control;
     using Tables = ::Tables<T, true>;
     using Result = OuterResult<T>;
-    static constexpr int kRemoteBytes = (T::kCluster - 1) * T::kOwnRows * kColumns * 4;     // that come from other blocks
+    static constexpr int kRemoteBytes = (T::kCluster - 1) * T::kOwnRows * kRowUnits * 16;     // that come from other blocks
     using Vector = typename Choose<(T::kCluster > 8), uint2, uint4>::type;      // of a row, that a thread transforms across the blocks
     static constexpr int kVectors = kRowUnits * 16 / int(sizeof(Vector));      // of a row
     enum Barrier { kPack = 1, kStore = 3, kReady = 4, kTransformed = kReady + Plan::kBuffers };
@@ -83,7 +82,7 @@ struct ClusterForward {
     DEVICE uint4* rows(int buffer) const { return reinterpret_cast<uint4*>(memory + buffer * T::kRowBytes); }
     DEVICE uint4* returned_rows() const { return rows(Plan::kBuffers); }
     DEVICE uint4* spectrum() const { return rows(Plan::kBuffers + 1); }
-    DEVICE char* control_memory() const { return reinterpret_cast<char*>(spectrum()) + Plan::kRowBytes; }
+    DEVICE char* control_memory() const { return reinterpret_cast<char*>(rows(Plan::kBuffers + 2)); }
     DEVICE Control& control() const { return *reinterpret_cast<Control*>(control_memory()); }
     DEVICE Stage<T> stage(int tensor) const { return {control_memory() + Plan::kControlBytes + tensor * T::kStageBytes}; }
     DEVICE float* scales(int pair) const { return control().scales[pair % Plan::kScaleSlots]; }
@@ -285,16 +284,7 @@ struct ClusterForward {
                 named_barrier<256>(kStore);
                 if (warp == 0 && lane < T::kCluster) barrier_arrive(lane, &control().return_free);
                 fill_header(1, pair + 1);
-                output.store(result, header(1, pair), kOutput, kPostGate, post, scale, all);
-                if (params.second_output.data) {
-                    // The second gate comes to the place of the first.
-                    named_barrier<256>(kStore);
-                    start_gate(kSecondGate, pair);
-                    copy_async_wait<0>();
-                    named_barrier<256>(kStore);
-                    output.store(result, header(1, pair), kSecondOutput, kSecondGate, post, scale, all);
-                }
-                named_barrier<256>(kStore);
+                output.store(result, header(1, pair), post, scale, kStore, [&] { start_gate(kSecondGate, pair); }, all);
                 start_gate(kPostGate, pair + 1);
             }
             if (number < count) return_rows(number);

@@ -323,16 +323,7 @@ struct Forward {
             copy_async_wait<0>();
             named_barrier<256>(kStore);
             fill_header(1, tile + 1, next);
-            output.store(result, header(1, tile), kOutput, kPostGate, post, scale, [&] { return sequences(place); });
-            if (T::kBlocked && params.second_output.data) {
-                // The second gate comes to the place of the first.
-                named_barrier<256>(kStore);
-                start_gate(kSecondGate, tile, place);
-                copy_async_wait<0>();
-                named_barrier<256>(kStore);
-                output.store(result, header(1, tile), kSecondOutput, kSecondGate, post, scale, [&] { return sequences(place); });
-            }
-            named_barrier<256>(kStore);
+            output.store(result, header(1, tile), post, scale, kStore, [&] { start_gate(kSecondGate, tile, place); }, [&] { return sequences(place); });
             start_gate(kPostGate, tile + 1, next);
         }
     }

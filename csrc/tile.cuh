@@ -20,6 +20,7 @@ struct Tile {
     static constexpr int kAllRows = kRows * kParts;
     static constexpr int kSlots = kHalf_ ? kAllRows / 2 : kAllRows;     // rows of 256 positions that are read and written
     static constexpr bool kHalf = kHalf_, kBlocked = kBlocked_;
+    static constexpr bool kTwoOutputs = kBlocked || kCluster_ > 1;      // if wanted, of one result by two gates
     static constexpr int kCluster = kCluster_, kOwnRows = kRows / kCluster;     // of each block, as rows pass through the cluster
     static constexpr int kWarps = 8, kThreads = 256;             // a group of eight warps covers the 256 columns
     static constexpr int kPositions = kSlots * kColumns;         // of a block
@@ -102,7 +103,6 @@ struct TilePlace {
     }
     template <class T>
     DEVICE int start(const LaunchParams& params) const {
-        if constexpr (T::kCluster > 1) return cluster_rank() * kColumns;
         return T::kBlocked ? (params.reverse ? params.blocks.divisor - 1 - step : step) * T::kPositions : 0;
     }
 };

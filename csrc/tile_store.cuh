@@ -11,10 +11,24 @@ struct TileStore {
     int warp, lane;
 
     // Gates and stores a tile. `stage` holds the gate if there is one and it is staged; `scale` undoes the scales of the sequence that a lane knows;
-    // the second sequence of a pair comes out conjugated.
-    // sequences() tells of tiles that are not regular.
+    // the second sequence of a pair comes out conjugated. Where there is a second output, start_second_gate() sends for its gate, which comes to the
+    // place of the first. All warps of a group, which has passed its `barrier` at the end; sequences() tells of tiles that are not regular.
+    template <class Start, class Sequences>
+    DEVICE void store(const Result& result, const TileHeader& header, const Stage<T>& stage, float scale, int barrier, Start start_second_gate, Sequences sequences) const {
+        store_one(result, header, kOutput, kPostGate, stage, scale, sequences);
+        if (T::kTwoOutputs && params.second_output.data) {
+            named_barrier<256>(barrier);
+            start_second_gate();
+            copy_async_wait<0>();
+            named_barrier<256>(barrier);
+            store_one(result, header, kSecondOutput, kSecondGate, stage, scale, sequences);
+        }
+        named_barrier<256>(barrier);
+    }
+
+private:
     template <class Sequences>
-    DEVICE void store(const Result& result, const TileHeader& header, TensorIndex output, TensorIndex gate, const Stage<T>& stage, float scale, Sequences sequences) const {
+    DEVICE void store_one(const Result& result, const TileHeader& header, TensorIndex output, TensorIndex gate, const Stage<T>& stage, float scale, Sequences sequences) const {
         const bool gated = (&params.u)[gate].data;
         if (header.regular && stage)
             store_regular<true>(result, header, output, stage, scale);
@@ -24,7 +38,6 @@ struct TileStore {
             store_any(params, slots, result, sequences(), output, gate, stage, scale);
     }
 
-private:
     template <bool kGated>
     DEVICE void store_regular(const Result& result, const TileHeader& header, TensorIndex output, const Stage<T>& stage, float scale) const {
         const int column = outer_column(warp, lane), slot = lane % 4;

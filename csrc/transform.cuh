@@ -302,7 +302,7 @@ template <class T, bool kSharedTwiddles>
 struct Tables {
     static constexpr int kOuterVectors = T::kAllRows / 8 * (T::kSlots / 8) * 32;
     static constexpr int kFixedVectors = kInnerConstantVectors + 2 * kOuterVectors;
-    static constexpr int kMaxRadix = T::kCluster > 1 ? T::kRows : T::kMaxPairs == 1 ? T::kAllRows : T::kRows == 16 ? 1 : T::kRows / 2;
+    static constexpr int kMaxRadix = T::kMaxPairs == 1 ? T::kAllRows : T::kRows == 16 ? 1 : T::kRows / 2;
     static constexpr int kSharedBytes = (kFixedVectors + (kSharedTwiddles ? kMaxRadix * 64 : 0)) * 16;
     const uint4 *inner, *outer, *outer_inverse, *twiddle;
 

@@ -90,16 +90,22 @@ def check(arguments: Arguments, causal: bool = True) -> None:
     u = arguments["u"]
     # Not orthogonal to u, so that the gradient of skip, one number per channel, is not what is left of cancellation.
     dy = (torch.randn_like(u.float()) + u / u.float().abs().mean()).to(u.dtype)
+    y, reference = check_gradients(arguments, dy, causal)
+    check_values(y, arguments, causal, reference)
+
+
+def check_gradients(arguments: Arguments, dy: Tensor, causal: bool = True) -> tuple[Tensor, Tensor]:
+    """All gradients of the cuda backend within the bounds. Returns its output and the one in float64."""
     y, actual = gradients(arguments, dy, causal)
     leaves = {name: x.double().requires_grad_() for name, x in arguments.items()}
     reference = oracle(leaves, causal)
     reference.backward(dy.double())
-    check_values(y, arguments, causal, reference.detach())
     found = []
     for name, x in arguments.items():
         assert actual[name].dtype == x.dtype, name
-        found += gradient_violations(name, actual[name], leaves[name].grad, BOUNDS[u.dtype])
+        found += gradient_violations(name, actual[name], leaves[name].grad, BOUNDS[dy.dtype])
     assert not found, found
+    return y, reference.detach()
 
 
 def check_against_emulator(arguments: Arguments, plan: Plan, causal: bool = True) -> None:
