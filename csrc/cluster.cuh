@@ -47,7 +47,9 @@ struct ClusterPlan {
         alignas(16) float energies[2 * 8];
         BlockWords<T::kCluster> scale_words;
         float scales[kScaleSlots][32];
-        TileHeader headers[2][2];       // of a tile and the next in turn, for the first and for the third group
+        WorkRange range;                // of pairs
+        int pairs[3][T::kThreads];      // of each thread
+        TileHeader headers[3][2];       // of a tile and the next in turn, for the groups that load and store
         TransactionBarrier rows_came[kBuffers], rows_free[kBuffers], returned, return_free;
     };
     static constexpr int kControlBytes = (int(sizeof(Control)) + 127) / 128 * 128;
@@ -67,17 +69,18 @@ struct ClusterForward {
     using Vector = typename Choose<(T::kCluster > 8), uint2, uint4>::type;      // of a row, that a thread transforms across the blocks
     static constexpr int kVectors = kRowUnits * 16 / int(sizeof(Vector));      // of a row
     enum Barrier { kPack = 1, kStore = 3, kReady = 4, kTransformed = kReady + Plan::kBuffers };
+    enum Group { kPacking, kTransforming, kStoring };
     const LaunchParams& params;
+    Group group;
     int lane, warp;
     const int rank;
     const SlotMap<T> slots;
     const Tables tables;
-    const WorkRange range;      // of pairs
     char* const memory;
 
     DEVICE explicit ClusterForward(const LaunchParams& params)
         : params(params), lane(thread_index() % 32), warp(thread_index() / 32 % T::kWarps), rank(cluster_rank()), slots{T::kHalf ? 4 : 5},
-          tables(params.tables, shared_memory(), T::kRows), range(work_range(tile_count<T>(params), T::kCluster)), memory(shared_memory() + Tables::kSharedBytes) {}
+          tables(params.tables, shared_memory(), T::kRows), memory(shared_memory() + Tables::kSharedBytes) {}
 
     DEVICE uint4* rows(int buffer) const { return reinterpret_cast<uint4*>(memory + buffer * T::kRowBytes); }
     DEVICE uint4* returned_rows() const { return rows(Plan::kBuffers); }
@@ -86,10 +89,18 @@ struct ClusterForward {
     DEVICE Control& control() const { return *reinterpret_cast<Control*>(control_memory()); }
     DEVICE Stage<T> stage(int tensor) const { return {control_memory() + Plan::kControlBytes + tensor * T::kStageBytes}; }
     DEVICE float* scales(int pair) const { return control().scales[pair % Plan::kScaleSlots]; }
-    DEVICE TileHeader& header(int group, int pair) const { return control().headers[group][pair % 2]; }
+    DEVICE TileHeader& header(int pair) const { return control().headers[group][pair % 2]; }
+    // The pair that a group works on, and how many it has done. They stay in shared memory: what registers have no room for the compiler would park in
+    // local memory, as far as the L2 cache.
+    DEVICE volatile int& pair() {
+        forget(lane), forget(warp);
+        return control().pairs[group][warp * 32 + lane];
+    }
+    DEVICE volatile const WorkRange& range() const { return control().range; }
+    DEVICE int number() { return pair() - range().first; }
     DEVICE int start() const { return rank * kColumns; }
-    DEVICE void fill_header(int group, int pair) const {
-        if (warp == 0) header(group, pair).template fill<typename T::Element>(params, RegularSequences::consecutive<T>(params, pair), lane, start());
+    DEVICE void fill_header(int pair) const {
+        if (warp == 0) header(pair).template fill<typename T::Element>(params, RegularSequences::consecutive<T>(params, pair), lane, start());
     }
     DEVICE TileSequences sequences(int pair) const { return TileSequences::consecutive(params, pair, lane, start()); }
     DEVICE int channel_of(int pair) const {
@@ -100,51 +111,46 @@ struct ClusterForward {
     // The first group. Of the scales that the blocks find for their parts of a sequence the largest counts.
     DEVICE void pack() {
         const Stage<T> u = stage(0), pre{params.pre_gate.data ? stage(1).memory : nullptr};
-        auto start_inputs = [&](int pair) {
-            auto all = [&] { return sequences(pair); };
-            const Stager<T> stager{params, slots, thread_index()};
-            if (Plan::kStaged && pair < range.last) {
-                stager.start(u, kU, header(0, pair), all);
-                if (pre) stager.start(pre, kPreGate, header(0, pair), all);
+        auto start_inputs = [&](int ahead) {
+            auto all = [&] { return sequences(pair() + ahead); };
+            const Stager<T> stager{params, slots, fresh_thread_index()};
+            if (Plan::kStaged && pair() + ahead < range().last) {
+                stager.start(u, kU, header(pair() + ahead), all);
+                if (pre) stager.start(pre, kPreGate, header(pair() + ahead), all);
             }
             copy_async_commit();
         };
-        fill_header(0, range.first);
+        fill_header(pair());
         named_barrier<256>(kPack);
-        start_inputs(range.first);
+        start_inputs(0);
 #pragma unroll 1
-        for (int pair = range.first; pair <= range.last; pair++) {
-            forget(lane), forget(warp);
-            const int number = pair - range.first;
-            if (pair == range.last) {
-                if (number > 0) transform_across(number - 1);
-                break;
-            }
+        for (; pair() < range().last; pair() = pair() + 1) {
             copy_async_wait<0>();
             named_barrier<256>(kPack);
-            fill_header(0, pair + 1);
+            fill_header(pair() + 1);
             u32 x[T::kSlots / 4][4];
             SequenceScales<T> sequence_scales{control().energies, slots, 0, warp, lane};
-            const TileSequences current = sequences(pair);
             if constexpr (Plan::kStaged)
-                sequence_scales.pack_measured(x, u, pre, current.valid, params.transforms);
+                sequence_scales.pack_measured(x, u, pre, sequences(pair()).valid, params.transforms);
             else
-                sequence_scales.measure_direct(x, params.u, params.pre_gate, params, current, params.transforms);
+                sequence_scales.measure_direct(x, params.u, params.pre_gate, params, sequences(pair()), params.transforms);
             const u32 own = bits_from_float(sequence_scales.up);
-            if (warp == 0) control().scale_words.send(number, {shuffle(own, 0), shuffle(own, 1)}, lane);
+            if (warp == 0) control().scale_words.send(number(), {shuffle(own, 0), shuffle(own, 1)}, lane);
             // Every thread has read its inputs (a barrier has passed): the next pair's may come.
-            start_inputs(pair + 1);
-            if (number > 0) transform_across(number - 1);
-            const uint2 both = control().scale_words.largest(number, lane);
+            start_inputs(1);
+            if (number() > 0) transform_across(number() - 1);
+            const uint2 both = control().scale_words.largest(number(), lane);
             const float up = float_from_bits(lane % 2 == 0 ? both.x : both.y);
             const int down = int(own >> 23) - int(bits_from_float(up) >> 23) - sequence_scales.root;
             sequence_scales.apply(x, down < -30 ? -30 : down);
             if (warp == 0) {
-                scales(pair)[lane] = current.valid ? params.spectrum_scale[current.channel] * up : 0.f;
-                if (params.transforms && rank == 0 && lane == 0) params.pair_scales[pair] = larger_or_nan(up, float_from_bits(both.y));
+                const TileSequences current = sequences(pair());
+                scales(pair())[lane] = current.valid ? params.spectrum_scale[current.channel] * up : 0.f;
+                if (params.transforms && rank == 0 && lane == 0) params.pair_scales[pair()] = larger_or_nan(up, float_from_bits(both.y));
             }
-            send(x, number);
+            send(x, number());
         }
+        transform_across(number() - 1);
     }
 
     // Sends a pair's rows to their blocks.
@@ -200,41 +206,39 @@ struct ClusterForward {
     // The second group.
     DEVICE void transform() {
         const InnerConstants constants(InnerTables{tables.inner, lane});
-        const int own_unit = fragment_unit(warp, lane);
-        const int count = range.last - range.first;
-        uint4* const operands = spectrum() + warp * Plan::kRowsPerWarp * 64;
         // Every lane copies what it will read itself: nothing but its own wait is needed. The spectrum stays as long as the channel does.
-        auto start_operand = [&](int number, int i) {
-            const int channel = channel_of(range.first + number);
-            if (number < count && (number == 0 || channel_of(range.first + number - 1) != channel)) {
-                const int row = cluster_row<T>(rank, warp + i * T::kWarps);
-                const uint4* const from = reinterpret_cast<const uint4*>(params.spectrum) + (int64_t(channel) * T::kCluster * T::kRows + row) * 64 + lane;
-                copy_async<16>(operands + i * 64 + lane, from), copy_async<16>(operands + i * 64 + 32 + lane, from + 32);
-            }
-            copy_async_commit();
+        auto operand = [&](int i) { return spectrum() + (warp * Plan::kRowsPerWarp + i) * 64 + lane; };
+        auto start_operand = [&](int pair, int i) {
+            const int row = cluster_row<T>(rank, warp + i * T::kWarps);
+            const uint4* const from = reinterpret_cast<const uint4*>(params.spectrum) + (int64_t(channel_of(pair)) * T::kCluster * T::kRows + row) * 64 + lane;
+            copy_async<16>(operand(i), from), copy_async<16>(operand(i) + 32, from + 32);
         };
-        for (int i = 0; i < Plan::kRowsPerWarp; i++) start_operand(0, i);
+        for (int i = 0; i < Plan::kRowsPerWarp; i++) start_operand(pair(), i), copy_async_commit();
 #pragma unroll 1
-        for (int number = 0; number < count; number++) {
-            const int buffer = number % Plan::kBuffers;
+        for (; pair() < range().last; pair() = pair() + 1) {
+            const int buffer = number() % Plan::kBuffers;
+            const bool channel_ends = pair() + 1 < range().last && channel_of(pair() + 1) != channel_of(pair());
             named_barrier<512>(kReady + buffer);
-            forget(lane), forget(warp);
-#pragma unroll 1
+            uint4* const first_row = rows(buffer) + warp * kRowUnits + fragment_unit(warp, lane);
+            const uint4* const first_twiddle = tables.twiddle + warp * 64 + lane;
+#pragma unroll 2
             for (int i = 0; i < Plan::kRowsPerWarp; i++) {
-                const int own = warp + i * T::kWarps;
-                uint4* const row = rows(buffer) + own * kRowUnits;
+                const int own = i * T::kWarps;
                 RowFragment value, factors, twiddles;
-                value.load(row + own_unit);
+                value.load(first_row + own * kRowUnits);
                 copy_async_wait<Plan::kRowsPerWarp - 1>();
-                twiddles.load(tables.twiddle + own * 64 + lane);
+                twiddles.load(first_twiddle + own * 64);
                 value = inner_transform(value * twiddles, constants);
-                if (params.transforms)
-                    value.store(static_cast<uint4*>(params.transforms) + (int64_t(range.first + number) * T::kCluster * T::kRows + cluster_row<T>(rank, own)) * 64 + lane);
-                factors.load(operands + i * 64 + lane);
-                value = params.reverse ? product_of_conjugate(value, factors) : conjugate_product(value, factors);
-                value = inner_transform(value, constants) * twiddles;
-                value.store(row + own_unit);
-                start_operand(number + 1, i);
+                if (params.transforms) {
+                    const int64_t row = int64_t(pair()) * T::kCluster * T::kRows + cluster_row<T>(rank, warp + own);
+                    value.store(static_cast<uint4*>(params.transforms) + row * 64 + lane);
+                }
+                factors.load(operand(i));
+                factors.conjugate_if(params.reverse);
+                value = inner_transform(conjugate_product(value, factors), constants) * twiddles;
+                value.store(first_row + own * kRowUnits);
+                if (channel_ends) start_operand(pair() + 1, i);
+                copy_async_commit();
             }
             named_barrier_arrive<512>(kTransformed + buffer);
         }
@@ -259,41 +263,44 @@ struct ClusterForward {
 
     // The third group: while the second works on a pair, stores the one before.
     DEVICE void store() {
-        const Stager<T> stager{params, slots, thread_index()};
         const Stage<T> post{Plan::kStaged && params.post_gate.data ? stage(2).memory : nullptr};
-        const int count = range.last - range.first;
-        auto start_gate = [&](TensorIndex gate, int pair) {
-            if (post && pair < range.last) stager.start(post, gate, header(1, pair), [&] { return sequences(pair); });
+        auto stager = [&] { return Stager<T>{params, slots, fresh_thread_index()}; };
+        auto start_gate = [&](TensorIndex gate, int ahead) {
+            if (post && pair() + ahead < range().last) stager().start(post, gate, header(pair() + ahead), [&] { return sequences(pair() + ahead); });
             copy_async_commit();
         };
-        fill_header(1, range.first);
+        fill_header(pair());
         named_barrier<256>(kStore);
-        start_gate(kPostGate, range.first);
+        start_gate(kPostGate, 0);
 #pragma unroll 1
-        for (int number = 0; number <= count; number++) {
-            forget(lane), forget(warp);
-            const int pair = range.first + number - 1;
-            if (number > 0 && params.output.data) {
-                const TileStore<T, Result> output{params, slots, warp, lane};
-                auto all = [&] { return sequences(pair); };
-                barrier_wait(&control().returned, (number - 1) % 2);
+        for (;;) {
+            if (number() > 0 && params.output.data) {
+                barrier_wait(&control().returned, (number() - 1) % 2);
                 Result result;
                 result.add(returned_rows(), tables.outer_inverse, 0, warp, lane);
-                const float scale = scales(pair)[lane];
+                const int stored = pair() - 1;
+                const float scale = scales(stored)[lane];
                 copy_async_wait<0>();
                 named_barrier<256>(kStore);
                 if (warp == 0 && lane < T::kCluster) barrier_arrive(lane, &control().return_free);
-                fill_header(1, pair + 1);
-                output.store(result, header(1, pair), post, scale, kStore, [&] { start_gate(kSecondGate, pair); }, all);
-                start_gate(kPostGate, pair + 1);
+                fill_header(pair());
+                const TileStore<T, Result> output{params, slots, warp, lane};
+                output.store(result, header(stored), post, scale, kStore, [&] { start_gate(kSecondGate, -1); }, [&] { return sequences(pair() - 1); });
+                start_gate(kPostGate, 0);
             }
-            if (number < count) return_rows(number);
+            if (pair() == range().last) break;
+            if (params.second_output.data) stager().prefetch(kSecondGate, header(pair()));
+            return_rows(number());
+            pair() = pair() + 1;
         }
         copy_async_wait<0>();
     }
 
     DEVICE void run() {
+        const WorkRange range = work_range(tile_count<T>(params), T::kCluster);
+        control().pairs[thread_index() / T::kThreads][thread_index() % T::kThreads] = range.first;
         if (thread_index() == 0) {
+            control().range = range;
             control().scale_words.start();
             for (int i = 0; i < Plan::kBuffers; i++) barrier_start(control().rows_came + i, T::kWarps), barrier_start(control().rows_free + i, T::kCluster);
             barrier_start(&control().returned, T::kWarps), barrier_start(&control().return_free, T::kCluster);
@@ -301,9 +308,9 @@ struct ClusterForward {
         copy_async_wait<0>();
         cluster_barrier();
         switch (thread_index() / T::kThreads) {
-            case 0: pack(); break;
-            case 1: transform(); break;
-            default: store();
+            case 0: group = kPacking, pack(); break;
+            case 1: group = kTransforming, transform(); break;
+            default: group = kStoring, store();
         }
         // Until all have read what others had for them.
         cluster_barrier();

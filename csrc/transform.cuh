@@ -107,6 +107,12 @@ struct RowFragment {
             units[32 * s] = make_uint4(value[s][0].re, value[s][0].im, value[s][1].re, value[s][1].im);
     }
 
+    DEVICE void conjugate_if(bool wanted) {
+        const u32 signs = wanted ? 0x80008000u : 0;
+        for (int s = 0; s < 2; s++)
+            for (int t = 0; t < 2; t++) value[s][t].im ^= signs;
+    }
+
     DEVICE void load_twiddles(const uint4* units) {
         for (int s = 0; s < 2; s++) {
             const uint4 v = load_table(units + 32 * s);

@@ -16,7 +16,7 @@ int Launcher<T>::backward(const LaunchParams& params, void*) {
 
 template <class Element, int kBlocks>
 int ClusterLauncher<Element, kBlocks>::forward(const LaunchParams& params, void*) {
-    simt::launch(2 * kBlocks, ClusterPlan<T>::kThreads, ClusterPlan<T>::kSharedBytes, [&] { ClusterForward<T>(params).run(); }, kBlocks);
+    simt::launch(std::min(clusters(), tile_count<T>(params)) * kBlocks, ClusterPlan<T>::kThreads, ClusterPlan<T>::kSharedBytes, [&] { ClusterForward<T>(params).run(); }, kBlocks);
     return 0;
 }
 
