@@ -48,8 +48,8 @@ struct ClusterPlan {
         BlockWords<T::kCluster> scale_words;
         float scales[kScaleSlots][32];
         WorkRange range;                // of pairs
-        int pairs[3][T::kThreads];      // of each thread
-        TileHeader headers[3][2];       // of a tile and the next in turn, for the groups that load and store
+        int done[3][T::kThreads];       // of them, by each group, for each thread
+        TileHeader headers[2][2];       // of a tile and the next in turn, for the first and for the third group
         TransactionBarrier rows_came[kBuffers], rows_free[kBuffers], returned, return_free;
     };
     static constexpr int kControlBytes = (int(sizeof(Control)) + 127) / 128 * 128;
@@ -71,7 +71,6 @@ struct ClusterForward {
     enum Barrier { kPack = 1, kStore = 3, kReady = 4, kTransformed = kReady + Plan::kBuffers };
     enum Group { kPacking, kTransforming, kStoring };
     const LaunchParams& params;
-    Group group;
     int lane, warp;
     const int rank;
     const SlotMap<T> slots;
@@ -89,18 +88,18 @@ struct ClusterForward {
     DEVICE Control& control() const { return *reinterpret_cast<Control*>(control_memory()); }
     DEVICE Stage<T> stage(int tensor) const { return {control_memory() + Plan::kControlBytes + tensor * T::kStageBytes}; }
     DEVICE float* scales(int pair) const { return control().scales[pair % Plan::kScaleSlots]; }
-    DEVICE TileHeader& header(int pair) const { return control().headers[group][pair % 2]; }
-    // The pair that a group works on, and how many it has done. They stay in shared memory: what registers have no room for the compiler would park in
+    DEVICE TileHeader& header(int group, int pair) const { return control().headers[group][pair % 2]; }
+    // The block's pairs, and how many of them a group has done. They stay in shared memory: what registers have no room for the compiler would park in
     // local memory, as far as the L2 cache.
-    DEVICE volatile int& pair() {
-        forget(lane), forget(warp);
-        return control().pairs[group][warp * 32 + lane];
-    }
     DEVICE volatile const WorkRange& range() const { return control().range; }
-    DEVICE int number() { return pair() - range().first; }
+    DEVICE volatile int& done(Group group) {
+        forget(lane), forget(warp);
+        return control().done[group][warp * 32 + lane];
+    }
+    DEVICE int pair(Group group, int ahead = 0) { return range().first + done(group) + ahead; }
     DEVICE int start() const { return rank * kColumns; }
-    DEVICE void fill_header(int pair) const {
-        if (warp == 0) header(pair).template fill<typename T::Element>(params, RegularSequences::consecutive<T>(params, pair), lane, start());
+    DEVICE void fill_header(int group, int pair) const {
+        if (warp == 0) header(group, pair).template fill<typename T::Element>(params, RegularSequences::consecutive<T>(params, pair), lane, start());
     }
     DEVICE TileSequences sequences(int pair) const { return TileSequences::consecutive(params, pair, lane, start()); }
     DEVICE int channel_of(int pair) const {
@@ -112,45 +111,51 @@ struct ClusterForward {
     DEVICE void pack() {
         const Stage<T> u = stage(0), pre{params.pre_gate.data ? stage(1).memory : nullptr};
         auto start_inputs = [&](int ahead) {
-            auto all = [&] { return sequences(pair() + ahead); };
+            auto all = [&] { return sequences(pair(kPacking, ahead)); };
             const Stager<T> stager{params, slots, fresh_thread_index()};
-            if (Plan::kStaged && pair() + ahead < range().last) {
-                stager.start(u, kU, header(pair() + ahead), all);
-                if (pre) stager.start(pre, kPreGate, header(pair() + ahead), all);
+            if (const int next = pair(kPacking, ahead); Plan::kStaged && next < range().last) {
+                stager.start(u, kU, header(0, next), all);
+                if (pre) stager.start(pre, kPreGate, header(0, pair(kPacking, ahead)), all);
             }
             copy_async_commit();
         };
-        fill_header(pair());
+        done(kPacking) = 0;
+        fill_header(0, range().first);
         named_barrier<256>(kPack);
         start_inputs(0);
 #pragma unroll 1
-        for (; pair() < range().last; pair() = pair() + 1) {
+        for (;; done(kPacking) = done(kPacking) + 1) {
+            if (pair(kPacking) == range().last) {
+                if (const int number = done(kPacking); number > 0) transform_across(number - 1);
+                break;
+            }
             copy_async_wait<0>();
             named_barrier<256>(kPack);
-            fill_header(pair() + 1);
+            fill_header(0, pair(kPacking, 1));
             u32 x[T::kSlots / 4][4];
             SequenceScales<T> sequence_scales{control().energies, slots, 0, warp, lane};
+            auto current = [&] { return sequences(pair(kPacking)); };
             if constexpr (Plan::kStaged)
-                sequence_scales.pack_measured(x, u, pre, sequences(pair()).valid, params.transforms);
+                sequence_scales.pack_measured(x, u, pre, current().valid, params.transforms);
             else
-                sequence_scales.measure_direct(x, params.u, params.pre_gate, params, sequences(pair()), params.transforms);
+                sequence_scales.measure_direct(x, params.u, params.pre_gate, params, current(), params.transforms);
             const u32 own = bits_from_float(sequence_scales.up);
-            if (warp == 0) control().scale_words.send(number(), {shuffle(own, 0), shuffle(own, 1)}, lane);
+            if (warp == 0) control().scale_words.send(done(kPacking), {shuffle(own, 0), shuffle(own, 1)}, lane);
             // Every thread has read its inputs (a barrier has passed): the next pair's may come.
             start_inputs(1);
-            if (number() > 0) transform_across(number() - 1);
-            const uint2 both = control().scale_words.largest(number(), lane);
+            if (const int number = done(kPacking); number > 0) transform_across(number - 1);
+            const uint2 both = control().scale_words.largest(done(kPacking), lane);
             const float up = float_from_bits(lane % 2 == 0 ? both.x : both.y);
             const int down = int(own >> 23) - int(bits_from_float(up) >> 23) - sequence_scales.root;
             sequence_scales.apply(x, down < -30 ? -30 : down);
             if (warp == 0) {
-                const TileSequences current = sequences(pair());
-                scales(pair())[lane] = current.valid ? params.spectrum_scale[current.channel] * up : 0.f;
-                if (params.transforms && rank == 0 && lane == 0) params.pair_scales[pair()] = larger_or_nan(up, float_from_bits(both.y));
+                const int own_pair = pair(kPacking);
+                const TileSequences now = current();
+                scales(own_pair)[lane] = now.valid ? params.spectrum_scale[now.channel] * up : 0.f;
+                if (params.transforms && rank == 0 && lane == 0) params.pair_scales[own_pair] = larger_or_nan(up, float_from_bits(both.y));
             }
-            send(x, number());
+            send(x, done(kPacking));
         }
-        transform_across(number() - 1);
     }
 
     // Sends a pair's rows to their blocks.
@@ -208,16 +213,20 @@ struct ClusterForward {
         const InnerConstants constants(InnerTables{tables.inner, lane});
         // Every lane copies what it will read itself: nothing but its own wait is needed. The spectrum stays as long as the channel does.
         auto operand = [&](int i) { return spectrum() + (warp * Plan::kRowsPerWarp + i) * 64 + lane; };
-        auto start_operand = [&](int pair, int i) {
-            const int row = cluster_row<T>(rank, warp + i * T::kWarps);
-            const uint4* const from = reinterpret_cast<const uint4*>(params.spectrum) + (int64_t(channel_of(pair)) * T::kCluster * T::kRows + row) * 64 + lane;
-            copy_async<16>(operand(i), from), copy_async<16>(operand(i) + 32, from + 32);
+        auto start_operand = [&](int i, int of_pair, bool wanted) {
+            if (wanted) {
+                const int row = cluster_row<T>(rank, warp + i * T::kWarps);
+                const uint4* const from = reinterpret_cast<const uint4*>(params.spectrum) + (int64_t(channel_of(of_pair)) * T::kCluster * T::kRows + row) * 64 + lane;
+                copy_async<16>(operand(i), from), copy_async<16>(operand(i) + 32, from + 32);
+            }
+            copy_async_commit();
         };
-        for (int i = 0; i < Plan::kRowsPerWarp; i++) start_operand(pair(), i), copy_async_commit();
+        done(kTransforming) = 0;
+        for (int i = 0; i < Plan::kRowsPerWarp; i++) start_operand(i, range().first, true);
 #pragma unroll 1
-        for (; pair() < range().last; pair() = pair() + 1) {
-            const int buffer = number() % Plan::kBuffers;
-            const bool channel_ends = pair() + 1 < range().last && channel_of(pair() + 1) != channel_of(pair());
+        for (; pair(kTransforming) < range().last; done(kTransforming) = done(kTransforming) + 1) {
+            const int buffer = done(kTransforming) % Plan::kBuffers, next = pair(kTransforming, 1);
+            const bool channel_ends = next < range().last && channel_of(next) != channel_of(next - 1);
             named_barrier<512>(kReady + buffer);
             uint4* const first_row = rows(buffer) + warp * kRowUnits + fragment_unit(warp, lane);
             const uint4* const first_twiddle = tables.twiddle + warp * 64 + lane;
@@ -230,17 +239,16 @@ struct ClusterForward {
                 twiddles.load(first_twiddle + own * 64);
                 value = inner_transform(value * twiddles, constants);
                 if (params.transforms) {
-                    const int64_t row = int64_t(pair()) * T::kCluster * T::kRows + cluster_row<T>(rank, warp + own);
+                    const int64_t row = int64_t(pair(kTransforming)) * T::kCluster * T::kRows + cluster_row<T>(rank, warp + own);
                     value.store(static_cast<uint4*>(params.transforms) + row * 64 + lane);
                 }
                 factors.load(operand(i));
                 factors.conjugate_if(params.reverse);
                 value = inner_transform(conjugate_product(value, factors), constants) * twiddles;
                 value.store(first_row + own * kRowUnits);
-                if (channel_ends) start_operand(pair() + 1, i);
-                copy_async_commit();
+                start_operand(i, pair(kTransforming, 1), channel_ends);
             }
-            named_barrier_arrive<512>(kTransformed + buffer);
+            named_barrier_arrive<512>(kTransformed + done(kTransforming) % Plan::kBuffers);
         }
         copy_async_wait<0>();
     }
@@ -264,43 +272,43 @@ struct ClusterForward {
     // The third group: while the second works on a pair, stores the one before.
     DEVICE void store() {
         const Stage<T> post{Plan::kStaged && params.post_gate.data ? stage(2).memory : nullptr};
-        auto stager = [&] { return Stager<T>{params, slots, fresh_thread_index()}; };
+        auto all = [&] { return sequences(pair(kStoring, -1)); };
         auto start_gate = [&](TensorIndex gate, int ahead) {
-            if (post && pair() + ahead < range().last) stager().start(post, gate, header(pair() + ahead), [&] { return sequences(pair() + ahead); });
+            const Stager<T> stager{params, slots, fresh_thread_index()};
+            if (const int next = pair(kStoring, ahead); post && next < range().last)
+                stager.start(post, gate, header(1, next), [&] { return sequences(pair(kStoring, ahead)); });
             copy_async_commit();
         };
-        fill_header(pair());
+        done(kStoring) = 0;
+        fill_header(1, range().first);
         named_barrier<256>(kStore);
         start_gate(kPostGate, 0);
 #pragma unroll 1
         for (;;) {
-            if (number() > 0 && params.output.data) {
-                barrier_wait(&control().returned, (number() - 1) % 2);
+            if (const int number = done(kStoring); number > 0 && params.output.data) {
+                barrier_wait(&control().returned, (number - 1) % 2);
                 Result result;
                 result.add(returned_rows(), tables.outer_inverse, 0, warp, lane);
-                const int stored = pair() - 1;
+                const int stored = pair(kStoring, -1);
                 const float scale = scales(stored)[lane];
                 copy_async_wait<0>();
                 named_barrier<256>(kStore);
                 if (warp == 0 && lane < T::kCluster) barrier_arrive(lane, &control().return_free);
-                fill_header(pair());
+                fill_header(1, stored + 1);
                 const TileStore<T, Result> output{params, slots, warp, lane};
-                output.store(result, header(stored), post, scale, kStore, [&] { start_gate(kSecondGate, -1); }, [&] { return sequences(pair() - 1); });
+                output.store(result, header(1, stored), post, scale, kStore, [&] { start_gate(kSecondGate, -1); }, all);
                 start_gate(kPostGate, 0);
             }
-            if (pair() == range().last) break;
-            if (params.second_output.data) stager().prefetch(kSecondGate, header(pair()));
-            return_rows(number());
-            pair() = pair() + 1;
+            if (pair(kStoring) >= range().last) break;
+            return_rows(done(kStoring));
+            done(kStoring) = done(kStoring) + 1;
         }
         copy_async_wait<0>();
     }
 
     DEVICE void run() {
-        const WorkRange range = work_range(tile_count<T>(params), T::kCluster);
-        control().pairs[thread_index() / T::kThreads][thread_index() % T::kThreads] = range.first;
         if (thread_index() == 0) {
-            control().range = range;
+            control().range = work_range(tile_count<T>(params), T::kCluster);
             control().scale_words.start();
             for (int i = 0; i < Plan::kBuffers; i++) barrier_start(control().rows_came + i, T::kWarps), barrier_start(control().rows_free + i, T::kCluster);
             barrier_start(&control().returned, T::kWarps), barrier_start(&control().return_free, T::kCluster);
@@ -308,9 +316,9 @@ struct ClusterForward {
         copy_async_wait<0>();
         cluster_barrier();
         switch (thread_index() / T::kThreads) {
-            case 0: group = kPacking, pack(); break;
-            case 1: group = kTransforming, transform(); break;
-            default: group = kStoring, store();
+            case 0: pack(); break;
+            case 1: transform(); break;
+            default: store();
         }
         // Until all have read what others had for them.
         cluster_barrier();

@@ -48,7 +48,7 @@ struct fft_conv_params {
 struct fft_conv_tap_params {
     const void *transforms, *reverse_transforms;
     const float *scales, *reverse_scales;
-    float* sums;                    // (channels, windows, fft_size, 2)
+    float* sums;                    // (channels, windows, fft_size, 2), by frequency where there is no grad_filter
     float* grad_filter;             // (channels, taps), or null: then the sums are all
     int32_t channels, pairs, blocks, windows, fft_size, taps;
 };

@@ -238,7 +238,8 @@ struct Forward {
                     for (int i = 0; i < Plan::kAtOnce; i++) {
                         if (history.count > 1) values[i].store(kept + row * 64 + i * Products<T>::kRowStep + lane);
                         other.load(operand_words + i * Plan::kOperandVectors + lane);
-                        sums[i] = params.reverse ? product_of_conjugate(values[i], other) : conjugate_product(values[i], other);
+                        other.conjugate_if(params.reverse);
+                        sums[i] = conjugate_product(values[i], other);
                     }
                     start_operands();
 #pragma unroll 1
@@ -248,10 +249,8 @@ struct Forward {
                         for (int i = 0; i < Plan::kAtOnce; i++) {
                             const uint4* const both = operand_words + i * Plan::kOperandVectors;
                             other.load(both + lane), values[i].load(both + 64 + lane);
-                            if (params.reverse)
-                                add_product_of_conjugate(sums[i], values[i], other);
-                            else
-                                add_conjugate_product(sums[i], values[i], other);
+                            other.conjugate_if(params.reverse);
+                            add_conjugate_product(sums[i], values[i], other);
                         }
                         start_operands();
                     }

@@ -5,20 +5,26 @@
 #include "filter.cuh"
 #include "transform.cuh"
 
-constexpr int kSumThreads = 128, kTapThreads = kFilterThreads, kWindowsAtOnce = 4;
+constexpr int kSumThreads = 128, kTapThreads = kFilterThreads;
+// Windows whose sums a warp makes at once, and the blocks of such warps that a multiprocessor has registers for.
+constexpr int windows_at_once(bool several) { return several ? 4 : 1; }
+constexpr int sum_blocks(bool several) { return several ? 3 : 8; }
 
 struct TapParams : fft_conv_tap_params {
     int log_points;     // of fft_size
 
     HOST_DEVICE int rows() const { return fft_size / kColumns; }
-    HOST_DEVICE int window_groups() const { return (windows + kWindowsAtOnce - 1) / kWindowsAtOnce; }
+    HOST_DEVICE bool several() const { return windows > 1; }
+    HOST_DEVICE int window_groups() const { return (windows - 1) / windows_at_once(several()) + 1; }
     HOST_DEVICE int64_t units() const { return int64_t(channels) * rows() * window_groups(); }
     DEVICE float4* window_sums(int channel, int window) const { return reinterpret_cast<float4*>(sums) + (int64_t(channel) * windows + window) * (fft_size / 2); }
 };
 
-// The sums of some neighbouring windows, of one row of one channel: the work of a warp, each lane of which reads what it has written as a lane of
+// The sums of neighbouring windows, of one row of one channel: the work of a warp, each lane of which reads what it has written as a lane of
 // the forward kernel. The groups of windows of a row are neighbours, which share reads.
+template <bool kSeveral>
 DEVICE void sum_windows(const TapParams& params, int64_t unit) {
+    constexpr int kWindowsAtOnce = windows_at_once(kSeveral);
     const int lane = thread_index() % 32, first_window = int(unit % params.window_groups()) * kWindowsAtOnce;
     const int row = int(unit / params.window_groups() % params.rows()), channel = int(unit / params.window_groups() / params.rows());
     const int64_t block = params.fft_size / 4, at = row * 64 + lane;
@@ -51,14 +57,23 @@ DEVICE void sum_windows(const TapParams& params, int64_t unit) {
 #pragma unroll
     for (int d = 0; d < kWindowsAtOnce; d++) {
         if (first_window + d >= params.windows) break;
-        float4* const to = params.window_sums(channel, first_window + d) + row * 128 + lane;
-        for (int n = 0; n < 4; n++) to[32 * n] = sums[d][n];
+        float4* const to = params.window_sums(channel, first_window + d);
+        for (int n = 0; n < 4; n++) {
+            const float4 v = sums[d][n];
+            if (params.grad_filter) {
+                to[row * 128 + 32 * n + lane] = v;
+            } else {
+                Complex* const at_zero = reinterpret_cast<Complex*>(to) + frequency_of(params.rows(), row, n / 2, lane, n % 2);
+                at_zero[0] = {v.x, v.y}, at_zero[params.fft_size / 2] = {v.z, v.w};
+            }
+        }
     }
 }
 
+template <bool kSeveral>
 DEVICE void sum_windows(const TapParams& params) {
     constexpr int kWarps = kSumThreads / 32;
-    for (int64_t unit = int64_t(block_index()) * kWarps + thread_index() / 32; unit < params.units(); unit += int64_t(block_count()) * kWarps) sum_windows(params, unit);
+    for (int64_t unit = int64_t(block_index()) * kWarps + thread_index() / 32; unit < params.units(); unit += int64_t(block_count()) * kWarps) sum_windows<kSeveral>(params, unit);
 }
 
 // From the sums to the gradients of the taps, a channel in each block of threads.

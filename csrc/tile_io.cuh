@@ -60,17 +60,6 @@ struct Stager {
             copy_any(params, slots, stage, index, sequences());
     }
 
-    // Sends for the lines of a regular tile's tensor, so that a later start() finds them in the L2 cache.
-    DEVICE void prefetch(TensorIndex index, const TileHeader& header) const {
-        constexpr int kLine = 128, kLines = T::kSegment / kLine;
-        if (!header.regular) return;
-        for (int i = thread % T::kThreads; i < 2 * T::kSlots * kLines; i += T::kThreads) {
-            const int sequence = i / (T::kSlots * kLines), position = slots.position(i / kLines % T::kSlots), offset = i % kLines * kLine;
-            if (position + offset / int(sizeof(Element)) < header.length && (sequence == 0 || header.second))
-                ::prefetch(header.first[index] + (sequence * (&params.u)[index].batch_stride + position) * int(sizeof(Element)) + offset);
-        }
-    }
-
 private:
     // Blocked sequences share the L2 cache with what the kernel keeps there.
     DEVICE static void copy(char* to, const char* from, int bytes) {

@@ -50,11 +50,6 @@ DEVICE void add_conjugate_product(PlanarPair& sum, PlanarPair x, PlanarPair w) {
     sum = {multiply_add2(x.re, w.re, multiply_add2(negate2(x.im), w.im, sum.re)), multiply_add2(negate2(x.re), w.im, multiply_add2(negate2(x.im), w.re, sum.im))};
 }
 
-// sum += conj(x) * w
-DEVICE void add_product_of_conjugate(PlanarPair& sum, PlanarPair x, PlanarPair w) {
-    sum = {multiply_add2(x.re, w.re, multiply_add2(x.im, w.im, sum.re)), multiply_add2(x.re, w.im, multiply_add2(negate2(x.im), w.re, sum.im))};
-}
-
 // The constant operands of the inner stages: DFT-16 matrices as A and as B operand, and the twiddles w256^(k2 n3), read from shared memory where
 // they are used. Operands of a matrix product are whole register groups, so that no move is needed in front of it.
 struct InnerTables {
@@ -152,11 +147,6 @@ DEVICE RowFragment product_of_conjugate(const RowFragment& x, const RowFragment&
 DEVICE void add_conjugate_product(RowFragment& sum, const RowFragment& x, const RowFragment& w) {
     for (int s = 0; s < 2; s++)
         for (int t = 0; t < 2; t++) add_conjugate_product(sum.value[s][t], x.value[s][t], w.value[s][t]);
-}
-
-DEVICE void add_product_of_conjugate(RowFragment& sum, const RowFragment& x, const RowFragment& w) {
-    for (int s = 0; s < 2; s++)
-        for (int t = 0; t < 2; t++) add_product_of_conjugate(sum.value[s][t], x.value[s][t], w.value[s][t]);
 }
 
 // DFT-256 of rows in place: contracts value[s][t] over s and lane % 4 (data as B), multiplies by the twiddles, contracts over t and lane % 4

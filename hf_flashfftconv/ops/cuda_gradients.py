@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import cuda, extension, filters, plan, tables
+from . import cuda, extension, filters, plan
 from .reference import Gradients
 
 
@@ -124,11 +124,7 @@ def _tap_gradient(call: cuda.Call, kept: Sequence[_KeptTransforms], total: Tenso
     parameters.windows, parameters.fft_size = windows, size
     extension.launch("fft_conv_tap_gradient", parameters, call.stream)
     if call.plan.cluster:
-        # Frequencies in kernel order, each with the one half the FFT on.
-        spectrum = torch.empty((total.shape[0], 2, size // 2), dtype=torch.complex64, device=total.device)
-        order = tables.device_frequencies(size, total.device)
-        spectrum[:, :, order] = torch.view_as_complex(sums.view(-1, size // 2, 2, 2)).transpose(1, 2)
-        total.copy_(torch.fft.ifft(spectrum.view(-1, size), norm="forward").real)
+        total.copy_(torch.fft.ifft(torch.view_as_complex(sums.view(-1, size, 2)), norm="forward").real)
 
 
 def _like(x: Tensor | None, wanted: bool) -> Tensor | None:

@@ -121,15 +121,6 @@ def transform_tables(fft_size: int, half: bool, cluster: int = 1) -> Tensor:
         return torch.cat([part.flatten() for part in (_inner(), *stages, _row_twiddles(fft_size))])
 
 
-@cache
-def device_frequencies(fft_size: int, device: torch.device) -> Tensor:
-    """The frequencies below half the FFT in kernel order: row, fragment, point, lane; see csrc/filter.cuh."""
-    with torch.device("cpu"):
-        rows = fft_size // COLUMNS
-        row, s, t = torch.arange(rows).view(-1, 1, 1, 1), torch.arange(2).view(-1, 1, 1), torch.arange(2).view(-1, 1)
-        return (row + rows * (2 * _R + t + 16 * (_Q + 4 * s))).flatten().to(device)
-
-
 def upload(constant: Tensor, device: torch.device) -> Tensor:
     """Copies a constant to a device, where it stays.
 

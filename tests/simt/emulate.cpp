@@ -36,7 +36,7 @@ int launch_rounding(const RoundingParams& params, void*) {
 }
 
 int launch_taps(const TapParams& params, void*) {
-    simt::launch(2, kSumThreads, 0, [&] { sum_windows(params); });
+    simt::launch(2, kSumThreads, 0, [&] { params.several() ? sum_windows<true>(params) : sum_windows<false>(params); });
     if (params.grad_filter) simt::launch(2, kTapThreads, FilterPoints::bytes(params.fft_size), [&] { transform_windows(params); });
     return 0;
 }
