@@ -17,6 +17,7 @@
 template <int kBlocks>
 struct BlockWords {
     static constexpr int kPlaces = 2;   // a block may be one exchange ahead
+    static constexpr int kLogBlocks = kBlocks == 2 ? 1 : kBlocks == 4 ? 2 : kBlocks == 8 ? 3 : 4;
     uint2 words[kPlaces][kBlocks];
     TransactionBarrier came[kPlaces];
 
@@ -29,11 +30,18 @@ struct BlockWords {
         if (lane == 0) barrier_expect(barrier, kBlocks * int(sizeof(uint2)));
         if (lane < kBlocks) store_to_block(lane, words[number % kPlaces] + cluster_rank(), own, barrier);
     }
-    // The largest of all blocks, words of floats that are not negative: a NaN is larger than all.
-    DEVICE uint2 largest(int number, int lane) {
+    // Of floats near the root mean square of a sequence in each block, the one near that in all of them. Lanes 2 i + c know that of sequence c. All
+    // floats are powers of two; one that is not a number makes all so.
+    DEVICE float root_mean_square(int number, int lane) {
         barrier_wait(came + number % kPlaces, number / kPlaces % 2);
-        const uint2 word = words[number % kPlaces][lane % kBlocks];
-        return {warp_maximum(word.x), warp_maximum(word.y)};
+        const uint2 word = words[number % kPlaces][lane / 2 % kBlocks];
+        const float own = float_from_bits(lane % 2 == 0 ? word.x : word.y);
+        float largest = own;
+        for (int mask = 2; mask < 2 * kBlocks; mask *= 2) largest = larger_or_nan(largest, shuffle_xor(largest, mask));
+        const int twice = 2 * (int(bits_from_float(own) >> 23) - int(bits_from_float(largest) >> 23));
+        float sum = power_of_two(twice < -126 ? -126 : twice);
+        for (int mask = 2; mask < 2 * kBlocks; mask *= 2) sum += shuffle_xor(sum, mask);
+        return largest * power_of_two((int(bits_from_float(sum) >> 23) - 127 - kLogBlocks) >> 1);
     }
 };
 
@@ -107,7 +115,7 @@ struct ClusterForward {
         return channel < params.channels ? channel : 0;
     }
 
-    // The first group. Of the scales that the blocks find for their parts of a sequence the largest counts.
+    // The first group. A sequence gets one scale from those that the blocks find for their parts.
     DEVICE void pack() {
         const Stage<T> u = stage(0), pre{params.pre_gate.data ? stage(1).memory : nullptr};
         auto start_inputs = [&](int ahead) {
@@ -144,15 +152,15 @@ struct ClusterForward {
             // Every thread has read its inputs (a barrier has passed): the next pair's may come.
             start_inputs(1);
             if (const int number = done(kPacking); number > 0) transform_across(number - 1);
-            const uint2 both = control().scale_words.largest(done(kPacking), lane);
-            const float up = float_from_bits(lane % 2 == 0 ? both.x : both.y);
+            const float up = control().scale_words.root_mean_square(done(kPacking), lane);
             const int down = int(own >> 23) - int(bits_from_float(up) >> 23) - sequence_scales.root;
             sequence_scales.apply(x, down < -30 ? -30 : down);
             if (warp == 0) {
                 const int own_pair = pair(kPacking);
                 const TileSequences now = current();
+                const float other = shuffle_xor(up, 1);
                 scales(own_pair)[lane] = now.valid ? params.spectrum_scale[now.channel] * up : 0.f;
-                if (params.transforms && rank == 0 && lane == 0) params.pair_scales[own_pair] = larger_or_nan(up, float_from_bits(both.y));
+                if (params.transforms && rank == 0 && lane == 0) params.pair_scales[own_pair] = larger_or_nan(up, other);
             }
             send(x, done(kPacking));
         }

@@ -63,6 +63,7 @@ def forward(
             call = Call(*tensors, causal)
             call.operand("output", y[:, channels])
             call.launch("forward")
+            del call    # and its spectra, before the next ones are made
     return y
 
 

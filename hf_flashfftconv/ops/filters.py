@@ -28,10 +28,10 @@ _PATIENCE = 16
 # The kernel for spectra has no larger transform.
 MAX_FUSED_FFT_SIZE = 16384
 
-# Bound on what is alive at a time while torch.fft makes spectra: float32 taps, half of their spectrum and the FFT's own
-# copies of both.
-WORKSPACE_BYTES = 256 << 20
-_WORKSPACE_PER_POINT = 4 + 4 + 8
+# What may be alive at a time while torch.fft makes spectra is half of what these take, within bounds: float32 taps, half
+# of their spectrum and the FFT's own copies, as measured.
+MIN_WORKSPACE_BYTES, MAX_WORKSPACE_BYTES = 64 << 20, 256 << 20
+_WORKSPACE_PER_POINT = 40
 
 
 class Spectrum(NamedTuple):
@@ -99,7 +99,8 @@ def _prepare_by_torch(
     channels, device = k.shape[0], k.device
     words = torch.empty((channels, fft_size), dtype=torch.int32, device=device)
     scale = torch.empty((channels,), dtype=torch.float32, device=device)
-    block = max(1, WORKSPACE_BYTES // (_WORKSPACE_PER_POINT * fft_size))
+    workspace = min(max(words.nbytes // 2, MIN_WORKSPACE_BYTES), MAX_WORKSPACE_BYTES)
+    block = max(1, workspace // (_WORKSPACE_PER_POINT * fft_size))
     for start in range(0, channels, block):
         part = slice(start, start + block)
         part_skip, part_rev = (None if x is None else x[part] for x in (skip, k_rev))
