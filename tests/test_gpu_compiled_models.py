@@ -73,3 +73,7 @@ def test_training(make: Callable[[], nn.Module]) -> None:
             assert (expected.grad is None) == (actual.grad is None), name
         gradients = [[p.grad.flatten() for p in m.parameters() if p.grad is not None] for m in (compiled, eager)]
         assert relative(*map(torch.cat, gradients)) <= 5e-2
+        # These small models amplify a rounding's difference in their weights a hundredfold.
+        with torch.no_grad():
+            for expected, actual in zip(eager.parameters(), compiled.parameters(), strict=True):
+                actual.copy_(expected)
