@@ -17,7 +17,6 @@
 template <int kBlocks>
 struct BlockWords {
     static constexpr int kPlaces = 2;   // a block may be one exchange ahead
-    static constexpr int kLogBlocks = kBlocks == 2 ? 1 : kBlocks == 4 ? 2 : kBlocks == 8 ? 3 : 4;
     uint2 words[kPlaces][kBlocks];
     TransactionBarrier came[kPlaces];
 
@@ -30,18 +29,21 @@ struct BlockWords {
         if (lane == 0) barrier_expect(barrier, kBlocks * int(sizeof(uint2)));
         if (lane < kBlocks) store_to_block(lane, words[number % kPlaces] + cluster_rank(), own, barrier);
     }
-    // Of floats near the root mean square of a sequence in each block, the one near that in all of them. Lanes 2 i + c know that of sequence c. All
-    // floats are powers of two; one that is not a number makes all so.
-    DEVICE float root_mean_square(int number, int lane) {
+    // Of floats near the root mean square of a sequence in each block, the ones near that in all of them. They are powers of two; one that is not a
+    // number makes all so.
+    DEVICE Pair root_mean_squares(int number, int lane) {
         barrier_wait(came + number % kPlaces, number / kPlaces % 2);
-        const uint2 word = words[number % kPlaces][lane / 2 % kBlocks];
-        const float own = float_from_bits(lane % 2 == 0 ? word.x : word.y);
-        float largest = own;
-        for (int mask = 2; mask < 2 * kBlocks; mask *= 2) largest = larger_or_nan(largest, shuffle_xor(largest, mask));
-        const int twice = 2 * (int(bits_from_float(own) >> 23) - int(bits_from_float(largest) >> 23));
-        float sum = power_of_two(twice < -126 ? -126 : twice);
-        for (int mask = 2; mask < 2 * kBlocks; mask *= 2) sum += shuffle_xor(sum, mask);
-        return largest * power_of_two((int(bits_from_float(sum) >> 23) - 127 - kLogBlocks) >> 1);
+        const uint2 word = words[number % kPlaces][lane % kBlocks];
+        return {root_mean_square(word.x), root_mean_square(word.y)};
+    }
+
+private:
+    DEVICE static float root_mean_square(u32 own) {
+        constexpr int kUnit = 24, kLogLanes = 5;    // of what a lane adds
+        const u32 largest = warp_maximum(own);
+        const int below = int(largest >> 23) - int(own >> 23);
+        const u32 sum = warp_sum(2 * below > kUnit ? 0 : 1u << (kUnit - 2 * below));
+        return float_from_bits(largest) * power_of_two((int(bits_from_float(float(sum)) >> 23) - 127 - kUnit - kLogLanes) >> 1);
     }
 };
 
@@ -152,15 +154,15 @@ struct ClusterForward {
             // Every thread has read its inputs (a barrier has passed): the next pair's may come.
             start_inputs(1);
             if (const int number = done(kPacking); number > 0) transform_across(number - 1);
-            const float up = control().scale_words.root_mean_square(done(kPacking), lane);
+            const Pair both = control().scale_words.root_mean_squares(done(kPacking), lane);
+            const float up = lane % 2 == 0 ? both.x : both.y;
             const int down = int(own >> 23) - int(bits_from_float(up) >> 23) - sequence_scales.root;
             sequence_scales.apply(x, down < -30 ? -30 : down);
             if (warp == 0) {
                 const int own_pair = pair(kPacking);
                 const TileSequences now = current();
-                const float other = shuffle_xor(up, 1);
                 scales(own_pair)[lane] = now.valid ? params.spectrum_scale[now.channel] * up : 0.f;
-                if (params.transforms && rank == 0 && lane == 0) params.pair_scales[own_pair] = larger_or_nan(up, other);
+                if (params.transforms && rank == 0 && lane == 0) params.pair_scales[own_pair] = larger_or_nan(both.x, both.y);
             }
             send(x, done(kPacking));
         }

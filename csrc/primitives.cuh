@@ -170,6 +170,7 @@ template <int kPending>
 DEVICE void copy_async_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(kPending) : "memory"); }
 
 DEVICE u32 warp_maximum(u32 x) { return __reduce_max_sync(0xffffffffu, x); }
+DEVICE u32 warp_sum(u32 x) { return __reduce_add_sync(0xffffffffu, x); }
 DEVICE void atomic_maximum(u32* shared, u32 x) { atomicMax(shared, x); }
 
 // Constants, which should stay in the L1 cache; volatile keeps the compiler from holding them in registers across a tile instead.

@@ -304,6 +304,12 @@ inline u32 warp_maximum(u32 x) {
     for (u32 v : all) largest = v > largest ? v : largest;
     return largest;
 }
+inline u32 warp_sum(u32 x) {
+    u32 all[32], sum = 0;
+    simt::exchange(x, all);
+    for (u32 v : all) sum += v;
+    return sum;
+}
 inline void atomic_maximum(u32* shared, u32 x) { if (x > *shared) *shared = x; }
 
 template <int kBytes>
