@@ -85,11 +85,10 @@ class Call:
         self.plan: plan.Plan = plan_of(u, k, k_rev, causal, backward)
         self.stream = _current_stream(u.device)
         length, long = u.shape[2], self.plan.is_long
-        if _is_capturing():
-            # The graph outlives the cache's entries, and its replays are to see what has become of the filter.
-            spectrum = filters.prepare(k, skip, k_rev, length, self.plan, self.stream)
-        else:
-            spectrum = _spectra.get(k, skip, k_rev, length, self.plan, self.stream)
+        # A graph outlives the cache's entries, and its replays are to see what has become of the filter.
+        spectra = filters.prepare if _is_capturing() else _spectra.get
+        workspace = filters.workspace_bytes(u.shape[0], u.numel() * u.element_size())
+        spectrum = spectra(k, skip, k_rev, length, self.plan, self.stream, workspace)
         constants = tables.device_tables(*_tables_key(ON_CHIP if long else self.plan), u.device)
         self.parameters = parameters = extension.Parameters()
         parameters.tables = constants.data_ptr()

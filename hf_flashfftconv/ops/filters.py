@@ -28,10 +28,15 @@ _PATIENCE = 16
 # The kernel for spectra has no larger transform.
 MAX_FUSED_FFT_SIZE = 16384
 
-# What may be alive at a time while torch.fft makes spectra is half of what these take, within bounds: float32 taps, half
-# of their spectrum and the FFT's own copies, as measured.
-MIN_WORKSPACE_BYTES, MAX_WORKSPACE_BYTES = 64 << 20, 256 << 20
+# Bounds on what is alive at a time while torch.fft makes spectra: float32 taps, half of their spectrum and the FFT's
+# own copies, as measured.
+MIN_WORKSPACE_BYTES, MAX_WORKSPACE_BYTES = 64 << 20, 640 << 20
 _WORKSPACE_PER_POINT = 40
+
+
+def workspace_bytes(batch: int, output_bytes: int) -> int:
+    """What torch.fft may take for the filters of such an output: the more sequences share them, the less it weighs."""
+    return min(max(3 * batch * output_bytes, MIN_WORKSPACE_BYTES), MAX_WORKSPACE_BYTES)
 
 
 class Spectrum(NamedTuple):
@@ -59,6 +64,7 @@ def prepare(
     length: int,
     plan: Plan,
     stream: int,
+    workspace: int = MAX_WORKSPACE_BYTES,
 ) -> Spectrum:
     """The spectra of the filters of [`fft_conv`] for a plan, on the given, current stream.
 
@@ -69,7 +75,7 @@ def prepare(
     kernel scales, rounds and reorders.
     """
     if plan.fft_size > MAX_FUSED_FFT_SIZE:
-        return _prepare_by_torch(k, skip, k_rev, length, plan.fft_size, stream)
+        return _prepare_by_torch(k, skip, k_rev, length, plan.fft_size, stream, workspace)
     channels, device = k.shape[0], k.device
     words = torch.empty((channels, plan.points), dtype=torch.int32, device=device)
     scale = torch.empty((channels,), dtype=torch.float32, device=device)
@@ -93,13 +99,12 @@ def prepare(
 
 
 def _prepare_by_torch(
-    k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int, fft_size: int, stream: int
+    k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int, fft_size: int, stream: int, workspace: int
 ) -> Spectrum:
-    """A block of channels at a time, to bound the memory."""
+    """A block of channels at a time, which bounds the memory beside the spectra to `workspace` bytes."""
     channels, device = k.shape[0], k.device
     words = torch.empty((channels, fft_size), dtype=torch.int32, device=device)
     scale = torch.empty((channels,), dtype=torch.float32, device=device)
-    workspace = min(max(words.nbytes // 2, MIN_WORKSPACE_BYTES), MAX_WORKSPACE_BYTES)
     block = max(1, workspace // (_WORKSPACE_PER_POINT * fft_size))
     for start in range(0, channels, block):
         part = slice(start, start + block)
@@ -189,6 +194,7 @@ class SpectrumCache:
         length: int,
         plan: Plan,
         stream: int,
+        workspace: int = MAX_WORKSPACE_BYTES,
     ) -> Spectrum:
         """[`prepare`], or what it returned on this stream as long as the filters have not changed since."""
         reverse_taps = 0 if k_rev is None else min(k_rev.shape[1], length - 1)
@@ -204,8 +210,8 @@ class SpectrumCache:
         self._drop(key)
         tensors = [x for x in (k, skip, k_rev) if x is not None]
         if not all(map(_is_constant, tensors)):
-            return prepare(k, skip, k_rev, length, plan, stream)
-        make = partial(prepare, k, skip, k_rev, length, plan, stream)
+            return prepare(k, skip, k_rev, length, plan, stream, workspace)
+        make = partial(prepare, k, skip, k_rev, length, plan, stream, workspace)
         # Compiled functions warm their CUDA graphs up on another stream, and allocate in a pool of the graph.
         spectrum = make() if stream == DEFAULT_STREAM else outside_of_pools(make, k.device)
         references = [weakref.ref(x, lambda _: self._drop(key)) for x in tensors]
