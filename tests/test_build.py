@@ -245,7 +245,7 @@ SPILL_LIMITS = {
     r"14forward_kernel.*Li32ELb1ELi(1|16)ELi1ELb0E": 256,
     r"14forward_kernel.*(bfloat16|half)Li32ELb1ELi1ELi1ELb1E": 1900,
     r"14forward_kernel.*(bfloat16|half)Li32ELb1ELi1ELi2E": 600,
-    r"14cluster_kernel.*(bfloat16|half)": 680,
+    r"14cluster_kernel.*(bfloat16|half)": 600,
     r"15backward_kernel.*Li32ELb1": 600,
     r"15backward_kernel.*(bfloat16|half)Li64ELb1": 64,
     r"long_forward_kernel.*(bfloat16|half)Li8E": 320,
