@@ -215,7 +215,7 @@ def test_filter_spectra(size: int) -> None:
     taps[:, 0] += skip
     expected = torch.view_as_real(torch.fft.fft(taps))
     by_kernel = filters.prepare(k, skip, k_rev, lengths["length"], Plan(size, False), 0)
-    by_torch = filters._prepare_by_torch(k, skip, k_rev, lengths["length"], size, 0)
+    by_torch = filters._prepare_by_torch(k, skip, k_rev, lengths["length"], size, 0, workspace=40 * 2 * size)
     for spectrum in (by_kernel, by_torch):
         # No more than rounding to half precision.
         assert error(torch.view_as_real(in_natural_order(spectrum)), expected) < 2.5e-4
