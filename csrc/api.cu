@@ -17,15 +17,15 @@ constexpr int kBlockPositions = BlockedTile<float>::kPositions;
 // Tiles are counted in 32 bits, and looked ahead at.
 constexpr int64_t kMaximumTiles = (int64_t(1) << 31) - (1 << 24);
 
-static int block_count(const fft_conv_params& p) { return p.windows > 0 ? (p.length - 1) / kBlockPositions + 1 : 1; }
+static int block_count(const fft_conv_params& p) { return p.windows > 0 ? (p.length - 1) / (p.fft_size / 2) + 1 : 1; }
 
 static bool valid(const fft_conv_params& p) {
     const int bytes = p.element == FFT_CONV_FLOAT32 ? 4 : 2;
     for (const fft_conv_tensor* t : {&p.u, &p.pre_gate, &p.post_gate, &p.grad_output, &p.second_gate, &p.output, &p.grad_u, &p.grad_pre_gate, &p.grad_post_gate, &p.second_output})
         if (reinterpret_cast<uintptr_t>(t->data) % bytes != 0) return false;
     const int radix = p.fft_size / kColumns, reach = p.windows > 0 ? p.length : p.half ? p.fft_size / 2 : p.fft_size;
-    if (p.cluster > 0 && (p.fft_size != p.cluster * 2 * kBlockPositions || !p.half || p.windows > 0)) return false;
-    if (p.windows > 0 && (p.fft_size != 2 * kBlockPositions || !p.half || int64_t(p.batch + 1) / 2 * p.channels * block_count(p) > kMaximumTiles)) return false;
+    if ((p.cluster > 0 || p.windows > 0) && (p.fft_size != std::max(p.cluster, 1) * 2 * kBlockPositions || !p.half)) return false;
+    if (p.windows > 0 && int64_t(p.batch + 1) / 2 * p.channels * block_count(p) > kMaximumTiles) return false;
     return radix >= 1 && (radix & (radix - 1)) == 0 && radix * kColumns == p.fft_size && p.batch > 0 && p.channels > 0 && p.length > 0 && p.length <= reach;
 }
 
@@ -137,8 +137,10 @@ extern "C" int64_t fft_conv_backward_scratch(const fft_conv_params* params) {
 
 extern "C" int64_t fft_conv_blocked_scratch(const fft_conv_params* params, int device) {
     int error = 0;
-    const int64_t blocks = processor_count(device, &error), pairs = int64_t(params->batch + 1) / 2 * params->channels;
-    return error ? kUnsupported : blocks * params->windows * kBlockVectors<BlockedTile<float>> * 16 + (pairs + blocks) * 4;
+    const int64_t pairs = int64_t(params->batch + 1) / 2 * params->channels;
+    // Of each block or cluster of blocks that works: transforms of blocks, and a list of pairs; in a cluster all blocks have that list.
+    const int64_t workers = std::min<int64_t>(pairs, params->cluster > 0 ? fft_conv_clusters(params) : processor_count(device, &error));
+    return error ? kUnsupported : workers * params->windows * params->fft_size * 4 + std::max(params->cluster, 1) * (pairs + workers) * 4;
 }
 
 extern "C" int fft_conv_clusters(const fft_conv_params* params) {

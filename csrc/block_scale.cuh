@@ -10,7 +10,10 @@ struct BlockScale {
     // Of an energy given as value 4^exponent.
     DEVICE static BlockScale of(float value, int exponent, int length) {
         const int root = root_exponent(value, exponent, length);
-        return {power_of_two(-root), power_of_two(root)};
+        // Between 1 and 2. So the two sequences of a pair are of one size, and so are their errors.
+        const u32 mean = bits_from_float(value / float(length));
+        const float rest = square_root(float_from_bits((mean & 0x7fffffu) | (mean >> 23 & 1 ? 127u : 128u) << 23));
+        return {power_of_two(-root) / rest, power_of_two(root) * rest};
     }
 
     // One scale for both sequences of a pair, those of lanes 2 p and 2 p + 1, so that products of their spectra may be added up; a sequence of

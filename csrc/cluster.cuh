@@ -9,7 +9,12 @@
 //
 // Of the three groups of warps, the first packs, sends and does the DFTs of what has come of the pair before; the second does the rows; the third does
 // the DFTs on the way back, contracts and stores.
+//
+// Longer causal sequences go in blocks, as in csrc/forward.cuh: a cluster works on the blocks of a pair one after the other, and its second group adds up
+// the products of their transforms with the windows of the filter.
 #pragma once
+#include "block_scale.cuh"
+#include "forward_plan.cuh"
 #include "small_transform.cuh"
 #include "tile_store.cuh"
 
@@ -37,6 +42,13 @@ struct BlockWords {
         return {root_mean_square(word.x), root_mean_square(word.y)};
     }
 
+    // The largest of two numbers that are not negative, or of NaN, in all blocks.
+    DEVICE Pair largest(int number, int lane) {
+        barrier_wait(came + number % kPlaces, number / kPlaces % 2);
+        const uint2 word = words[number % kPlaces][lane % kBlocks];
+        return {float_from_bits(warp_maximum(word.x)), float_from_bits(warp_maximum(word.y))};
+    }
+
 private:
     DEVICE static float root_mean_square(u32 own) {
         constexpr int kUnit = 24, kLogLanes = 5;    // of what a lane adds
@@ -53,17 +65,29 @@ struct ClusterPlan {
     static constexpr int kBuffers = 2;          // of rows that come; there is one for rows that return
     static constexpr int kScaleSlots = 4;       // tiles under way between the first and the third group
     static constexpr int kRowsPerWarp = T::kRows / T::kWarps;
+    // What a warp of the second group has before it comes to it: the spectra of its rows or, of blocked sequences, the operands of its next products.
+    static constexpr int kAhead = T::kBlocked ? 2 : kRowsPerWarp, kOperandVectors = T::kBlocked ? 128 : 64;
+    static constexpr int kOperandBytes = T::kWarps * kAhead * kOperandVectors * 16;
+    // Of blocked sequences: the scales of a pair and its largest mean squares; the pairs of this round, its first tile, and pairs for another round,
+    // which these scales did not fit.
+    struct Blocked {
+        BlockScale scale[2];
+        float largest[2];
+        OwnPairs<T> pairs;
+        int first, misfits;
+    };
     struct Control {
         alignas(16) float energies[2 * 8];
         BlockWords<T::kCluster> scale_words;
         float scales[kScaleSlots][32];
-        WorkRange range;                // of pairs
+        WorkRange range;                // of tiles
+        Blocked blocked;
         int done[3][T::kThreads];       // of them, by each group, for each thread
         TileHeader headers[2][2];       // of a tile and the next in turn, for the first and for the third group
         TransactionBarrier rows_came[kBuffers], rows_free[kBuffers], returned, return_free;
     };
     static constexpr int kControlBytes = (int(sizeof(Control)) + 127) / 128 * 128;
-    static constexpr int kFixedBytes = Tables<T, true>::kSharedBytes + (kBuffers + 2) * T::kRowBytes + kControlBytes;
+    static constexpr int kFixedBytes = Tables<T, true>::kSharedBytes + (kBuffers + 1) * T::kRowBytes + kOperandBytes + kControlBytes;
     static constexpr bool kStaged = kFixedBytes + 3 * T::kStageBytes <= kSharedLimit;   // else inputs come from global memory
     static constexpr int kSharedBytes = kFixedBytes + (kStaged ? 3 * T::kStageBytes : 0);
     static_assert(kSharedBytes <= kSharedLimit, "shared memory of a block");
@@ -75,6 +99,7 @@ struct ClusterForward {
     using Control = typename Plan::Control;
     using Tables = ::Tables<T, true>;
     using Result = OuterResult<T>;
+    using Products = ::Products<T, 1>;
     static constexpr int kRemoteBytes = (T::kCluster - 1) * T::kOwnRows * kRowUnits * 16;     // that come from other blocks
     using Vector = typename Choose<(T::kCluster > 8), uint2, uint4>::type;      // of a row, that a thread transforms across the blocks
     static constexpr int kVectors = kRowUnits * 16 / int(sizeof(Vector));      // of a row
@@ -93,58 +118,82 @@ struct ClusterForward {
 
     DEVICE uint4* rows(int buffer) const { return reinterpret_cast<uint4*>(memory + buffer * T::kRowBytes); }
     DEVICE uint4* returned_rows() const { return rows(Plan::kBuffers); }
-    DEVICE uint4* spectrum() const { return rows(Plan::kBuffers + 1); }
-    DEVICE char* control_memory() const { return reinterpret_cast<char*>(rows(Plan::kBuffers + 2)); }
+    DEVICE uint4* operands() const { return rows(Plan::kBuffers + 1) + warp * Plan::kAhead * Plan::kOperandVectors + lane; }     // of this lane
+    DEVICE char* control_memory() const { return memory + (Plan::kBuffers + 1) * T::kRowBytes + Plan::kOperandBytes; }
     DEVICE Control& control() const { return *reinterpret_cast<Control*>(control_memory()); }
     DEVICE Stage<T> stage(int tensor) const { return {control_memory() + Plan::kControlBytes + tensor * T::kStageBytes}; }
-    DEVICE float* scales(int pair) const { return control().scales[pair % Plan::kScaleSlots]; }
-    DEVICE TileHeader& header(int group, int pair) const { return control().headers[group][pair % 2]; }
-    // The block's pairs, and how many of them a group has done. They stay in shared memory: what registers have no room for the compiler would park in
+    DEVICE float* scales(int tile) const { return control().scales[tile % Plan::kScaleSlots]; }
+    DEVICE TileHeader& header(int group, int tile) const { return control().headers[group][tile % 2]; }
+    // The block's tiles, and how many of them a group has done. They stay in shared memory: what registers have no room for the compiler would park in
     // local memory, as far as the L2 cache.
     DEVICE volatile const WorkRange& range() const { return control().range; }
     DEVICE volatile int& done(Group group) {
         forget(lane), forget(warp);
         return control().done[group][warp * 32 + lane];
     }
-    DEVICE int pair(Group group, int ahead = 0) { return range().first + done(group) + ahead; }
-    DEVICE int start() const { return rank * kColumns; }
-    DEVICE void fill_header(int group, int pair) const {
-        if (warp == 0) header(group, pair).template fill<typename T::Element>(params, RegularSequences::consecutive<T>(params, pair), lane, start());
+    DEVICE int tile(Group group, int ahead = 0) { return range().first + done(group) + ahead; }
+    DEVICE int first() const { return T::kBlocked ? control().blocked.first : 0; }
+    // A tile is a pair or, of blocked sequences, a block of one.
+    DEVICE int own_pair(int i) const { return control().blocked.pairs[i]; }
+    DEVICE TilePlace place(int tile) const {
+        if constexpr (!T::kBlocked) return {tile, 0};
+        const int own = params.blocks.divide(tile - first());
+        return {own, tile - first() - own * params.blocks.divisor};
     }
-    DEVICE TileSequences sequences(int pair) const { return TileSequences::consecutive(params, pair, lane, start()); }
+    DEVICE int pair(int tile) const { return T::kBlocked ? own_pair(place(tile).index) : tile; }
+    DEVICE int start(int tile) const { return place(tile).template start<T>(params) + rank * kColumns; }
+    DEVICE void fill_header(int group, int tile) const {
+        if (warp == 0) header(group, tile).template fill<typename T::Element>(params, RegularSequences::consecutive<T>(params, pair(tile)), lane, start(tile));
+    }
+    DEVICE TileSequences sequences(int tile) const { return TileSequences::consecutive(params, pair(tile), lane, start(tile)); }
+    DEVICE int row_vector(int own) const { return cluster_row<T>(rank, own) * 64 + lane; }
     DEVICE int channel_of(int pair) const {
         const int channel = params.pairs.divide(pair);
         return channel < params.channels ? channel : 0;
     }
 
-    // The first group. A sequence gets one scale from those that the blocks find for their parts.
+    // The first group. A sequence gets one scale from those that the blocks find for their parts; a blocked one that of csrc/block_scale.cuh.
     DEVICE void pack() {
         const Stage<T> u = stage(0), pre{params.pre_gate.data ? stage(1).memory : nullptr};
         auto start_inputs = [&](int ahead) {
-            auto all = [&] { return sequences(pair(kPacking, ahead)); };
+            auto all = [&] { return sequences(tile(kPacking, ahead)); };
             const Stager<T> stager{params, slots, fresh_thread_index()};
-            if (const int next = pair(kPacking, ahead); Plan::kStaged && next < range().last) {
+            if (const int next = tile(kPacking, ahead); Plan::kStaged && next < range().last) {
                 stager.start(u, kU, header(0, next), all);
-                if (pre) stager.start(pre, kPreGate, header(0, pair(kPacking, ahead)), all);
+                if (pre) stager.start(pre, kPreGate, header(0, tile(kPacking, ahead)), all);
             }
             copy_async_commit();
         };
-        done(kPacking) = 0;
-        fill_header(0, range().first);
+        done(kPacking) = first();
+        if constexpr (T::kBlocked) block_scales().start(whole_sequences(tile(kPacking)));
+        fill_header(0, range().first + first());
         named_barrier<256>(kPack);
         start_inputs(0);
 #pragma unroll 1
         for (;; done(kPacking) = done(kPacking) + 1) {
-            if (pair(kPacking) == range().last) {
-                if (const int number = done(kPacking); number > 0) transform_across(number - 1);
+            if (tile(kPacking) == range().last) {
+                if (const int number = done(kPacking); number > first()) transform_across(number - 1);
                 break;
             }
             copy_async_wait<0>();
             named_barrier<256>(kPack);
-            fill_header(0, pair(kPacking, 1));
+            fill_header(0, tile(kPacking, 1));
             u32 x[T::kSlots / 4][4];
             SequenceScales<T> sequence_scales{control().energies, slots, 0, warp, lane};
-            auto current = [&] { return sequences(pair(kPacking)); };
+            auto current = [&] { return sequences(tile(kPacking)); };
+            if constexpr (T::kBlocked) {
+                const BlockScale scale = scale_of_block();
+                if constexpr (Plan::kStaged)
+                    sequence_scales.pack_known(x, u, pre, scale);
+                else
+                    sequence_scales.known_direct(x, params.u, params.pre_gate, params, current(), scale);
+                note_block(sequence_scales.mean_square());
+                start_inputs(1);
+                if (const int number = done(kPacking); number > first()) transform_across(number - 1);
+                send(x, done(kPacking));
+                end_block();
+                continue;
+            }
             if constexpr (Plan::kStaged)
                 sequence_scales.pack_measured(x, u, pre, current().valid, params.transforms);
             else
@@ -153,19 +202,73 @@ struct ClusterForward {
             if (warp == 0) control().scale_words.send(done(kPacking), {shuffle(own, 0), shuffle(own, 1)}, lane);
             // Every thread has read its inputs (a barrier has passed): the next pair's may come.
             start_inputs(1);
-            if (const int number = done(kPacking); number > 0) transform_across(number - 1);
+            if (const int number = done(kPacking); number > first()) transform_across(number - 1);
             const Pair both = control().scale_words.root_mean_squares(done(kPacking), lane);
             const float up = lane % 2 == 0 ? both.x : both.y;
             const int down = int(own >> 23) - int(bits_from_float(up) >> 23) - sequence_scales.root;
             sequence_scales.apply(x, down < -30 ? -30 : down);
             if (warp == 0) {
-                const int own_pair = pair(kPacking);
+                const int own = tile(kPacking);
                 const TileSequences now = current();
-                scales(own_pair)[lane] = now.valid ? params.spectrum_scale[now.channel] * up : 0.f;
-                if (params.transforms && rank == 0 && lane == 0) params.pair_scales[own_pair] = larger_or_nan(both.x, both.y);
+                scales(own)[lane] = now.valid ? params.spectrum_scale[now.channel] * up : 0.f;
+                if (params.transforms && rank == 0 && lane == 0) params.pair_scales[own] = larger_or_nan(both.x, both.y);
             }
             send(x, done(kPacking));
         }
+    }
+
+    // What undoes the scale of this lane's sequence and its filter's.
+    DEVICE float undo_of(const TileSequences& sequences, float up) const { return sequences.valid ? params.spectrum_scale[sequences.channel] * up : 0.f; }
+
+    // Of blocked sequences: every block samples the whole of them, and all come to the same scale.
+    DEVICE BlockScales<T> block_scales() const { return {params, control().energies, 0, warp, lane}; }
+    DEVICE TileSequences whole_sequences(int tile) const { return TileSequences::consecutive(params, pair(tile), lane); }
+    DEVICE BlockScale scale_of_block() {
+        const int own = tile(kPacking);
+        BlockScale scale;
+        if (place(own).step > 0) {
+            scale = control().blocked.scale[lane % 2];
+        } else {
+            const TileSequences whole = whole_sequences(own);
+            scale = control().blocked.pairs.list ? block_scales().from_all(whole) : block_scales().from_samples(whole);
+            if (params.transforms) {
+                scale = scale.common();
+                const float both = scale.undo_common();
+                if (rank == 0 && thread_index() == 0) params.pair_scales[pair(own)] = both;
+            }
+            if (warp == 0 && lane < 2) control().blocked.scale[lane] = scale, control().blocked.largest[lane] = 0.f;
+        }
+        if (warp == 0) scales(own)[lane] = undo_of(whole_sequences(own), scale.up);
+        return scale;
+    }
+
+    // Notes the mean square of a block's part of this lane's sequence, and tells the other blocks of the largest.
+    DEVICE void note_block(float mean_square) {
+        if (warp != 0) return;
+        auto& own = control().blocked;
+        if (lane < 2) own.largest[lane] = larger_or_nan(own.largest[lane], mean_square);
+        warp_barrier();
+        const int now = tile(kPacking);
+        if (ends_pair(now) && !own.pairs.list) control().scale_words.send(place(now).index, uint2{bits_from_float(own.largest[0]), bits_from_float(own.largest[1])}, lane);
+    }
+    DEVICE bool ends_pair(int tile) const { return place(tile).step + 1 == params.blocks.divisor; }
+
+    // Where a pair ends: lists it if its blocks do not fit its scale.
+    DEVICE void end_block() {
+        const int now = tile(kPacking);
+        if (!ends_pair(now)) return;
+        if (now + 1 < range().last) block_scales().start(whole_sequences(now + 1));
+        if (control().blocked.pairs.list) return;
+        const Pair both = control().scale_words.largest(place(now).index, lane);
+        float largest = lane % 2 == 0 ? both.x : both.y;
+        if (params.transforms) largest = larger_or_nan(both.x, both.y);
+        const bool misfit = warp_any(whole_sequences(now).valid && lane < 2 && !BlockScales<T>::fits(largest));
+        if (misfit && warp == 0 && lane == 0) misfit_list()[control().blocked.misfits++] = place(now).index;
+    }
+    // Each block keeps a list of its own, and all are the same.
+    DEVICE int* misfit_list() const {
+        uint4* const ring_end = static_cast<uint4*>(params.scratch) + int64_t(OwnPairs<T>::workers()) * params.windows * kBlockVectors<T>;
+        return reinterpret_cast<int*>(ring_end) + int64_t(block_index()) * ((params.batch + 1) / 2 * params.channels / OwnPairs<T>::workers() + 1);
     }
 
     // Sends a pair's rows to their blocks.
@@ -222,11 +325,10 @@ struct ClusterForward {
     DEVICE void transform() {
         const InnerConstants constants(InnerTables{tables.inner, lane});
         // Every lane copies what it will read itself: nothing but its own wait is needed. The spectrum stays as long as the channel does.
-        auto operand = [&](int i) { return spectrum() + (warp * Plan::kRowsPerWarp + i) * 64 + lane; };
+        auto operand = [&](int i) { return operands() + i * 64; };
         auto start_operand = [&](int i, int of_pair, bool wanted) {
             if (wanted) {
-                const int row = cluster_row<T>(rank, warp + i * T::kWarps);
-                const uint4* const from = reinterpret_cast<const uint4*>(params.spectrum) + (int64_t(channel_of(of_pair)) * T::kCluster * T::kRows + row) * 64 + lane;
+                const uint4* const from = reinterpret_cast<const uint4*>(params.spectrum) + int64_t(channel_of(of_pair)) * kBlockVectors<T> + row_vector(warp + i * T::kWarps);
                 copy_async<16>(operand(i), from), copy_async<16>(operand(i) + 32, from + 32);
             }
             copy_async_commit();
@@ -234,8 +336,8 @@ struct ClusterForward {
         done(kTransforming) = 0;
         for (int i = 0; i < Plan::kRowsPerWarp; i++) start_operand(i, range().first, true);
 #pragma unroll 1
-        for (; pair(kTransforming) < range().last; done(kTransforming) = done(kTransforming) + 1) {
-            const int buffer = done(kTransforming) % Plan::kBuffers, next = pair(kTransforming, 1);
+        for (; tile(kTransforming) < range().last; done(kTransforming) = done(kTransforming) + 1) {
+            const int buffer = done(kTransforming) % Plan::kBuffers, next = tile(kTransforming, 1);
             const bool channel_ends = next < range().last && channel_of(next) != channel_of(next - 1);
             named_barrier<512>(kReady + buffer);
             uint4* const first_row = rows(buffer) + warp * kRowUnits + fragment_unit(warp, lane);
@@ -249,16 +351,73 @@ struct ClusterForward {
                 twiddles.load(first_twiddle + own * 64);
                 value = inner_transform(value * twiddles, constants);
                 if (params.transforms) {
-                    const int64_t row = int64_t(pair(kTransforming)) * T::kCluster * T::kRows + cluster_row<T>(rank, warp + own);
-                    value.store(static_cast<uint4*>(params.transforms) + row * 64 + lane);
+                    value.store(static_cast<uint4*>(params.transforms) + int64_t(tile(kTransforming)) * kBlockVectors<T> + row_vector(warp + own));
                 }
                 factors.load(operand(i));
                 factors.conjugate_if(params.reverse);
                 value = inner_transform(conjugate_product(value, factors), constants) * twiddles;
                 value.store(first_row + own * kRowUnits);
-                start_operand(i, pair(kTransforming, 1), channel_ends);
+                start_operand(i, tile(kTransforming, 1), channel_ends);
             }
             named_barrier_arrive<512>(kTransformed + done(kTransforming) % Plan::kBuffers);
+        }
+        copy_async_wait<0>();
+    }
+
+    // The same for blocked sequences, whose products are the steps.
+    DEVICE void transform_blocked() {
+        const PreciseInnerTables constants{{tables.inner, lane}};
+        int place = 0;      // of the operands of this step, and then of those kAhead steps later
+        Products next(*this);
+        auto start_operands = [&] {
+            if (next.own < control().blocked.pairs.count) {
+                uint4* const to = operands() + place * Plan::kOperandVectors;
+                const uint4 *const spectrum = next.spectra + next.window, *const block = next.history.blocks + next.block;
+                copy_async<16>(to, spectrum), copy_async<16>(to + 32, spectrum + 32);
+                if (next.left < next.windows) copy_async<16>(to + 64, block), copy_async<16>(to + 96, block + 32);
+                next.advance(*this);
+            }
+            copy_async_commit();
+            place = (place + 1) % Plan::kAhead;
+        };
+        done(kTransforming) = first();
+        for (int i = 0; i < Plan::kAhead; i++) start_operands();
+#pragma unroll 1
+        for (int own = 0; own < control().blocked.pairs.count; own++) {
+            const History<T> history(params, own_pair(own));
+#pragma unroll 1
+            for (int step = 0; step < params.blocks.divisor; step++, done(kTransforming) = done(kTransforming) + 1) {
+                const int buffer = done(kTransforming) % Plan::kBuffers, windows = step + 1 < params.windows ? step + 1 : params.windows;
+                uint4* const kept = history.blocks + step % history.count * kBlockVectors<T>;
+                named_barrier<512>(kReady + buffer);
+#pragma unroll 1
+                for (int row = warp; row < T::kRows; row += T::kWarps) {
+                    uint4* const units = rows(buffer) + row * kRowUnits + fragment_unit(warp, lane);
+                    const uint4* const row_twiddles = tables.twiddle + row * 64 + lane;
+                    RowFragment value, other, sums[2] = {};      // of even and of odd windows: fewer roundings of large sums
+                    value.load(units), other.load(row_twiddles);
+                    value = inner_transform(value * other, constants);
+                    if (history.count > 1) value.store(kept + row_vector(row));
+                    auto add_product = [&](RowFragment& sum, bool of_block) {
+                        copy_async_wait<Plan::kAhead - 1>();
+                        const uint4* const operand = operands() + place * Plan::kOperandVectors;
+                        other.load(operand);
+                        other.conjugate_if(params.reverse);
+                        if (of_block) value.load(operand + 64);
+                        add_conjugate_product(sum, value, other);
+                        start_operands();
+                    };
+                    add_product(sums[0], false);
+#pragma unroll 1
+                    for (int window = 1; window < windows; window += 2) {
+                        add_product(sums[1], true);
+                        if (window + 1 < windows) add_product(sums[0], true);
+                    }
+                    other.load(row_twiddles);
+                    (inner_transform(sums[0] + sums[1], constants) * other).store(units);
+                }
+                named_barrier_arrive<512>(kTransformed + buffer);
+            }
         }
         copy_async_wait<0>();
     }
@@ -282,24 +441,24 @@ struct ClusterForward {
     // The third group: while the second works on a pair, stores the one before.
     DEVICE void store() {
         const Stage<T> post{Plan::kStaged && params.post_gate.data ? stage(2).memory : nullptr};
-        auto all = [&] { return sequences(pair(kStoring, -1)); };
+        auto all = [&] { return sequences(tile(kStoring, -1)); };
         auto start_gate = [&](TensorIndex gate, int ahead) {
             const Stager<T> stager{params, slots, fresh_thread_index()};
-            if (const int next = pair(kStoring, ahead); post && next < range().last)
-                stager.start(post, gate, header(1, next), [&] { return sequences(pair(kStoring, ahead)); });
+            if (const int next = tile(kStoring, ahead); post && next < range().last)
+                stager.start(post, gate, header(1, next), [&] { return sequences(tile(kStoring, ahead)); });
             copy_async_commit();
         };
-        done(kStoring) = 0;
-        fill_header(1, range().first);
+        done(kStoring) = first();
+        fill_header(1, range().first + first());
         named_barrier<256>(kStore);
         start_gate(kPostGate, 0);
 #pragma unroll 1
         for (;;) {
-            if (const int number = done(kStoring); number > 0 && params.output.data) {
+            if (const int number = done(kStoring); number > first() && params.output.data) {
                 barrier_wait(&control().returned, (number - 1) % 2);
                 Result result;
                 result.add(returned_rows(), tables.outer_inverse, 0, warp, lane);
-                const int stored = pair(kStoring, -1);
+                const int stored = tile(kStoring, -1);
                 const float scale = scales(stored)[lane];
                 copy_async_wait<0>();
                 named_barrier<256>(kStore);
@@ -309,7 +468,7 @@ struct ClusterForward {
                 output.store(result, header(1, stored), post, scale, kStore, [&] { start_gate(kSecondGate, -1); }, all);
                 start_gate(kPostGate, 0);
             }
-            if (pair(kStoring) >= range().last) break;
+            if (tile(kStoring) >= range().last) break;
             return_rows(done(kStoring));
             done(kStoring) = done(kStoring) + 1;
         }
@@ -318,19 +477,39 @@ struct ClusterForward {
 
     DEVICE void run() {
         if (thread_index() == 0) {
-            control().range = work_range(tile_count<T>(params), T::kCluster);
+            if constexpr (T::kBlocked)
+                control().range = {0, 0}, control().blocked.misfits = 0, start_round(OwnPairs<T>(params));
+            else
+                control().range = work_range(tile_count<T>(params), T::kCluster);
             control().scale_words.start();
             for (int i = 0; i < Plan::kBuffers; i++) barrier_start(control().rows_came + i, T::kWarps), barrier_start(control().rows_free + i, T::kCluster);
             barrier_start(&control().returned, T::kWarps), barrier_start(&control().return_free, T::kCluster);
         }
         copy_async_wait<0>();
         cluster_barrier();
-        switch (thread_index() / T::kThreads) {
-            case 0: pack(); break;
-            case 1: transform(); break;
-            default: store();
+#pragma unroll 1
+        for (bool ends = !T::kBlocked;; ends = true) {
+            switch (thread_index() / T::kThreads) {
+                case 0: pack(); break;
+                case 1:
+                    if constexpr (T::kBlocked)
+                        transform_blocked();
+                    else
+                        transform();
+                    break;
+                default: store();
+            }
+            // Until all have read what others had for them.
+            cluster_barrier();
+            if (!T::kBlocked || ends || control().blocked.misfits == 0) return;
+            if (thread_index() == 0) start_round({control().blocked.misfits, misfit_list()});
+            cluster_barrier();
         }
-        // Until all have read what others had for them.
-        cluster_barrier();
+    }
+
+    // Of blocked sequences, by one thread. Tiles are counted on.
+    DEVICE void start_round(OwnPairs<T> pairs) const {
+        control().blocked.pairs = pairs, control().blocked.first = control().range.last;
+        control().range.last += pairs.count * params.blocks.divisor;
     }
 };

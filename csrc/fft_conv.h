@@ -18,8 +18,9 @@ enum fft_conv_element { FFT_CONV_BFLOAT16 = 0, FFT_CONV_FLOAT16 = 1, FFT_CONV_FL
 // y = post_gate * conv(pre_gate * u, k) with the filter k given by its spectrum of fft_size points (hf_flashfftconv/ops/filters.py).
 // cluster > 1: so many blocks share a transform, of 8,192 points for each; half is set.
 // half: inputs and outputs lie in the first half of the transform (causal and bidirectional convolution).
-// windows > 0: causal convolution of sequences of any length in blocks of fft_size / 2, which is 4,096; output may be absent; k is given by the spectra of so many windows
-// (fft_conv_filter_params), enough for its taps or for all blocks. reverse: the convolution is transposed, anticausal.
+// windows > 0: causal convolution of sequences of any length in blocks of fft_size / 2, which is 4,096, or 65,536 in a cluster of 16; output may be
+// absent; k is given by the spectra of so many windows (fft_conv_filter_params), enough for its taps or for all blocks. reverse: the convolution is
+// transposed, anticausal.
 struct fft_conv_params {
     fft_conv_tensor u, pre_gate, post_gate, grad_output;
     fft_conv_tensor output, grad_u, grad_pre_gate, grad_post_gate;

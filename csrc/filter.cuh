@@ -23,11 +23,12 @@ DEVICE Complex unit_root(int index, int log_order) {
     return conjugate(root);
 }
 
-// x * exp(-2 pi i index / 16), for an even index that is known at compile time.
-DEVICE Complex turn(Complex x, int index) {
+// x + t and x - t with t = y exp(-2 pi i index / 16), for an even index that is known at compile time.
+DEVICE void add_turned(Complex& sum, Complex& difference, Complex x, Complex y, int index) {
     constexpr float kDiagonal = 0.70710678118654752f;
-    if (index % 4 == 2) x = {(x.re + x.im) * kDiagonal, (x.im - x.re) * kDiagonal};
-    return index / 4 == 1 ? Complex{x.im, -x.re} : x;
+    if (index % 4 == 2) y = {(y.re + y.im) * kDiagonal, (y.im - y.re) * kDiagonal};
+    if (index / 4 == 1) y = {y.im, -y.re};
+    sum = x + y, difference = x - y;
 }
 
 struct FilterParams : fft_conv_filter_params {

@@ -16,6 +16,7 @@ struct Forward {
     using Plan = ForwardPlan<T>;
     using Element = typename T::Element;
     using Tables = ::Tables<T, Plan::kWide || T::kBlocked>;
+    using Products = ::Products<T, Plan::kAtOnce>;
     using Result = OuterResult<T, typename Choose<(T::kSlots > 16), HalfSums, SingleSums>::type>;
     enum Barrier { kPack = 1, kStore = 2, kPacked = 3, kTransformed = kPacked + Plan::kBuffers, kEmpty = kTransformed + Plan::kBuffers };
     const LaunchParams& params;
@@ -23,12 +24,12 @@ struct Forward {
     const int radix;
     const SlotMap<T> slots;
     const Tables tables;
-    const OwnPairs pairs;       // of blocked sequences
+    const OwnPairs<T> pairs;       // of blocked sequences
     const WorkRange range;
     char* const memory;
 
     // Of blocked sequences, the own pairs that are to be done.
-    DEVICE Forward(const LaunchParams& params, const OwnPairs& pairs)
+    DEVICE Forward(const LaunchParams& params, const OwnPairs<T>& pairs)
         : params(params), lane(thread_index() % 32), warp(thread_index() / 32 % T::kWarps), radix(1 << params.log_radix),
           slots{params.log_radix - T::kHalf}, tables(params.tables, shared_memory(), radix),
           pairs(pairs), range(T::kBlocked ? WorkRange{0, pairs.count * params.blocks.divisor} : work_range(tile_count<T>(params))), memory(shared_memory() + Tables::kSharedBytes) {}
@@ -42,11 +43,13 @@ struct Forward {
     DEVICE TileHeader& header(int group, int tile) const {
         return reinterpret_cast<TileHeader*>(control() + T::kEnergyBytes + Plan::kScaleSlots * 32 * 4)[2 * group + tile % 2];
     }
-    DEVICE int first_pair(TilePlace place) const { return place.first_pair<T>(params, pairs); }
+    DEVICE int own_pair(int i) const { return pairs[i]; }
+    DEVICE int first_pair(TilePlace place) const { return place.first_pair(params, pairs); }
     DEVICE void fill_header(int group, int tile, TilePlace place) const {
         if (warp == 0) header(group, tile).template fill<Element>(params, RegularSequences::consecutive<T>(params, first_pair(place)), lane, place.start<T>(params));
     }
     DEVICE TileSequences sequences(TilePlace place) const { return TileSequences::consecutive(params, first_pair(place), lane, place.start<T>(params)); }
+    DEVICE int row_vector(int row) const { return row * 64 + lane; }
     DEVICE int part_number(int tile, int part) const { return (tile - range.first) * T::kParts + part; }
 
     // The first group.
@@ -191,13 +194,13 @@ struct Forward {
         const int own_unit = fragment_unit(warp, lane);
         uint4* const operands = reinterpret_cast<uint4*>(memory + Plan::kBuffers * T::kRowBytes) + warp * Plan::kAhead * Plan::kOperandVectors;
         int place = 0;      // of the operands of this step, and then of those kSteps steps later
-        Products<T> next(*this);
+        Products next(*this);
         auto start_operands = [&] {
             if (next.own < pairs.count) {
 #pragma unroll
                 for (int i = 0; i < Plan::kAtOnce; i++) {
                     uint4* const to = operands + (place * Plan::kAtOnce + i) * Plan::kOperandVectors + lane;
-                    const uint4 *const spectrum = next.spectra + next.window + i * Products<T>::kRowStep, *const block = next.history.blocks + next.block + i * Products<T>::kRowStep;
+                    const uint4 *const spectrum = next.spectra + next.window + i * Products::kRowStep, *const block = next.history.blocks + next.block + i * Products::kRowStep;
                     copy_async<16>(to, spectrum), copy_async<16>(to + 32, spectrum + 32);
                     if (next.left < next.windows) copy_async<16>(to + 64, block), copy_async<16>(to + 96, block + 32);
                 }
@@ -229,14 +232,14 @@ struct Forward {
 #pragma unroll
                     for (int i = 0; i < Plan::kAtOnce; i++) {
                         values[i].load(words + i * T::kWarps * kRowUnits + own_unit);
-                        other.load(tables.twiddle + row * 64 + i * Products<T>::kRowStep + lane);
+                        other.load(tables.twiddle + row * 64 + i * Products::kRowStep + lane);
                         values[i] = values[i] * other;
                     }
                     inner_transform(values, constants);
                     const uint4* operand_words = operand();
 #pragma unroll
                     for (int i = 0; i < Plan::kAtOnce; i++) {
-                        if (history.count > 1) values[i].store(kept + row * 64 + i * Products<T>::kRowStep + lane);
+                        if (history.count > 1) values[i].store(kept + row * 64 + i * Products::kRowStep + lane);
                         other.load(operand_words + i * Plan::kOperandVectors + lane);
                         other.conjugate_if(params.reverse);
                         sums[i] = conjugate_product(values[i], other);
@@ -345,7 +348,7 @@ struct Forward {
 
 template <class T>
 DEVICE void forward_pass(const LaunchParams& params) {
-    OwnPairs pairs(params);
+    OwnPairs<T> pairs(params);
     const Forward<T> all(params, pairs);
     all.run();
     if constexpr (T::kBlocked) {

@@ -31,7 +31,7 @@ struct ForwardPlan {
 
 // The spectrum of a window, or the transform of a block.
 template <class T>
-constexpr int kBlockVectors = T::kRows * kColumns / 4;
+constexpr int kBlockVectors = T::kRows * T::kCluster * kColumns / 4;
 
 // The transforms of a pair's blocks: of all, where they are to be kept, else of as many as the filter has windows, in turn.
 template <class T>
@@ -40,16 +40,16 @@ struct History {
     int count;
 
     DEVICE History(const LaunchParams& params, int pair) : count(params.transforms ? params.blocks.divisor : params.windows) {
-        blocks = static_cast<uint4*>(params.transforms ? params.transforms : params.scratch) + int64_t(params.transforms ? pair : block_index()) * count * kBlockVectors<T>;
+        blocks = static_cast<uint4*>(params.transforms ? params.transforms : params.scratch) + int64_t(params.transforms ? pair : OwnPairs<T>::worker()) * count * kBlockVectors<T>;
     }
 };
 
 // The steps of a warp of the second group, where sequences are blocked: the products of one row or, at once, of two: of a block's transform with
 // window 0 of the filter, then of the blocks before it, whose transforms wait in global memory, with the other windows. Here is where the operands
-// of a step lie; those of the second row are kRowStep vectors further.
-template <class T>
+// of a step lie; those of the second row are kRowStep vectors further. row_vector(row) of the pass is where this lane's vectors of a row begin.
+template <class T, int kAtOnce>
 struct Products {
-    static constexpr int kRowStep = T::kWarps * 64, kRowsAtOnce = ForwardPlan<T>::kAtOnce * T::kWarps;
+    static constexpr int kRowStep = T::kWarps * 64, kRowsAtOnce = kAtOnce * T::kWarps;
     int own, step, row, left;       // pair, its block, row, products left in the rows
     int windows, slot;              // of the block: products of a row, and where its transform goes
     const uint4* spectra;           // of the pair's channel
@@ -57,19 +57,20 @@ struct Products {
     int window, block;              // vectors of this lane: of the window's spectrum, of the block's transform
 
     template <class Pass>
-    DEVICE explicit Products(const Pass& pass) : own(0), history(pass.params, pass.pairs[0]) { start_pair(pass); }
+    DEVICE explicit Products(const Pass& pass) : own(0), history(pass.params, pass.own_pair(0)) { start_pair(pass); }
 
     template <class Pass>
     DEVICE void start_pair(const Pass& pass) {
-        const int channel = pass.channel_of(pass.pairs[own]);
-        history = History<T>(pass.params, pass.pairs[own]);
+        const int channel = pass.channel_of(pass.own_pair(own));
+        history = History<T>(pass.params, pass.own_pair(own));
         spectra = reinterpret_cast<const uint4*>(pass.params.spectrum) + int64_t(channel) * pass.params.windows * kBlockVectors<T>;
         step = slot = 0, windows = 1;
-        start_row(pass.warp, pass.lane);
+        start_row(pass, pass.warp);
     }
-    DEVICE void start_row(int next, int lane) {
+    template <class Pass>
+    DEVICE void start_row(const Pass& pass, int next) {
         row = next, left = windows;
-        window = row * 64 + lane, block = slot * kBlockVectors<T> + window;
+        window = pass.row_vector(row), block = slot * kBlockVectors<T> + window;
     }
     template <class Pass>
     DEVICE void advance(const Pass& pass) {
@@ -77,11 +78,11 @@ struct Products {
             window += kBlockVectors<T>, block -= kBlockVectors<T>;
             if (block < 0) block += history.count * kBlockVectors<T>;
         } else if (row + kRowsAtOnce < T::kRows) {
-            start_row(row + kRowsAtOnce, pass.lane);
+            start_row(pass, row + kRowsAtOnce);
         } else if (++step < pass.params.blocks.divisor) {
             slot = slot + 1 < history.count ? slot + 1 : 0;
             if (windows < pass.params.windows) windows++;
-            start_row(pass.warp, pass.lane);
+            start_row(pass, pass.warp);
         } else {
             own++;
             start_pair(pass);

@@ -68,7 +68,7 @@ template <class T>
 int Launcher<T>::forward(const LaunchParams& params, void* stream) {
     using Plan = ForwardPlan<T>;
     static Prepared prepared;
-    const Grid grid{tile_count<T>(params) / (T::kBlocked ? params.blocks.divisor : 1), 1, Plan::kThreads, Plan::kSharedBytes, Plan::kSharedBytes};
+    const Grid grid{tile_count<T>(params) / params.blocks.divisor, 1, Plan::kThreads, Plan::kSharedBytes, Plan::kSharedBytes};
     return launch(forward_kernel<T>, prepared, grid, params, stream);
 }
 
@@ -100,26 +100,26 @@ int LongLauncher<Element, kSlots>::backward(const LongParams& params, void* stre
 }
 
 // A launch of clusters, of as many as asked for.
-template <class Element, int kBlocks>
+template <class T>
 cudaLaunchConfig_t cluster_launch(int clusters, cudaLaunchAttribute* attribute, void* stream) {
-    using Plan = ClusterPlan<typename ClusterLauncher<Element, kBlocks>::T>;
+    using Plan = ClusterPlan<T>;
     attribute->id = cudaLaunchAttributeClusterDimension;
-    attribute->val.clusterDim.x = kBlocks, attribute->val.clusterDim.y = attribute->val.clusterDim.z = 1;
+    attribute->val.clusterDim.x = T::kCluster, attribute->val.clusterDim.y = attribute->val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim = clusters * kBlocks, config.blockDim = Plan::kThreads, config.dynamicSmemBytes = Plan::kSharedBytes;
+    config.gridDim = clusters * T::kCluster, config.blockDim = Plan::kThreads, config.dynamicSmemBytes = Plan::kSharedBytes;
     config.stream = static_cast<cudaStream_t>(stream), config.attrs = attribute, config.numAttrs = 1;
     return config;
 }
 
-template <class Element, int kBlocks>
-int ClusterLauncher<Element, kBlocks>::clusters() {
+template <class Element, int kBlocks, bool kBlocked>
+int ClusterLauncher<Element, kBlocks, kBlocked>::clusters() {
     static std::atomic<int> known[kKnownDevices];
     int device = 0, count = 0, major = 0;
     if (cudaGetDevice(&device) != 0 || cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != 0 || major < 9) return 0;
     if (device < kKnownDevices && (count = known[device].load(std::memory_order_relaxed)) > 0) return count;
     const auto kernel = cluster_kernel<T>;
     cudaLaunchAttribute attribute;
-    const cudaLaunchConfig_t config = cluster_launch<Element, kBlocks>(1, &attribute, nullptr);
+    const cudaLaunchConfig_t config = cluster_launch<T>(1, &attribute, nullptr);
     int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ClusterPlan<T>::kSharedBytes);
     // More than eight blocks is more than every device promises.
     if (error == 0 && kBlocks > 8) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
@@ -130,21 +130,21 @@ int ClusterLauncher<Element, kBlocks>::clusters() {
     return count;
 }
 
-template <class Element, int kBlocks>
-int ClusterLauncher<Element, kBlocks>::forward(const LaunchParams& params, void* stream) {
-    const int count = std::min(clusters(), tile_count<T>(params));
+template <class Element, int kBlocks, bool kBlocked>
+int ClusterLauncher<Element, kBlocks, kBlocked>::forward(const LaunchParams& params, void* stream) {
+    const int count = std::min(clusters(), tile_count<T>(params) / params.blocks.divisor);
     if (count <= 0) return kUnsupported;
     cudaLaunchAttribute attribute;
-    const cudaLaunchConfig_t config = cluster_launch<Element, kBlocks>(count, &attribute, stream);
+    const cudaLaunchConfig_t config = cluster_launch<T>(count, &attribute, stream);
     const int error = cudaLaunchKernelEx(&config, cluster_kernel<T>, params);
     const int launch_error = cudaGetLastError();
     return error ? error : launch_error;
 }
 
-#define INSTANTIATE_CLUSTER(blocks)                    \
-    template struct ClusterLauncher<bfloat16, blocks>; \
-    template struct ClusterLauncher<float16, blocks>;  \
-    template struct ClusterLauncher<float, blocks>;
+#define INSTANTIATE_CLUSTER(...)                            \
+    template struct ClusterLauncher<bfloat16, __VA_ARGS__>; \
+    template struct ClusterLauncher<float16, __VA_ARGS__>;  \
+    template struct ClusterLauncher<float, __VA_ARGS__>;
 
 #define INSTANTIATE_LONG(slots)                  \
     template struct LongLauncher<bfloat16, slots>; \

@@ -23,10 +23,10 @@ struct Launcher {
     static constexpr int kSumBytes = BackwardPlan<BackwardTile<T>>::kSumBytes;
 };
 
-// Transforms that a cluster of blocks shares.
-template <class Element, int kBlocks>
+// Transforms that a cluster of blocks shares, of whole sequences or of their blocks.
+template <class Element, int kBlocks, bool kBlocked = false>
 struct ClusterLauncher {
-    using T = Tile<Element, 32, true, 1, 1, false, kBlocks>;
+    using T = Tile<Element, 32, true, 1, 1, kBlocked, kBlocks>;
     static int forward(const LaunchParams& params, void* stream);
     // That run at a time on the current device; zero or less where it has none.
     static int clusters();
@@ -104,6 +104,7 @@ template <class Function>
 int with_cluster(const fft_conv_params& p, Function function) {
     auto with_element = [&](auto element) {
         using Element = decltype(element);
+        if (p.windows > 0) return p.cluster == 16 ? function(ClusterLauncher<Element, 16, true>{}) : kUnsupported;
         switch (p.cluster) {
             case 2: return function(ClusterLauncher<Element, 2>{});
             case 4: return function(ClusterLauncher<Element, 4>{});

@@ -1,4 +1,5 @@
-// DFT of a few points in registers, for values that have sums, differences and turn(x, index), which is x * exp(-2 pi i index / 16).
+// DFT of a few points in registers, for values that have sums, differences and add_turned(sum, difference, x, y, index), which gives x + t and x - t
+// with t = y exp(-2 pi i index / 16).
 #pragma once
 #include "primitives.cuh"
 
@@ -11,10 +12,6 @@ DEVICE void small_transform(Value (&x)[kPoints]) {
         small_transform(even);
         small_transform(odd);
 #pragma unroll
-        for (int i = 0; i < kPoints / 2; i++) {
-            const Value turned = turn(odd[i], 16 / kPoints * i);
-            x[i] = even[i] + turned;
-            x[i + kPoints / 2] = even[i] - turned;
-        }
+        for (int i = 0; i < kPoints / 2; i++) add_turned(x[i], x[i + kPoints / 2], even[i], odd[i], 16 / kPoints * i);
     }
 }

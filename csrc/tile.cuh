@@ -20,10 +20,10 @@ struct Tile {
     static constexpr int kAllRows = kRows * kParts;
     static constexpr int kSlots = kHalf_ ? kAllRows / 2 : kAllRows;     // rows of 256 positions that are read and written
     static constexpr bool kHalf = kHalf_, kBlocked = kBlocked_;
-    static constexpr bool kTwoOutputs = kBlocked || kCluster_ > 1;      // if wanted, of one result by two gates
     static constexpr int kCluster = kCluster_, kOwnRows = kRows / kCluster;     // of each block, as rows pass through the cluster
+    static constexpr bool kTwoOutputs = kBlocked || kCluster > 1;       // if wanted, of one result by two gates
     static constexpr int kWarps = 8, kThreads = 256;             // a group of eight warps covers the 256 columns
-    static constexpr int kPositions = kSlots * kColumns;         // of a block
+    static constexpr int kPositions = kSlots * kColumns * kCluster;     // of a block of a sequence
     static constexpr int kMaxPairs = kMaxPairs_;                 // one, or sixteen: the lanes of a warp know the sequences of a tile
     static constexpr int kSegment = kColumns * int(sizeof(Element));
     static constexpr int kStageBytes = 2 * kSlots * kSegment;    // one tensor of a tile
@@ -75,17 +75,21 @@ HOST_DEVICE int tile_count(const LaunchParams& params) {
     return T::kBlocked ? pairs * params.blocks.divisor : (pairs + per_tile - 1) / per_tile;
 }
 
-// The pairs of a thread block where sequences are blocked: every block_count()-th, so that all blocks work on few channels at a time, whose windows
-// stay in the L2 cache. Of these, all or those in a list.
+// The pairs of a worker, which is a thread block or a cluster of them, where sequences are blocked: every so many-th, so that all workers are at few
+// channels at a time, whose windows stay in the L2 cache. Of these, all or those in a list.
+template <class T>
 struct OwnPairs {
     int count;
     const int* list;
 
+    DEVICE static int worker() { return block_index() / T::kCluster; }
+    DEVICE static int workers() { return block_count() / T::kCluster; }
     DEVICE explicit OwnPairs(const LaunchParams& params) : list(nullptr) {
         const int pairs = (params.batch + 1) / 2 * params.channels;
-        count = block_index() < pairs ? (pairs - 1 - block_index()) / block_count() + 1 : 0;
+        count = worker() < pairs ? (pairs - 1 - worker()) / workers() + 1 : 0;
     }
-    DEVICE int operator[](int i) const { return block_index() + (list ? list[i < count ? i : 0] : i) * block_count(); }
+    DEVICE OwnPairs(int count, const int* list) : count(count), list(list) {}
+    DEVICE int operator[](int i) const { return worker() + (list ? list[i < count ? i : 0] : i) * workers(); }
 };
 
 // Where a tile lies: tile `index` of all, or block `step`, in the order of the work, of pair `index` of the own ones.
@@ -98,7 +102,7 @@ struct TilePlace {
         return {stays ? index : index + 1, stays ? step + 1 : 0};
     }
     template <class T>
-    DEVICE int first_pair(const LaunchParams& params, const OwnPairs& pairs) const {
+    DEVICE int first_pair(const LaunchParams& params, const OwnPairs<T>& pairs) const {
         return T::kBlocked ? pairs[index] : T::kMaxPairs == 1 ? index : index * (T::kAllRows >> params.log_radix);
     }
     template <class T>

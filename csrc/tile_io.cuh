@@ -345,16 +345,22 @@ struct SequenceScales {
         publish(x);
     }
 
-    // The same two with inputs in global memory; an absent gate has no data.
+    // The same three with inputs in global memory; an absent gate has no data.
+    template <class Function>
+    DEVICE void with_sources(const fft_conv_tensor& u, const fft_conv_tensor& gate, const LaunchParams& params, const TileSequences& sequences, Function function) {
+        if (params.pair_aligned)
+            function(DirectSource<T, true>(u, params, sequences, slots), DirectSource<T, true>(gate, params, sequences, slots));
+        else
+            function(DirectSource<T, false>(u, params, sequences, slots), DirectSource<T, false>(gate, params, sequences, slots));
+    }
     DEVICE void measure_direct(u32 (&x)[T::kSlots / 4][4], const fft_conv_tensor& u, const fft_conv_tensor& gate, const LaunchParams& params,
                             const TileSequences& sequences, bool common) {
-        if (params.pair_aligned) {
-            const DirectSource<T, true> source(u, params, sequences, slots), factor(gate, params, sequences, slots);
-            pack_measured(x, source, factor, sequences.valid, common);
-        } else {
-            const DirectSource<T, false> source(u, params, sequences, slots), factor(gate, params, sequences, slots);
-            pack_measured(x, source, factor, sequences.valid, common);
-        }
+        with_sources(u, gate, params, sequences, [&](const auto& source, const auto& factor) { pack_measured(x, source, factor, sequences.valid, common); });
+    }
+    template <class Scale>
+    DEVICE void known_direct(u32 (&x)[T::kSlots / 4][4], const fft_conv_tensor& u, const fft_conv_tensor& gate, const LaunchParams& params,
+                            const TileSequences& sequences, const Scale& scale) {
+        with_sources(u, gate, params, sequences, [&](const auto& source, const auto& factor) { pack_known(x, source, factor, scale); });
     }
 
     DEVICE void pack_direct(u32 (&x)[T::kSlots / 4][4], const fft_conv_tensor& u, const fft_conv_tensor& gate, const LaunchParams& params,

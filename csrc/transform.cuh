@@ -17,17 +17,37 @@ struct PlanarPair {
     u32 re, im;
 };
 
+// Sums of a product. In half precision where they are a fragment of the next product, or too many for the registers. Of an outer stage, those of one
+// slot and one column pair: (re, im) at columns a + t and a + 128 + t.
+struct SingleSums {
+    float d[4] = {};
+    DEVICE float re(int half) const { return d[2 * half]; }
+    DEVICE float im(int half) const { return d[2 * half + 1]; }
+    DEVICE u32 word(int half) const { return pack(re(half), im(half)); }
+};
+struct HalfSums {
+    u32 d[2] = {};
+    DEVICE float re(int half) const { return low_half(d[half]); }
+    DEVICE float im(int half) const { return high_half(d[half]); }
+    DEVICE u32 word(int half) const { return d[half]; }
+};
+
 DEVICE PlanarPair operator+(PlanarPair x, PlanarPair y) { return {add2(x.re, y.re), add2(x.im, y.im)}; }
 DEVICE PlanarPair operator-(PlanarPair x, PlanarPair y) { return {subtract2(x.re, y.re), subtract2(x.im, y.im)}; }
 
-// x * exp(-2 pi i index / 16), for an index below 8 that is known at compile time.
-DEVICE PlanarPair turn(PlanarPair x, int index) {
+// x + t and x - t with t = y exp(-2 pi i index / 16), for an index below 8 that is known at compile time. Of a product nothing is rounded but the sums.
+DEVICE void add_turned(PlanarPair& sum, PlanarPair& difference, PlanarPair x, PlanarPair y, int index) {
     constexpr float kCosines[4] = {1.f, 0.92387953251128676f, 0.70710678118654752f, 0.38268343236508977f};
-    if (index % 4 != 0) {
+    if (index / 4 == 1) y = {y.im, negate2(y.re)};
+    if (index % 4 == 0) {
+        sum = x + y, difference = x - y;
+    } else {
         const u32 cosine = pack(kCosines[index % 4], kCosines[index % 4]), sine = pack(kCosines[4 - index % 4], kCosines[4 - index % 4]);
-        x = {multiply_add2(x.im, sine, multiply2(x.re, cosine)), multiply_add2(x.im, cosine, negate2(multiply2(x.re, sine)))};
+        auto fused = [&](u32 c, u32 s) {
+            return PlanarPair{multiply_add2(y.im, s, multiply_add2(y.re, c, x.re)), multiply_add2(y.im, c, multiply_add2(negate2(y.re), s, x.im))};
+        };
+        sum = fused(cosine, sine), difference = fused(negate2(cosine), negate2(sine));
     }
-    return index / 4 == 1 ? PlanarPair{x.im, negate2(x.re)} : x;
 }
 
 // (re, im) * (w.re, w.im) for two points.
@@ -53,6 +73,7 @@ DEVICE void add_conjugate_product(PlanarPair& sum, PlanarPair x, PlanarPair w) {
 // The constant operands of the inner stages: DFT-16 matrices as A and as B operand, and the twiddles w256^(k2 n3), read from shared memory where
 // they are used. Operands of a matrix product are whole register groups, so that no move is needed in front of it.
 struct InnerTables {
+    using Sums = HalfSums;
     const uint4* table;
     int lane;
 
@@ -61,8 +82,14 @@ struct InnerTables {
     DEVICE uint4 twiddle(int m) const { return table[(8 + m) * 32 + lane]; }
 };
 
-// The same, kept in registers.
+// The same for stages whose sums are rounded once.
+struct PreciseInnerTables : InnerTables {
+    using Sums = SingleSums;
+};
+
+// The same as the first, kept in registers.
 struct InnerConstants {
+    using Sums = HalfSums;
     uint4 a_[2][2], b_[2][2], twiddle_[2];
 
     DEVICE explicit InnerConstants(const InnerTables& tables) {
@@ -130,6 +157,13 @@ DEVICE RowFragment operator*(const RowFragment& x, const RowFragment& w) {
     return z;
 }
 
+DEVICE RowFragment operator+(const RowFragment& x, const RowFragment& y) {
+    RowFragment z;
+    for (int s = 0; s < 2; s++)
+        for (int t = 0; t < 2; t++) z.value[s][t] = x.value[s][t] + y.value[s][t];
+    return z;
+}
+
 DEVICE RowFragment conjugate_product(const RowFragment& x, const RowFragment& w) {
     RowFragment z;
     for (int s = 0; s < 2; s++)
@@ -161,10 +195,10 @@ DEVICE void inner_transform(RowFragment (&x)[kCount], const Constants& constants
         for (int t = 0; t < 2; t++)
 #pragma unroll
             for (int i = 0; i < kCount; i++) {
-                u32 d[2] = {};
+                typename Constants::Sums sums;
 #pragma unroll
-                for (int s = 0; s < 2; s++) matrix_multiply_add(d, a[s].x, a[s].y, a[s].z, a[s].w, x[i].value[s][t].re, x[i].value[s][t].im);
-                z[i][m][t] = PlanarPair{d[0], d[1]} * (t == 0 ? PlanarPair{twiddle.x, twiddle.y} : PlanarPair{twiddle.z, twiddle.w});
+                for (int s = 0; s < 2; s++) matrix_multiply_add(sums.d, a[s].x, a[s].y, a[s].z, a[s].w, x[i].value[s][t].re, x[i].value[s][t].im);
+                z[i][m][t] = PlanarPair{sums.word(0), sums.word(1)} * (t == 0 ? PlanarPair{twiddle.x, twiddle.y} : PlanarPair{twiddle.z, twiddle.w});
             }
     }
 #pragma unroll
@@ -172,14 +206,14 @@ DEVICE void inner_transform(RowFragment (&x)[kCount], const Constants& constants
         const uint4 b[2] = {constants.b(h, 0), constants.b(h, 1)};
 #pragma unroll
         for (int i = 0; i < kCount; i++) {
-            u32 re[2] = {}, im[2] = {};
+            typename Constants::Sums re, im;
 #pragma unroll
             for (int t = 0; t < 2; t++) {
                 const PlanarPair low = z[i][0][t], high = z[i][1][t];
-                matrix_multiply_add(re, low.re, high.re, low.im, high.im, b[t].x, b[t].y);
-                matrix_multiply_add(im, low.re, high.re, low.im, high.im, b[t].z, b[t].w);
+                matrix_multiply_add(re.d, low.re, high.re, low.im, high.im, b[t].x, b[t].y);
+                matrix_multiply_add(im.d, low.re, high.re, low.im, high.im, b[t].z, b[t].w);
             }
-            x[i].value[h][0] = {re[0], im[0]}, x[i].value[h][1] = {re[1], im[1]};
+            for (int half = 0; half < 2; half++) x[i].value[h][half] = {re.word(half), im.word(half)};
         }
     }
 }
@@ -195,19 +229,6 @@ DEVICE RowFragment inner_transform(const RowFragment& x, const Constants& consta
 // the outer stage has 128 neighbouring bytes of each of its rows; with their order neither it nor RowFragment meets a bank twice.
 DEVICE int row_unit(int row, int warp, int lane) { return warp % 8 * 8 + (lane / 4 ^ ((warp ^ row) & 3) * 2); }
 DEVICE int fragment_unit(int row, int lane) { return row_unit(row, lane % 4, lane); }
-
-// Sums of an outer stage for one slot and one column pair: (re, im) at columns a + t and a + 128 + t. In half precision where there are too many
-// for the registers.
-struct SingleSums {
-    float d[4] = {};
-    DEVICE float re(int half) const { return d[2 * half]; }
-    DEVICE float im(int half) const { return d[2 * half + 1]; }
-};
-struct HalfSums {
-    u32 d[2] = {};
-    DEVICE float re(int half) const { return low_half(d[half]); }
-    DEVICE float im(int half) const { return high_half(d[half]); }
-};
 
 // Contracts kSlots values of each of a warp's 32 columns to 4 `tiles` outputs: lane (r, q) holds the columns a, a + 1, a + 128, a + 129 with
 // a = 16 warp + 2 r, and x[j][c] is (re, im) of slot 4 j + q at column c. emit(n, d) gets output 4 n + q.

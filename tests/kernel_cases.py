@@ -161,3 +161,20 @@ def check_not_finite(arguments: Arguments, name: str, value: float) -> None:
         assert error(changed[2, 1], clean[2, 1].double()) < 4e-3
     assert not grads["k"][1].isfinite().any()
     assert torch.equal(grads["k"][[0, 2]], expected["k"][[0, 2]])
+
+
+def check_memory(length: int, batch: int, channels: int, share: float) -> None:
+    """A gated forward pass on a GPU with a filter that changes takes so many times its output's memory beside it."""
+    arguments = make(length, length, GATES, batch=1, channels=channels, device="cuda")
+    arguments |= {name: x.expand(batch, channels, length) for name, x in arguments.items() if x.dim() == 3}
+    arguments["k"].requires_grad_()
+    with torch.no_grad():
+        first = {name: x[:1] if x.dim() == 3 else x for name, x in arguments.items()}
+        check_values(fft_conv(**arguments, backend="cuda")[:1], first)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        y = fft_conv(**arguments, backend="cuda")
+    output = y.numel() * y.element_size()
+    assert torch.cuda.max_memory_allocated() - before - output <= share * output

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from kernel_cases import DTYPES, GATES, check_gradients, check_values, make
-from test_kernels_emulated import emulation, library
+from kernel_cases import DTYPES, GATES, check, check_gradients, check_values, make
+from test_kernels_emulated import emulation, in_natural_order, library
 
 from hf_flashfftconv import fft_conv
-from hf_flashfftconv.ops import cuda
+from hf_flashfftconv.ops import cuda, filters
 from hf_flashfftconv.ops.plan import CLUSTERS, Plan
 
 __all__ = ["emulation", "library"]
@@ -69,3 +69,64 @@ def test_gradients(length: int, taps: int, options: tuple[str, ...], dtype: torc
     )
     assert cuda.plan_of(arguments["u"], arguments["k"], arguments.get("k_rev"), True, backward=True).cluster
     check_gradients(arguments, torch.randn_like(arguments["u"].float()).to(dtype))
+
+
+# Sequences in blocks of 65,536.
+SIZE, BLOCK = 131072, 65536
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks(dtype: torch.dtype) -> None:
+    arguments = make(140001, 140001, ("skip", *GATES), dtype=dtype, batch=2, channels=1)
+    assert plan(arguments) == Plan(SIZE, True, 3, 16)
+    check_values(fft_conv(**arguments, backend="cuda"), arguments)
+
+
+@pytest.mark.parametrize("length, taps, count, options", [(65537, 65537, 2, ()), (140000, 62000, 2, ("post_gate",))])
+def test_lengths_of_sequences_in_blocks(length: int, taps: int, count: int, options: tuple[str, ...]) -> None:
+    arguments = make(length, taps, options, batch=1, channels=2 if taps < length else 1)
+    assert plan(arguments) == Plan(SIZE, True, count, 16)
+    check_values(fft_conv(**arguments, backend="cuda"), arguments)
+
+
+@pytest.mark.parametrize(
+    "length, taps, options, dtype",
+    [(131072, 131072, ("skip", *GATES), torch.bfloat16), (66000, 62000, ("pre_gate",), torch.float16)],
+)
+def test_gradients_of_sequences_in_blocks(
+    length: int, taps: int, options: tuple[str, ...], dtype: torch.dtype
+) -> None:
+    arguments = make(length, taps, options, batch=2, channels=1, dtype=dtype)
+    assert cuda.plan_of(arguments["u"], arguments["k"], None, True, backward=True).windows == 2
+    check(arguments)
+
+
+def test_sequences_in_blocks_that_samples_do_not_show() -> None:
+    arguments = make(66001, 66001, GATES, batch=4, channels=1)
+    u = arguments["u"]
+    u[0] = 0
+    u[0, 0, 40500] = 0.01
+    u[1, 0, 65990] = math.nan
+    y = fft_conv(**arguments, backend="cuda")
+    assert y[1].isnan().all()
+    rows = [0, 2, 3]
+    check_values(y[rows], {name: x[rows] if x.dim() == 3 else x for name, x in arguments.items()})
+    # The first pair is done again, and nothing changes for the other.
+    alone = {name: x[2:] if x.dim() == 3 else x for name, x in arguments.items()}
+    assert torch.equal(fft_conv(**alone, backend="cuda"), y[2:])
+
+
+def test_windows_of_a_long_filter() -> None:
+    taps, windows = 140000, 3
+    k, skip = torch.randn(2, taps), torch.tensor([1.0, 0.0])
+    spectrum = filters.prepare(k, skip, None, 200000, Plan(SIZE, True, windows, 16), 0)
+    around = torch.nn.functional.pad(k.double(), (BLOCK, windows * BLOCK - taps))
+    around[:, BLOCK] += skip
+    for window in range(windows):
+        part = around[:, window * BLOCK :][:, :SIZE].roll(-BLOCK, 1)
+        words = spectrum.words.view(2, windows, SIZE)[:, window].contiguous()
+        actual, expected = in_natural_order(filters.Spectrum(words, spectrum.scale)), torch.fft.fft(part)
+        assert (actual - expected).norm(dim=1).le(2.5e-4 * expected.norm(dim=1)).all()
+    k[1, 139999] = math.nan
+    scale = filters.prepare(k, skip, None, 200000, Plan(SIZE, True, windows, 16), 0).scale
+    assert scale.isnan().tolist() == [False, True]

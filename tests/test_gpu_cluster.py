@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from kernel_cases import DTYPES, GATES, check, check_values, make
+from kernel_cases import DTYPES, GATES, check, check_layouts, check_memory, check_values, make
 from test_gpu_values import tf32
 
 from hf_flashfftconv import fft_conv
@@ -45,3 +45,56 @@ def test_sequences_of_any_size_and_the_same_bits_every_time(length: int) -> None
     assert (y[3] == 0).all() and y[9, 4].isnan().all() and y[8, 4].isfinite().all()
     rows = [row for row in range(64) if row != 9]
     check_values(y[rows], {name: x if name == "k" else x[rows] for name, x in arguments.items()})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "length, taps, batch, channels",
+    [
+        (65537, 65537, 3, 20),
+        (159744, 160002, 1, 30),
+        (300001, 90000, 4, 6),
+        (655360, 655360, 2, 3),
+        (1 << 20, 70000, 1, 3),
+    ],
+)
+def test_sequences_in_blocks(length: int, taps: int, batch: int, channels: int, dtype: torch.dtype) -> None:
+    arguments = make(length, taps, ("skip", *GATES), dtype=dtype, batch=batch, channels=channels, device="cuda")
+    chosen = cuda.plan_of(arguments["u"], arguments["k"], None, True)
+    assert chosen.cluster == 16 and chosen.windows > 1
+    check(arguments)
+
+
+@pytest.mark.parametrize("options", [(), ("pre_gate",), ("post_gate",)], ids="+".join)
+def test_options_of_sequences_in_blocks(options: tuple[str, ...]) -> None:
+    check(make(131072, 131072, options, batch=5, channels=20, device="cuda"))
+
+
+def test_gradients_by_as_many_windows_as_there_can_be() -> None:
+    arguments = make(1 << 20, 1 << 20, GATES, batch=3, channels=2, device="cuda")
+    assert cuda.plan_of(arguments["u"], arguments["k"], None, True, backward=True).windows == 16
+    check(arguments)
+
+
+def test_pairs_that_are_done_again_and_the_same_bits_every_time() -> None:
+    arguments = make(140000, 140000, GATES, batch=32, channels=20, device="cuda")
+    u = arguments["u"]
+    u[::5, :, 70000:] *= 2.0**12
+    u[1::7, :, :100000] = 0
+    u[3] = 0
+    u[9, 4, 139999] = math.nan
+    y = fft_conv(**arguments, backend="cuda")
+    assert all(torch.equal(fft_conv(**arguments, backend="cuda").nan_to_num(), y.nan_to_num()) for _ in range(3))
+    assert (y[3] == 0).all() and y[9, 4].isnan().all() and y[8, 4].isfinite().all()
+    rows = [row for row in range(32) if row != 9]
+    check_values(y[rows], {name: x if name == "k" else x[rows] for name, x in arguments.items()})
+
+
+def test_any_layout_of_sequences_in_blocks_gives_the_same_bits() -> None:
+    check_layouts(make(66001, 66001, GATES, channels=5, device="cuda"))
+
+
+@pytest.mark.parametrize("batch, share", [(64, 0.5), (1, 2.0)])
+@pytest.mark.parametrize("length", [65536, 524288])
+def test_memory_beside_the_output(length: int, batch: int, share: float) -> None:
+    check_memory(length, batch, 768 if batch * length == 65536 else 128 if batch == 1 else 32, share)

@@ -11,6 +11,7 @@ from kernel_cases import (
     case,
     check,
     check_layouts,
+    check_memory,
     check_not_finite,
     check_values,
     gradients,
@@ -135,21 +136,7 @@ def test_a_captured_graph_gives_the_same_bits() -> None:
 @pytest.mark.parametrize("batch, share", [(64, 0.5), (1, 2.0)])
 @pytest.mark.parametrize("length", [65536, 1 << 20])
 def test_memory_beside_the_output(length: int, batch: int, share: float) -> None:
-    """A gated forward pass with a filter that changes."""
-    channels = 768 if batch * length == 65536 else 128 if batch == 1 else 32
-    arguments = make(length, length, GATES, batch=1, channels=channels, device="cuda")
-    arguments |= {name: x.expand(batch, channels, length) for name, x in arguments.items() if x.dim() == 3}
-    arguments["k"].requires_grad_()
-    with torch.no_grad():
-        first = {name: x[:1] if x.dim() == 3 else x for name, x in arguments.items()}
-        check_values(fft_conv(**arguments, backend="cuda")[:1], first)
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        y = fft_conv(**arguments, backend="cuda")
-    output = y.numel() * y.element_size()
-    assert torch.cuda.max_memory_allocated() - before - output <= share * output
+    check_memory(length, batch, 768 if batch * length == 65536 else 128 if batch == 1 else 32, share)
 
 
 def test_more_elements_than_32_bits_count() -> None:

@@ -122,7 +122,7 @@ def test_windows_of_causal_filters_of_longer_sequences() -> None:
     ]:
         assert choose(length, taps, 0, True, in_clusters=False) == Plan(8192, True, windows)
         assert choose(length, taps, 0, True, in_blocks=False).windows == choose(length, taps, 1, True).windows == 0
-    assert choose(65537, 61442, 0, True) == Plan(131072, False)
+    assert choose(65537, 61442, 0, True, in_clusters=False) == Plan(131072, False)
     # Every tap and no other meets an output: window d has the lags from (d - 1) 4096 to (d + 1) 4096, both exclusive.
     for taps in (1, 2, 4096, 4097, 4098, 8193, 8194):
         reached = [d for d in range(20) if (d - 1) * BLOCK_POSITIONS + 1 <= taps - 1]
@@ -148,3 +148,23 @@ def test_clusters_of_blocks() -> None:
         assert not cluster or (plan.half and plan.fft_size == cluster * 8192 >= 2 * length and not plan.windows)
         assert not choose(length, taps, reverse_taps, True, in_clusters=False).cluster
     assert choose(8192, 1, 0, False).cluster == 0
+
+
+def test_clusters_of_blocks_take_longer_sequences_in_blocks() -> None:
+    for length, taps, windows in [
+        (65537, 61442, 2),
+        (65537, 65537, 2),
+        (140000, 1 << 30, 3),
+        (1 << 22, 65537, 2),
+        (1 << 22, 65538, 3),
+        (655360, 655360, 10),
+    ]:
+        expected = Plan(131072, True, windows, 16)
+        assert choose(length, taps, 0, True) == choose(length, taps, 0, True, backward=True) == expected
+        assert expected.blocks(length) == -(-length // 65536) and not expected.is_long
+        for without in ({"in_blocks": False}, {"in_clusters": False}):
+            assert choose(length, taps, 0, True, **without).is_long
+        assert choose(length, taps, 1, True).is_long
+    # Many windows pay in a backward pass alone, too many not even there.
+    assert choose(655361, 655361, 0, True).is_long and choose(1 << 20, 1 << 20, 0, True, backward=True).windows == 16
+    assert choose((1 << 20) + 1, 1 << 21, 0, True, backward=True).is_long

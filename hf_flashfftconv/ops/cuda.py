@@ -197,7 +197,7 @@ def channel_blocks(
         if not _spectra.keeps(k, skip, k_rev, chosen):
             block = min(count, max(1, bound // (4 * chosen.points)))
     if (chosen.windows or chosen.cluster) and backward:
-        blocks = (u.shape[0] + 1) // 2 * (1 if chosen.cluster else -(-u.shape[2] // plan.BLOCK_POSITIONS))
+        blocks = (u.shape[0] + 1) // 2 * chosen.blocks(u.shape[2])
         channel_bytes = 4 * chosen.fft_size * 2 * (blocks + max(3, chosen.windows))
         parts = -(-count // max(1, min(block, TRANSFORM_BYTES // channel_bytes)))
         block = -(-count // parts)
@@ -242,7 +242,7 @@ def _verdict(device: torch.device) -> str | None:
 @lru_cache(maxsize=1024)
 def _clusters(device: torch.device, chosen: plan.Plan, dtype: torch.dtype) -> int:
     """Clusters that the device runs at a time, if any."""
-    parameters = extension.Parameters(element=extension.ELEMENTS[dtype], cluster=chosen.cluster)
+    parameters = extension.Parameters(element=extension.ELEMENTS[dtype], windows=chosen.windows, cluster=chosen.cluster)
     with device_guard(device):
         return extension.call("fft_conv_clusters", parameters)
 

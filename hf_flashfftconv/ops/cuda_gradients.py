@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import cuda, extension, filters, plan
+from . import cuda, extension, filters, plan, tables
 from .reference import Gradients
 
 
@@ -55,7 +55,7 @@ def _blocked_backward(dy: Tensor, operands: cuda.Operands, chosen: plan.Plan, ne
     dpost = _like(post_gate, needs[4])
     dpre = _like(pre_gate, needs[3])
     du = _like(u, needs[0] or dpre is not None)
-    taps = chosen.fft_size if chosen.cluster else min(k.shape[1], u.shape[2])
+    taps = chosen.fft_size if chosen.cluster and not chosen.windows else min(k.shape[1], u.shape[2])
     wanted = needs[1] or needs[2] or needs[5]
     total = k.new_empty((k.shape[0], taps), dtype=torch.float32) if wanted else None
     for channels, tensors in cuda.channel_blocks(*operands, True, backward=True):
@@ -102,8 +102,8 @@ class _KeptTransforms:
     def __init__(self, call: cuda.Call) -> None:
         batch, channels, length = call.u.shape
         pairs = channels * ((batch + 1) // 2)
-        blocks = 1 if call.plan.cluster else -(-length // plan.BLOCK_POSITIONS)
-        self.words = torch.empty((pairs, blocks, call.plan.fft_size), dtype=torch.int32, device=call.u.device)
+        shape = pairs, call.plan.blocks(length), call.plan.fft_size
+        self.words = torch.empty(shape, dtype=torch.int32, device=call.u.device)
         self.scales = torch.empty((pairs,), dtype=torch.float32, device=call.u.device)
 
     def pass_to(self, parameters: extension.Parameters) -> None:
@@ -124,7 +124,16 @@ def _tap_gradient(call: cuda.Call, kept: Sequence[_KeptTransforms], total: Tenso
     parameters.windows, parameters.fft_size = windows, size
     extension.launch("fft_conv_tap_gradient", parameters, call.stream)
     if call.plan.cluster:
-        total.copy_(torch.fft.ifft(torch.view_as_complex(sums.view(-1, size, 2)), norm="forward").real)
+        lags = torch.fft.ifft(torch.view_as_complex(sums), norm="forward").real
+        # Of the transforms, which are not quite unitary.
+        radix = size // tables.COLUMNS
+        unit = tables.outer_scales(radix, call.plan.cluster)[0] ** 2 * radix
+        if call.plan.windows:
+            # A tap lies in two windows: after the lag of one, and before that of the next.
+            after, before = lags.unflatten(2, (2, -1)).unbind(2)
+            after[:, :-1] += before[:, 1:]
+            lags = after
+        torch.div(lags.flatten(1)[:, : total.shape[1]], unit, out=total)
 
 
 def _like(x: Tensor | None, wanted: bool) -> Tensor | None:

@@ -75,7 +75,7 @@ def prepare(
     kernel scales, rounds and reorders.
     """
     if plan.fft_size > MAX_FUSED_FFT_SIZE:
-        return _prepare_by_torch(k, skip, k_rev, length, plan.fft_size, stream, workspace)
+        return _prepare_by_torch(k, skip, k_rev, length, plan, stream, workspace)
     channels, device = k.shape[0], k.device
     words = torch.empty((channels, plan.points), dtype=torch.int32, device=device)
     scale = torch.empty((channels,), dtype=torch.float32, device=device)
@@ -99,24 +99,37 @@ def prepare(
 
 
 def _prepare_by_torch(
-    k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int, fft_size: int, stream: int, workspace: int
+    k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int, plan: Plan, stream: int, workspace: int
 ) -> Spectrum:
     """A block of channels at a time, which bounds the memory beside the spectra to `workspace` bytes."""
-    channels, device = k.shape[0], k.device
-    words = torch.empty((channels, fft_size), dtype=torch.int32, device=device)
-    scale = torch.empty((channels,), dtype=torch.float32, device=device)
-    block = max(1, workspace // (_WORKSPACE_PER_POINT * fft_size))
+    channels, windows, device = k.shape[0], max(1, plan.windows), k.device
+    words = torch.empty((channels, plan.points), dtype=torch.int32, device=device)
+    # All windows of a filter have one.
+    scale = torch.empty((channels, windows), dtype=torch.float32, device=device)
+    block = max(1, workspace // (_WORKSPACE_PER_POINT * plan.points))
     for start in range(0, channels, block):
         part = slice(start, start + block)
         part_skip, part_rev = (None if x is None else x[part] for x in (skip, k_rev))
-        half = torch.view_as_real(torch.fft.rfft(circle_taps(k[part], part_skip, part_rev, length, fft_size)))
-        largest = torch.linalg.vector_norm(half, torch.inf, (1, 2))
+        if plan.windows:
+            taps = _window_taps(circle_taps(k[part], part_skip, None, length, plan.points), plan)
+        else:
+            taps = circle_taps(k[part], part_skip, part_rev, length, plan.fft_size)
+        half = torch.view_as_real(torch.fft.rfft(taps)).view(taps.shape[0], windows, -1, 2)
+        del taps
+        largest = torch.linalg.vector_norm(half, torch.inf, (1, 2, 3)).repeat_interleave(windows)
         parameters = extension.RoundingParameters()
         parameters.half_spectrum, parameters.largest = half.data_ptr(), largest.data_ptr()
         parameters.spectrum, parameters.scale = words[part].data_ptr(), scale[part].data_ptr()
-        parameters.channels, parameters.fft_size = half.shape[0], fft_size
+        parameters.channels, parameters.fft_size = largest.shape[0], plan.fft_size
         extension.launch("fft_conv_round_spectrum", parameters, stream)
-    return Spectrum(words, scale)
+    return Spectrum(words, scale[:, 0].contiguous())
+
+
+def _window_taps(taps: Tensor, plan: Plan) -> Tensor:
+    """Of taps (H, points) the windows (H, windows, fft_size): from the lag of each on, then those before it."""
+    block = plan.fft_size // 2
+    around = torch.nn.functional.pad(taps[:, : plan.windows * block], (block, 0)).unfold(1, plan.fft_size, block)
+    return around.roll(block, -1)
 
 
 def spectrum_bytes(channels: int, points: int) -> int:

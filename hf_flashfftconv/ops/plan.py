@@ -16,6 +16,10 @@ MAX_WINDOWS = 16
 # but the larger the cluster, the more passes between the blocks. It is slower, as measured, than so many windows.
 CLUSTER_POINTS = 8192
 CLUSTERS = {2: 0, 4: 1, 8: 2, 16: 4}
+# The largest cluster takes longer causal sequences in blocks, up to so many windows, forward and backward: more of them
+# leave the L2 cache, and the kernels for all others are faster, as measured.
+LARGEST_CLUSTER = max(CLUSTERS)
+CLUSTER_WINDOWS = 10, 16
 # All others that are longer go through global memory in several passes.
 MAX_FFT_SIZE = 1 << 24
 MAX_FULL_FFT_SIZE = 1 << 23
@@ -30,7 +34,7 @@ class Plan(NamedTuple):
         windows (`int`, *optional*, defaults to 0):
             Of sequences in blocks of half the FFT, the windows of the filter: its spectra around lags a block apart.
         cluster (`int`, *optional*, defaults to 0):
-            Thread blocks that share the transform, if several do.
+            Thread blocks that share the transform, of a sequence or of a block of it, if several do.
     """
 
     fft_size: int
@@ -42,6 +46,10 @@ class Plan(NamedTuple):
     def points(self) -> int:
         """Points of a filter's spectrum, of all windows."""
         return self.fft_size * max(1, self.windows)
+
+    def blocks(self, length: int) -> int:
+        """Transforms of a sequence."""
+        return -(-length // (self.fft_size // 2)) if self.windows else 1
 
     @property
     def is_long(self) -> bool:
@@ -72,12 +80,18 @@ def choose(
         needed = length + max(reach(length, taps, reverse_taps))
         size = max(COLUMNS, 1 << (needed - 1).bit_length())
         half = size > COLUMNS and length <= size // 2
-        windows = windows_of(length, taps) if in_blocks and reverse_taps == 0 else MAX_WINDOWS + 1
+        blocked = in_blocks and reverse_taps == 0
+        windows = windows_of(length, taps) if blocked else MAX_WINDOWS + 1
         cluster = size // CLUSTER_POINTS
         if in_clusters and half and windows > CLUSTERS.get(cluster, windows):
             return Plan(size, half, 0, cluster)
         if length > (BLOCK_POSITIONS if backward else MAX_TILE_FFT_SIZE // 2) and windows <= MAX_WINDOWS:
             return Plan(2 * BLOCK_POSITIONS, True, windows)
+        size_of_blocks = LARGEST_CLUSTER * CLUSTER_POINTS
+        if in_clusters and blocked and length > size_of_blocks // 2:
+            windows = windows_of(length, taps, size_of_blocks // 2)
+            if windows <= CLUSTER_WINDOWS[backward]:
+                return Plan(size_of_blocks, True, windows, LARGEST_CLUSTER)
     else:
         size, half = length, False
         if size % COLUMNS or size & (size - 1):
@@ -89,10 +103,9 @@ def choose(
     return Plan(size, half)
 
 
-def windows_of(length: int, taps: int) -> int:
+def windows_of(length: int, taps: int, block: int = BLOCK_POSITIONS) -> int:
     """Windows of a causal filter: window d has the taps less than a block away from d blocks."""
-    blocks = -(-length // BLOCK_POSITIONS)
-    return min(blocks, (min(taps, length) + BLOCK_POSITIONS - 2) // BLOCK_POSITIONS + 1)
+    return min(-(-length // block), (min(taps, length) + block - 2) // block + 1)
 
 
 def reach(length: int, taps: int, reverse_taps: int) -> tuple[int, int]:

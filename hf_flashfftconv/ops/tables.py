@@ -66,16 +66,29 @@ def _inner() -> Tensor:
     return torch.stack([torch.stack(operand, -1) for operand in a_operands + b_operands + twiddles])
 
 
+def outer_scales(radix: int, cluster: int) -> tuple[float, float]:
+    """Scales of the outer stage and of its inverse, together 1 / radix.
+
+    In clusters they are powers of two: the rounding error of any other one would be the same in all outputs.
+    """
+    if cluster == 1:
+        return radix**-0.5, radix**-0.5
+    forward = 2.0 ** -(radix.bit_length() // 2)
+    return forward, 1 / (radix * forward)
+
+
 def _outer(radix: int, rows: int, half: bool, cluster: int = 1, rank: int = 0) -> tuple[Tensor, Tensor]:
     """B operands of the outer stage and of its inverse, block diagonal over the pairs of sequences in a tile."""
     in_block = radix // cluster
     slots_per_pair = in_block // 2 if half else in_block
     slots = rows // in_block * slots_per_pair
 
+    scales = outer_scales(radix, cluster)
+
     def matrix(slot: Tensor, row: Tensor) -> Tensor:
         same_pair = slot // slots_per_pair == row // in_block
         index = (cluster * (slot % slots_per_pair) + rank) * (row % in_block)
-        return _root(index, radix) * same_pair / radix**0.5
+        return _root(index, radix) * same_pair
 
     def operand(value: Tensor) -> Tensor:
         is_real = _R % 2 == 0
@@ -88,7 +101,8 @@ def _outer(radix: int, rows: int, half: bool, cluster: int = 1, rank: int = 0) -
             for n in range(output_tiles):
                 inputs, output = [8 * s + _Q, 8 * s + 4 + _Q], 4 * n + _R // 2
                 pairs = [(x, output) if forward else (output, x) for x in inputs]
-                row_of_tiles.append(torch.stack([operand(matrix(*pair)) for pair in pairs], -1))
+                scale = scales[0 if forward else 1]
+                row_of_tiles.append(torch.stack([operand(matrix(*pair) * scale) for pair in pairs], -1))
             table.append(row_of_tiles)
         return table
 

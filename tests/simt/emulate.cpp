@@ -14,14 +14,14 @@ int Launcher<T>::backward(const LaunchParams& params, void*) {
     return 0;
 }
 
-template <class Element, int kBlocks>
-int ClusterLauncher<Element, kBlocks>::forward(const LaunchParams& params, void*) {
-    simt::launch(std::min(clusters(), tile_count<T>(params)) * kBlocks, ClusterPlan<T>::kThreads, ClusterPlan<T>::kSharedBytes, [&] { ClusterForward<T>(params).run(); }, kBlocks);
+template <class Element, int kBlocks, bool kBlocked>
+int ClusterLauncher<Element, kBlocks, kBlocked>::forward(const LaunchParams& params, void*) {
+    simt::launch(std::min(clusters(), tile_count<T>(params) / params.blocks.divisor) * kBlocks, ClusterPlan<T>::kThreads, ClusterPlan<T>::kSharedBytes, [&] { ClusterForward<T>(params).run(); }, kBlocks);
     return 0;
 }
 
-template <class Element, int kBlocks>
-int ClusterLauncher<Element, kBlocks>::clusters() { return 2; }
+template <class Element, int kBlocks, bool kBlocked>
+int ClusterLauncher<Element, kBlocks, kBlocked>::clusters() { return 2; }
 
 int processor_count(int, int*) { return 2; }
 

@@ -1,0 +1,3 @@
+#include "launch.cuh"
+
+INSTANTIATE_CLUSTER(16, true)
