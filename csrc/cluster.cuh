@@ -366,7 +366,7 @@ struct ClusterForward {
 
     // The same for blocked sequences, whose products are the steps.
     DEVICE void transform_blocked() {
-        const PreciseInnerTables constants{{tables.inner, lane}};
+        const typename NeededInnerTables<typename T::Element>::type constants{tables.inner, lane};
         int place = 0;      // of the operands of this step, and then of those kAhead steps later
         Products next(*this);
         auto start_operands = [&] {

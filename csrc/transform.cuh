@@ -82,10 +82,12 @@ struct InnerTables {
     DEVICE uint4 twiddle(int m) const { return table[(8 + m) * 32 + lane]; }
 };
 
-// The same for stages whose sums are rounded once.
+// The same for stages whose sums are rounded once. Outputs in bfloat16 are not the better for it.
 struct PreciseInnerTables : InnerTables {
     using Sums = SingleSums;
 };
+template <class Element> struct NeededInnerTables { using type = PreciseInnerTables; };
+template <> struct NeededInnerTables<bfloat16> { using type = InnerTables; };
 
 // The same as the first, kept in registers.
 struct InnerConstants {
