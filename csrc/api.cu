@@ -95,15 +95,9 @@ extern "C" int fft_conv_filter_spectrum(const fft_conv_filter_params* params, vo
     static_cast<fft_conv_filter_params&>(derived) = *params;
     derived.log_points = log2_of(params->fft_size);
     if (params->windows > 0 && params->taps_rev > 0) return kUnsupported;
-    if (params->fft_size < kColumns || params->fft_size > kMaximumFilterPoints || 1 << derived.log_points != params->fft_size) return kUnsupported;
+    if (params->fft_size < kColumns || params->fft_size > kLongMaximum || 1 << derived.log_points != params->fft_size) return kUnsupported;
+    if (params->fft_size > kMaximumFilterPoints && !(params->work && params->norms)) return kUnsupported;
     return launch_filter(derived, stream);
-}
-
-extern "C" int fft_conv_round_spectrum(const fft_conv_rounding_params* params, void* stream) {
-    RoundingParams derived;
-    static_cast<fft_conv_rounding_params&>(derived) = *params;
-    if (params->fft_size < kColumns || 1 << log2_of(params->fft_size) != params->fft_size || params->channels <= 0) return kUnsupported;
-    return launch_rounding(derived, stream);
 }
 
 extern "C" int fft_conv_tap_gradient(const fft_conv_tap_params* params, void* stream) {
@@ -220,4 +214,4 @@ extern "C" int fft_conv_short_splits(const fft_conv_short_params* params) {
     return with_short(*params, [&](auto launcher) { return derive(*params, launcher.kBackwardUnits).splits * kShortTimeWarps; });
 }
 
-extern "C" int fft_conv_version() { return 5; }
+extern "C" int fft_conv_version() { return 6; }

@@ -61,17 +61,11 @@ struct fft_conv_filter_params {
     const float *k, *k_rev, *skip;  // (channels, taps), (channels, taps_rev) or null, (channels,) or null
     uint32_t* spectrum;             // (channels, windows, fft_size)
     float* scale;                   // (channels,)
+    // From fft_size 32,768 on, else not used: the norms of the filters and memory for one word of eight bytes for two points.
+    const float* norms;             // (channels,)
+    void* work;                     // (channels, windows, fft_size / 2) of eight bytes
     int64_t k_stride, k_rev_stride;
     int32_t channels, taps, taps_rev, fft_size, windows;
-};
-
-// The same from half spectra in single precision: frequencies 0 to fft_size / 2, real and imaginary parts in turn.
-struct fft_conv_rounding_params {
-    const float* half_spectrum;     // (channels, fft_size / 2 + 1, 2)
-    const float* largest;           // (channels,) the largest magnitude of their parts, not finite where one is not
-    uint32_t* spectrum;
-    float* scale;
-    int32_t channels, fft_size;
 };
 
 // A (batch, channels, length) tensor of any strides.
@@ -95,7 +89,6 @@ int fft_conv_short_forward(const struct fft_conv_short_params* params, void* str
 int fft_conv_short_backward(const struct fft_conv_short_params* params, void* stream);
 int fft_conv_short_splits(const struct fft_conv_short_params* params);
 int fft_conv_filter_spectrum(const struct fft_conv_filter_params* params, void* stream);
-int fft_conv_round_spectrum(const struct fft_conv_rounding_params* params, void* stream);
 int fft_conv_forward(const struct fft_conv_params* params, void* stream);
 int fft_conv_long_forward(const struct fft_conv_params* params, void* stream);
 int fft_conv_backward(const struct fft_conv_params* params, void* stream);

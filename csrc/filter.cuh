@@ -33,12 +33,32 @@ DEVICE void add_turned(Complex& sum, Complex& difference, Complex x, Complex y, 
 
 struct FilterParams : fft_conv_filter_params {
     int log_points;     // of N
+
+    HOST_DEVICE int window_count() const { return windows > 0 ? windows : 1; }
+
+    DEVICE float tap(int channel, int window, int n) const {
+        if (windows > 0) {
+            const int at = window * (fft_size / 2) + n - (n < fft_size / 2 ? 0 : fft_size);
+            return at >= 0 && at < taps ? any_tap(channel, at) : 0.f;
+        }
+        float sum = 0.f;
+        if (n < taps) sum += k[channel * k_stride + n];
+        if (n >= fft_size - taps_rev) sum += k_rev[channel * k_rev_stride + fft_size - 1 - n];
+        return n == 0 && skip ? sum + skip[channel] : sum;
+    }
+
+    // A tap of the whole filter.
+    DEVICE float any_tap(int channel, int n) const {
+        const float tap = k[channel * k_stride + n];
+        return n == 0 && skip ? tap + skip[channel] : tap;
+    }
 };
 
-// The points of one filter in shared memory, a free one after sixteen, against bank conflicts.
+// The points of filters, one after the other, in shared memory, a free one after sixteen, against bank conflicts.
 struct FilterPoints {
     Complex* memory;
-    int log_count;      // of M
+    int log_count;          // of one
+    int log_filters = 0;
 
     HOST_DEVICE static constexpr int place(int index) { return index + index / 16; }
     HOST_DEVICE static constexpr int bytes(int count) { return place(count) * 8; }
@@ -49,7 +69,7 @@ struct FilterPoints {
     DEVICE void stage(int log_size) const {
         constexpr int kPoints = 1 << kLogPoints;
         const int log_stride = log_size - kLogPoints;
-        for (int i = thread_index(); i < 1 << (log_count - kLogPoints); i += kFilterThreads) {
+        for (int i = thread_index(); i < 1 << (log_count + log_filters - kLogPoints); i += kFilterThreads) {
             const int column = i & ((1 << log_stride) - 1), first = (i >> log_stride << log_size) + column;
             Complex x[kPoints];
             for (int t = 0; t < kPoints; t++) x[t] = (*this)[first + (t << log_stride)];
@@ -99,46 +119,39 @@ DEVICE uint2 scaled_pair(Complex x, Complex y, float scale) {
 // The frequency in a place of kernel order: row, fragment, lane and point of csrc/transform.cuh; of the other half of the pair, half the FFT on.
 DEVICE int frequency_of(int rows, int row, int fragment, int lane, int point) { return row + rows * (2 * (lane / 4) + point + 16 * (lane % 4 + 4 * fragment)); }
 
+// From the transform Z of z, z = Z[f] and w = conj(Z[M - f]), to that of the real sequence at f and f + M: X[f] = E[f] + w_N^f O[f] with E and O the
+// transforms of the even and of the odd positions.
+DEVICE void unpack_pair(Complex z, Complex w, Complex root, Complex& x, Complex& y) {
+    const Complex even = {0.5f * (z.re + w.re), 0.5f * (z.im + w.im)}, odd = {0.5f * (z.im - w.im), 0.5f * (w.re - z.re)};
+    const Complex turned = odd * root;
+    x = even + turned, y = even - turned;
+}
+
+// A scale by a filter's norm: eight times that is more than most values of its spectrum. NaN if the norm is not finite.
+DEVICE float scale_of_norm(float norm) {
+    const int exponent = int(bits_from_float(norm) >> 23), root = exponent - 127 + 3;
+    return exponent == 255 ? float_from_bits(0x7fc00000u) : power_of_two(root < -126 ? -126 : root > 127 ? 127 : root);
+}
+
 struct FilterSpectrum {
     const FilterParams& params;
     FilterPoints points;
     u32* largest;
     float* exchange;    // one for each warp
 
-    DEVICE int windows() const { return params.windows > 0 ? params.windows : 1; }
-
-    DEVICE float tap(int channel, int window, int n) const {
-        if (params.windows > 0) {
-            const int at = window * (params.fft_size / 2) + n - (n < params.fft_size / 2 ? 0 : params.fft_size);
-            return at >= 0 && at < params.taps ? any_tap(channel, at) : 0.f;
-        }
-        float sum = 0.f;
-        if (n < params.taps) sum += params.k[channel * params.k_stride + n];
-        if (n >= params.fft_size - params.taps_rev) sum += params.k_rev[channel * params.k_rev_stride + params.fft_size - 1 - n];
-        return n == 0 && params.skip ? sum + params.skip[channel] : sum;
-    }
-
-    // A tap of the whole filter.
-    DEVICE float any_tap(int channel, int n) const {
-        const float k = params.k[channel * params.k_stride + n];
-        return n == 0 && params.skip ? k + params.skip[channel] : k;
-    }
-
     DEVICE static void note(u32& magnitude, float value) {
         const u32 bits = bits_from_float(value) & 0x7fffffffu;
         magnitude = bits > magnitude ? bits : magnitude;
     }
 
-    // From the transform Z of z to that of the real sequence, X, in place: X[f] = E[f] + w_N^f O[f] with E and O the transforms of the even and
-    // of the odd positions. Of X[0 ... M] the first and the last, both real, share a place. Notes the largest magnitude.
+    // From the transform of z to that of the real sequence, in place. Of X[0 ... M] the first and the last, both real, share a place. Notes the largest magnitude.
     DEVICE void unpack() const {
         const int count = 1 << points.log_count;
         u32 magnitude = 0;
         for (int f = thread_index(); f <= count / 2; f += kFilterThreads) {
             Complex &at = points[points.index_of(f)], &mirrored = points[points.index_of((count - f) & (count - 1))];
-            const Complex z = at, w = conjugate(mirrored);
-            const Complex even = {0.5f * (z.re + w.re), 0.5f * (z.im + w.im)}, odd = {0.5f * (z.im - w.im), 0.5f * (w.re - z.re)};
-            const Complex turned = odd * unit_root(f, params.log_points), x = even + turned, y = even - turned;
+            Complex x, y;
+            unpack_pair(at, conjugate(mirrored), unit_root(f, params.log_points), x, y);
             mirrored = conjugate(y);
             at = f == 0 ? Complex{x.re, y.re} : x;
             for (float value : {x.re, x.im, y.re, y.im}) note(magnitude, value);
@@ -155,10 +168,10 @@ struct FilterSpectrum {
         if (frequency == 0) x = {x.re, 0.f}, y = {-y.im, 0.f};
     }
 
-    // All windows of a filter have one scale, from its norm: eight times that is more than most values, of all windows. All threads.
+    // All windows of a filter have one scale, from its norm, as scale_of_norm() has it. All threads.
     DEVICE float scale_of_windows(int channel) const {
         u32 magnitude = 0;
-        for (int n = thread_index(); n < params.taps; n += kFilterThreads) note(magnitude, any_tap(channel, n));
+        for (int n = thread_index(); n < params.taps; n += kFilterThreads) note(magnitude, params.any_tap(channel, n));
         magnitude = warp_maximum(magnitude);
         if (thread_index() % 32 == 0) atomic_maximum(largest, magnitude);
         block_barrier();
@@ -167,7 +180,7 @@ struct FilterSpectrum {
         const float down = power_of_two(exponent < 1 ? 126 : 127 - exponent);
         float sum = 0.f;
         for (int n = thread_index(); n < params.taps; n += kFilterThreads) {
-            const float k = any_tap(channel, n) * down;
+            const float k = params.any_tap(channel, n) * down;
             sum += k * k;
         }
         for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
@@ -180,7 +193,7 @@ struct FilterSpectrum {
     }
 
     DEVICE void store(int channel, int window, float scale) const {
-        uint2* words = reinterpret_cast<uint2*>(params.spectrum + (int64_t(channel) * windows() + window) * params.fft_size);
+        uint2* words = reinterpret_cast<uint2*>(params.spectrum + (int64_t(channel) * params.window_count() + window) * params.fft_size);
         for (int i = thread_index(); i < params.fft_size / 2; i += kFilterThreads) {
             Complex x, y;
             at(frequency_of(params.fft_size / kColumns, i / 128, i / 64 % 2, i / 2 % 32, i % 2), x, y);
@@ -190,10 +203,10 @@ struct FilterSpectrum {
     }
 
     DEVICE void run() const {
-        for (int unit = block_index(); unit < params.channels * windows(); unit += block_count()) {
-            const int channel = unit / windows(), window = unit % windows();
+        for (int unit = block_index(); unit < params.channels * params.window_count(); unit += block_count()) {
+            const int channel = unit / params.window_count(), window = unit % params.window_count();
             for (int i = thread_index(); i < 1 << points.log_count; i += kFilterThreads)
-                points[i] = {tap(channel, window, 2 * i), tap(channel, window, 2 * i + 1)};
+                points[i] = {params.tap(channel, window, 2 * i), params.tap(channel, window, 2 * i + 1)};
             if (thread_index() == 0) *largest = 0;
             block_barrier();
             const float scale = params.windows > 0 ? scale_of_windows(channel) : 0.f;

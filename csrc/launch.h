@@ -5,9 +5,9 @@
 #include "backward.cuh"
 #include "cluster.cuh"
 #include "filter.cuh"
-#include "filter_rounding.cuh"
 #include "forward.cuh"
 #include "long_backward.cuh"
+#include "long_filter.cuh"
 #include "long_forward.cuh"
 #include "taps.cuh"
 
@@ -34,7 +34,6 @@ struct ClusterLauncher {
 };
 
 int launch_filter(const FilterParams& params, void* stream);
-int launch_rounding(const RoundingParams& params, void* stream);
 int launch_taps(const TapParams& params, void* stream);
 // Of a device, or zero and an error.
 int processor_count(int device, int* error);

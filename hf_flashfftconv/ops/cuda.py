@@ -87,8 +87,7 @@ class Call:
         length, long = u.shape[2], self.plan.is_long
         # A graph outlives the cache's entries, and its replays are to see what has become of the filter.
         spectra = filters.prepare if _is_capturing() else _spectra.get
-        workspace = filters.workspace_bytes(u.shape[0], u.numel() * u.element_size())
-        spectrum = spectra(k, skip, k_rev, length, self.plan, self.stream, workspace)
+        spectrum = spectra(k, skip, k_rev, length, self.plan, self.stream)
         constants = tables.device_tables(*_tables_key(ON_CHIP if long else self.plan), u.device)
         self.parameters = parameters = extension.Parameters()
         parameters.tables = constants.data_ptr()

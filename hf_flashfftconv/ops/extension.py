@@ -10,7 +10,7 @@ import torch
 from ..errors import BackendError
 
 PATH = Path(__file__).parent.parent / "lib" / "libhf_flashfftconv.so"
-VERSION = 5
+VERSION = 6
 
 ELEMENTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -95,6 +95,8 @@ class FilterParameters(ctypes.Structure):
         ("skip", ctypes.c_void_p),
         ("spectrum", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
+        ("norms", ctypes.c_void_p),
+        ("work", ctypes.c_void_p),
         ("k_stride", ctypes.c_int64),
         ("k_rev_stride", ctypes.c_int64),
         ("channels", ctypes.c_int32),
@@ -102,19 +104,6 @@ class FilterParameters(ctypes.Structure):
         ("taps_rev", ctypes.c_int32),
         ("fft_size", ctypes.c_int32),
         ("windows", ctypes.c_int32),
-    )
-
-
-class RoundingParameters(ctypes.Structure):
-    """`fft_conv_rounding_params`."""
-
-    _fields_ = (
-        ("half_spectrum", ctypes.c_void_p),
-        ("largest", ctypes.c_void_p),
-        ("spectrum", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("channels", ctypes.c_int32),
-        ("fft_size", ctypes.c_int32),
     )
 
 

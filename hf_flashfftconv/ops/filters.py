@@ -15,7 +15,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from . import extension
 from .plan import Plan
 from .pools import outside_of_pools
-from .reference import circle_taps
 
 DEFAULT_STREAM = 0
 
@@ -28,15 +27,8 @@ _PATIENCE = 16
 # The kernel for spectra has no larger transform.
 MAX_FUSED_FFT_SIZE = 16384
 
-# Bounds on what is alive at a time while torch.fft makes spectra: float32 taps, half of their spectrum and the FFT's
-# own copies, as measured.
-MIN_WORKSPACE_BYTES, MAX_WORKSPACE_BYTES = 64 << 20, 640 << 20
-_WORKSPACE_PER_POINT = 40
-
-
-def workspace_bytes(batch: int, output_bytes: int) -> int:
-    """What torch.fft may take for the filters of such an output: the more sequences share them, the less it weighs."""
-    return min(max(3 * batch * output_bytes, MIN_WORKSPACE_BYTES), MAX_WORKSPACE_BYTES)
+# Bound on what is alive between the two passes that make larger ones, unless a single filter takes more.
+WORKSPACE_BYTES = 64 << 20
 
 
 class Spectrum(NamedTuple):
@@ -64,72 +56,50 @@ def prepare(
     length: int,
     plan: Plan,
     stream: int,
-    workspace: int = MAX_WORKSPACE_BYTES,
 ) -> Spectrum:
     """The spectra of the filters of [`fft_conv`] for a plan, on the given, current stream.
 
     On a circle of `fft_size` points the causal taps lie at the start, the anticausal ones at the end. The skip
     connection is one more weight of the tap at lag zero.
 
-    The kernel computes in single precision and rounds the result. Beyond its sizes `torch.fft` transforms, and another
-    kernel scales, rounds and reorders.
+    The kernels compute in single precision and round the result. Where one thread block cannot hold a filter they need
+    memory between two passes, and take a block of channels at a time, which bounds it.
     """
-    if plan.fft_size > MAX_FUSED_FFT_SIZE:
-        return _prepare_by_torch(k, skip, k_rev, length, plan, stream, workspace)
     channels, device = k.shape[0], k.device
     words = torch.empty((channels, plan.points), dtype=torch.int32, device=device)
     scale = torch.empty((channels,), dtype=torch.float32, device=device)
-    k = _taps(k, length)
+    k, block = _taps(k, length), channels
+    k_rev = None if k_rev is None else _taps(k_rev, length - 1)
     skip = None if skip is None else skip.float().contiguous()
     parameters = extension.FilterParameters()
-    parameters.k, parameters.k_stride, parameters.taps = k.data_ptr(), k.stride(0), k.shape[1]
+    parameters.k_stride, parameters.taps = k.stride(0), k.shape[1]
     if k_rev is not None:
-        k_rev = _taps(k_rev, length - 1)
-        parameters.k_rev, parameters.k_rev_stride, parameters.taps_rev = (
-            k_rev.data_ptr(),
-            k_rev.stride(0),
-            k_rev.shape[1],
-        )
-    if skip is not None:
-        parameters.skip = skip.data_ptr()
-    parameters.spectrum, parameters.scale = words.data_ptr(), scale.data_ptr()
-    parameters.channels, parameters.fft_size, parameters.windows = channels, plan.fft_size, plan.windows
-    extension.launch("fft_conv_filter_spectrum", parameters, stream)
+        parameters.k_rev_stride, parameters.taps_rev = k_rev.stride(0), k_rev.shape[1]
+    parameters.fft_size, parameters.windows = plan.fft_size, plan.windows
+    passes = plan.fft_size > MAX_FUSED_FFT_SIZE
+    if passes:
+        block = min(channels, max(1, WORKSPACE_BYTES // (4 * plan.points)))
+        norms = _norms([x if x.dim() == 2 else x[:, None] for x in (k, skip, k_rev) if x is not None])
+        work = torch.empty((block, plan.points), dtype=torch.float32, device=device)
+        parameters.work = work.data_ptr()
+    for start in range(0, channels, block):
+        part = slice(start, start + block)
+        parameters.k, parameters.channels = k[part].data_ptr(), words[part].shape[0]
+        if skip is not None:
+            parameters.skip = skip[part].data_ptr()
+        if k_rev is not None:
+            parameters.k_rev = k_rev[part].data_ptr()
+        if passes:
+            parameters.norms = norms[part].data_ptr()
+        parameters.spectrum, parameters.scale = words[part].data_ptr(), scale[part].data_ptr()
+        extension.launch("fft_conv_filter_spectrum", parameters, stream)
     return Spectrum(words, scale)
 
 
-def _prepare_by_torch(
-    k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int, plan: Plan, stream: int, workspace: int
-) -> Spectrum:
-    """A block of channels at a time, which bounds the memory beside the spectra to `workspace` bytes."""
-    channels, windows, device = k.shape[0], max(1, plan.windows), k.device
-    words = torch.empty((channels, plan.points), dtype=torch.int32, device=device)
-    # All windows of a filter have one.
-    scale = torch.empty((channels, windows), dtype=torch.float32, device=device)
-    block = max(1, workspace // (_WORKSPACE_PER_POINT * plan.points))
-    for start in range(0, channels, block):
-        part = slice(start, start + block)
-        part_skip, part_rev = (None if x is None else x[part] for x in (skip, k_rev))
-        if plan.windows:
-            taps = _window_taps(circle_taps(k[part], part_skip, None, length, plan.points), plan)
-        else:
-            taps = circle_taps(k[part], part_skip, part_rev, length, plan.fft_size)
-        half = torch.view_as_real(torch.fft.rfft(taps)).view(taps.shape[0], windows, -1, 2)
-        del taps
-        largest = torch.linalg.vector_norm(half, torch.inf, (1, 2, 3)).repeat_interleave(windows)
-        parameters = extension.RoundingParameters()
-        parameters.half_spectrum, parameters.largest = half.data_ptr(), largest.data_ptr()
-        parameters.spectrum, parameters.scale = words[part].data_ptr(), scale[part].data_ptr()
-        parameters.channels, parameters.fft_size = largest.shape[0], plan.fft_size
-        extension.launch("fft_conv_round_spectrum", parameters, stream)
-    return Spectrum(words, scale[:, 0].contiguous())
-
-
-def _window_taps(taps: Tensor, plan: Plan) -> Tensor:
-    """Of taps (H, points) the windows (H, windows, fft_size): from the lag of each on, then those before it."""
-    block = plan.fft_size // 2
-    around = torch.nn.functional.pad(taps[:, : plan.windows * block], (block, 0)).unfold(1, plan.fft_size, block)
-    return around.roll(block, -1)
+def _norms(taps: list[Tensor]) -> Tensor:
+    """The norms (H,) of filters (H, K) that are added up, float32; their squares may lie beyond that."""
+    norms = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) for x in taps]
+    return torch.linalg.vector_norm(torch.stack(norms), dim=0).float()
 
 
 def spectrum_bytes(channels: int, points: int) -> int:
@@ -207,7 +177,6 @@ class SpectrumCache:
         length: int,
         plan: Plan,
         stream: int,
-        workspace: int = MAX_WORKSPACE_BYTES,
     ) -> Spectrum:
         """[`prepare`], or what it returned on this stream as long as the filters have not changed since."""
         reverse_taps = 0 if k_rev is None else min(k_rev.shape[1], length - 1)
@@ -223,8 +192,8 @@ class SpectrumCache:
         self._drop(key)
         tensors = [x for x in (k, skip, k_rev) if x is not None]
         if not all(map(_is_constant, tensors)):
-            return prepare(k, skip, k_rev, length, plan, stream, workspace)
-        make = partial(prepare, k, skip, k_rev, length, plan, stream, workspace)
+            return prepare(k, skip, k_rev, length, plan, stream)
+        make = partial(prepare, k, skip, k_rev, length, plan, stream)
         # Compiled functions warm their CUDA graphs up on another stream, and allocate in a pool of the graph.
         spectrum = make() if stream == DEFAULT_STREAM else outside_of_pools(make, k.device)
         references = [weakref.ref(x, lambda _: self._drop(key)) for x in tensors]

@@ -26,12 +26,12 @@ int ClusterLauncher<Element, kBlocks, kBlocked>::clusters() { return 2; }
 int processor_count(int, int*) { return 2; }
 
 int launch_filter(const FilterParams& params, void*) {
-    simt::launch(2, kFilterThreads, filter_shared_bytes(params.fft_size), [&] { filter_spectra(params); });
-    return 0;
-}
-
-int launch_rounding(const RoundingParams& params, void*) {
-    simt::launch(2, kRoundingThreads, kRoundingBytes, [&] { round_spectra(params); });
+    if (params.fft_size <= kMaximumFilterPoints) {
+        simt::launch(2, kFilterThreads, filter_shared_bytes(params.fft_size), [&] { filter_spectra(params); });
+    } else {
+        simt::launch(2, kFilterThreads, kLongFilterBytes, [&] { LongFilter(params).column_pass(); });
+        simt::launch(2, kFilterThreads, kLongFilterBytes, [&] { LongFilter(params).row_pass(); });
+    }
     return 0;
 }
 

@@ -1,0 +1,76 @@
+// Spectra of filters that one block cannot hold, in two passes over an intermediate in single precision. With M = N / 2 = A B complex points,
+//
+//   n = B a + b,  f = fa + A fb
+//
+// the first pass transforms over a and multiplies by w_M^(fa b), the second transforms over b. A real sequence's spectrum at f takes its transform at f
+// and at M - f, so that the second pass works on the rows fa and A - fa at a time. The scale of a filter comes from its norm, which is known before.
+#pragma once
+#include "filter.cuh"
+
+constexpr int kLogFilterRow = 12, kLogFilterTile = 13;      // B, and the points that a block transforms at a time
+constexpr int kLongFilterBytes = FilterPoints::bytes(1 << kLogFilterTile);
+
+struct LongFilter {
+    const FilterParams& params;
+    const FilterPoints points;
+
+    DEVICE explicit LongFilter(const FilterParams& params) : params(params), points{reinterpret_cast<Complex*>(shared_memory()), 0, 0} {}
+
+    DEVICE int log_columns() const { return params.log_points - 1 - kLogFilterRow; }        // of A
+    DEVICE int log_tiles() const { return params.log_points - 1 - kLogFilterTile; }
+    DEVICE Complex* intermediate(int64_t filter) const { return reinterpret_cast<Complex*>(params.work) + (filter << (params.log_points - 1)); }
+
+    // Some neighbouring b of a window of a filter. Points of one b lie together.
+    DEVICE void columns(int64_t filter, int tile) const {
+        const int log_a = log_columns(), log_b = kLogFilterTile - log_a, channel = int(filter / params.window_count()), window = int(filter % params.window_count());
+        const FilterPoints all{points.memory, log_a, log_b};
+        for (int i = thread_index(); i < 1 << kLogFilterTile; i += kFilterThreads) {
+            const int b = i & ((1 << log_b) - 1), a = i >> log_b, n = (a << kLogFilterRow) + (tile << log_b) + b;
+            all[(b << log_a) + a] = {params.tap(channel, window, 2 * n), params.tap(channel, window, 2 * n + 1)};
+        }
+        block_barrier();
+        all.transform();
+        for (int i = thread_index(); i < 1 << kLogFilterTile; i += kFilterThreads) {
+            const int b = i & ((1 << log_b) - 1), fa = i >> log_b, place = (tile << log_b) + b;
+            intermediate(filter)[(fa << kLogFilterRow) + place] = all[(b << log_a) + all.index_of(fa)] * unit_root(fa * place, params.log_points - 1);
+        }
+        block_barrier();
+    }
+
+    // The rows fa and A - fa, which may be the same.
+    DEVICE void rows(int64_t filter, int fa) const {
+        const int columns = 1 << log_columns(), mirrored = (columns - fa) & (columns - 1), count = mirrored == fa ? 1 : 2;
+        const FilterPoints both{points.memory, kLogFilterRow, count - 1};
+        for (int i = thread_index(); i < count << kLogFilterRow; i += kFilterThreads) {
+            const int row = i >> kLogFilterRow ? mirrored : fa;
+            both[i] = intermediate(filter)[(row << kLogFilterRow) + (i & ((1 << kLogFilterRow) - 1))];
+        }
+        block_barrier();
+        both.transform();
+        const int channel = int(filter / params.window_count()), kernel_rows = params.fft_size / kColumns;
+        const float scale = scale_of_norm(params.norms[channel]);
+        uint2* const words = reinterpret_cast<uint2*>(params.spectrum) + (filter << (params.log_points - 1));
+        for (int i = thread_index(); i < count << kLogFilterRow; i += kFilterThreads) {
+            // Kernel order within the rows of csrc/transform.cuh that this row holds: every A-th.
+            const int which = i >> kLogFilterRow, own = which ? mirrored : fa, row = own + ((i & ((1 << kLogFilterRow) - 1)) / (kColumns / 2) << log_columns()), place = i % (kColumns / 2);
+            const int frequency = frequency_of(kernel_rows, row, place / 64, place / 2 % 32, place % 2), fb = frequency >> log_columns();
+            const int other = own == 0 ? -fb & ((1 << kLogFilterRow) - 1) : (1 << kLogFilterRow) - 1 - fb;
+            const Complex z = both[(which << kLogFilterRow) + both.index_of(fb)], w = conjugate(both[((count - 1 - which) << kLogFilterRow) + both.index_of(other)]);
+            Complex x, y;
+            unpack_pair(z, w, unit_root(frequency, params.log_points), x, y);
+            words[row * (kColumns / 2) + place] = scaled_pair(x, y, scale);
+        }
+        if (fa == 0 && filter % params.window_count() == 0 && thread_index() == 0) params.scale[channel] = scale;
+        block_barrier();
+    }
+
+    DEVICE void column_pass() const {
+        const int64_t filters = int64_t(params.channels) * params.window_count();
+        for (int64_t i = block_index(); i < filters << log_tiles(); i += block_count()) columns(i >> log_tiles(), int(i & ((1 << log_tiles()) - 1)));
+    }
+    DEVICE void row_pass() const {
+        const int64_t filters = int64_t(params.channels) * params.window_count();
+        const int pairs = (1 << log_columns() >> 1) + 1;
+        for (int64_t i = block_index(); i < filters * pairs; i += block_count()) rows(i / pairs, int(i % pairs));
+    }
+};
