@@ -61,9 +61,7 @@ struct fft_conv_filter_params {
     const float *k, *k_rev, *skip;  // (channels, taps), (channels, taps_rev) or null, (channels,) or null
     uint32_t* spectrum;             // (channels, windows, fft_size)
     float* scale;                   // (channels,)
-    // From fft_size 32,768 on, else not used: the norms of the filters and memory for one word of eight bytes for two points.
-    const float* norms;             // (channels,)
-    void* work;                     // (channels, windows, fft_size / 2) of eight bytes
+    void* work;                     // (channels, windows, fft_size / 2) of eight bytes, from fft_size 32,768 on
     int64_t k_stride, k_rev_stride;
     int32_t channels, taps, taps_rev, fft_size, windows;
 };

@@ -52,6 +52,13 @@ struct FilterParams : fft_conv_filter_params {
         const float tap = k[channel * k_stride + n];
         return n == 0 && skip ? tap + skip[channel] : tap;
     }
+
+    // Calls function(tap) for this thread's share of all taps.
+    template <class Function>
+    DEVICE void for_each_tap(int channel, Function function) const {
+        for (int n = thread_index(); n < taps; n += kFilterThreads) function(any_tap(channel, n));
+        for (int n = thread_index(); n < taps_rev; n += kFilterThreads) function(k_rev[channel * k_rev_stride + n]);
+    }
 };
 
 // The points of filters, one after the other, in shared memory, a free one after sixteen, against bank conflicts.
@@ -113,7 +120,8 @@ DEVICE float scale_of_largest(u32 bits) {
 
 // Two frequencies of a spectrum as the other kernels read them; zeros where the scale says that the spectrum is not finite.
 DEVICE uint2 scaled_pair(Complex x, Complex y, float scale) {
-    return scale == scale ? uint2{pack(x.re / scale, y.re / scale), pack(x.im / scale, y.im / scale)} : uint2{0, 0};
+    const float down = 1.f / scale;
+    return scale == scale ? uint2{pack(x.re * down, y.re * down), pack(x.im * down, y.im * down)} : uint2{0, 0};
 }
 
 // The frequency in a place of kernel order: row, fragment, lane and point of csrc/transform.cuh; of the other half of the pair, half the FFT on.
@@ -125,12 +133,6 @@ DEVICE void unpack_pair(Complex z, Complex w, Complex root, Complex& x, Complex&
     const Complex even = {0.5f * (z.re + w.re), 0.5f * (z.im + w.im)}, odd = {0.5f * (z.im - w.im), 0.5f * (w.re - z.re)};
     const Complex turned = odd * root;
     x = even + turned, y = even - turned;
-}
-
-// A scale by a filter's norm: eight times that is more than most values of its spectrum. NaN if the norm is not finite.
-DEVICE float scale_of_norm(float norm) {
-    const int exponent = int(bits_from_float(norm) >> 23), root = exponent - 127 + 3;
-    return exponent == 255 ? float_from_bits(0x7fc00000u) : power_of_two(root < -126 ? -126 : root > 127 ? 127 : root);
 }
 
 struct FilterSpectrum {
@@ -168,10 +170,12 @@ struct FilterSpectrum {
         if (frequency == 0) x = {x.re, 0.f}, y = {-y.im, 0.f};
     }
 
-    // All windows of a filter have one scale, from its norm, as scale_of_norm() has it. All threads.
-    DEVICE float scale_of_windows(int channel) const {
+    // A scale from a filter's norm, that of all windows: eight times the norm is more than most values of the spectrum. All threads.
+    DEVICE float scale_of_taps(int channel) const {
+        if (thread_index() == 0) *largest = 0;
+        block_barrier();
         u32 magnitude = 0;
-        for (int n = thread_index(); n < params.taps; n += kFilterThreads) note(magnitude, params.any_tap(channel, n));
+        params.for_each_tap(channel, [&](float tap) { note(magnitude, tap); });
         magnitude = warp_maximum(magnitude);
         if (thread_index() % 32 == 0) atomic_maximum(largest, magnitude);
         block_barrier();
@@ -179,10 +183,7 @@ struct FilterSpectrum {
         if (exponent == 255) return float_from_bits(0x7fc00000u);
         const float down = power_of_two(exponent < 1 ? 126 : 127 - exponent);
         float sum = 0.f;
-        for (int n = thread_index(); n < params.taps; n += kFilterThreads) {
-            const float k = params.any_tap(channel, n) * down;
-            sum += k * k;
-        }
+        params.for_each_tap(channel, [&](float tap) { sum += tap * down * (tap * down); });
         for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
         if (thread_index() % 32 == 0) exchange[thread_index() / 32] = sum;
         block_barrier();
@@ -207,9 +208,9 @@ struct FilterSpectrum {
             const int channel = unit / params.window_count(), window = unit % params.window_count();
             for (int i = thread_index(); i < 1 << points.log_count; i += kFilterThreads)
                 points[i] = {params.tap(channel, window, 2 * i), params.tap(channel, window, 2 * i + 1)};
+            const float scale = params.windows > 0 ? scale_of_taps(channel) : 0.f;
             if (thread_index() == 0) *largest = 0;
             block_barrier();
-            const float scale = params.windows > 0 ? scale_of_windows(channel) : 0.f;
             points.transform();
             unpack();
             block_barrier();
@@ -222,8 +223,9 @@ struct FilterSpectrum {
 constexpr int kFilterControlBytes = 16 + kFilterThreads / 32 * 4;
 constexpr int filter_shared_bytes(int fft_size) { return FilterPoints::bytes(fft_size / 2) + kFilterControlBytes; }
 
-DEVICE void filter_spectra(const FilterParams& params) {
+DEVICE FilterSpectrum filter_spectrum(const FilterParams& params) {
     u32* const largest = reinterpret_cast<u32*>(shared_memory());
     const FilterPoints points{reinterpret_cast<Complex*>(shared_memory() + kFilterControlBytes), params.log_points - 1};
-    FilterSpectrum{params, points, largest, reinterpret_cast<float*>(largest + 4)}.run();
+    return {params, points, largest, reinterpret_cast<float*>(largest + 4)};
 }
+DEVICE void filter_spectra(const FilterParams& params) { filter_spectrum(params).run(); }

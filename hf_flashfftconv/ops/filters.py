@@ -76,10 +76,8 @@ def prepare(
     if k_rev is not None:
         parameters.k_rev_stride, parameters.taps_rev = k_rev.stride(0), k_rev.shape[1]
     parameters.fft_size, parameters.windows = plan.fft_size, plan.windows
-    passes = plan.fft_size > MAX_FUSED_FFT_SIZE
-    if passes:
+    if plan.fft_size > MAX_FUSED_FFT_SIZE:
         block = min(channels, max(1, WORKSPACE_BYTES // (4 * plan.points)))
-        norms = _norms([x if x.dim() == 2 else x[:, None] for x in (k, skip, k_rev) if x is not None])
         work = torch.empty((block, plan.points), dtype=torch.float32, device=device)
         parameters.work = work.data_ptr()
     for start in range(0, channels, block):
@@ -89,17 +87,9 @@ def prepare(
             parameters.skip = skip[part].data_ptr()
         if k_rev is not None:
             parameters.k_rev = k_rev[part].data_ptr()
-        if passes:
-            parameters.norms = norms[part].data_ptr()
         parameters.spectrum, parameters.scale = words[part].data_ptr(), scale[part].data_ptr()
         extension.launch("fft_conv_filter_spectrum", parameters, stream)
     return Spectrum(words, scale)
-
-
-def _norms(taps: list[Tensor]) -> Tensor:
-    """The norms (H,) of filters (H, K) that are added up, float32; their squares may lie beyond that."""
-    norms = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) for x in taps]
-    return torch.linalg.vector_norm(torch.stack(norms), dim=0).float()
 
 
 def spectrum_bytes(channels: int, points: int) -> int:

@@ -1,0 +1,79 @@
+// Shared memory of the kernel for clusters of thread blocks, and what its blocks tell each other.
+#pragma once
+#include "block_scale.cuh"
+#include "forward_plan.cuh"
+
+// Two words from each block of a cluster to all blocks, again and again.
+template <int kBlocks>
+struct BlockWords {
+    static constexpr int kPlaces = 2;   // a block may be one exchange ahead
+    uint2 words[kPlaces][kBlocks];
+    TransactionBarrier came[kPlaces];
+
+    DEVICE void start() {
+        for (int i = 0; i < kPlaces; i++) barrier_start(came + i, 1);
+    }
+    // All lanes of a warp know this block's words.
+    DEVICE void send(int number, uint2 own, int lane) {
+        TransactionBarrier* const barrier = came + number % kPlaces;
+        if (lane == 0) barrier_expect(barrier, kBlocks * int(sizeof(uint2)));
+        if (lane < kBlocks) store_to_block(lane, words[number % kPlaces] + cluster_rank(), own, barrier);
+    }
+    // Of floats near the root mean square of a sequence in each block, the ones near that in all of them. They are powers of two; one that is not a
+    // number makes all so.
+    DEVICE Pair root_mean_squares(int number, int lane) {
+        barrier_wait(came + number % kPlaces, number / kPlaces % 2);
+        const uint2 word = words[number % kPlaces][lane % kBlocks];
+        return {root_mean_square(word.x), root_mean_square(word.y)};
+    }
+
+    // The largest of two numbers that are not negative, or of NaN, in all blocks.
+    DEVICE Pair largest(int number, int lane) {
+        barrier_wait(came + number % kPlaces, number / kPlaces % 2);
+        const uint2 word = words[number % kPlaces][lane % kBlocks];
+        return {float_from_bits(warp_maximum(word.x)), float_from_bits(warp_maximum(word.y))};
+    }
+
+private:
+    DEVICE static float root_mean_square(u32 own) {
+        constexpr int kUnit = 24, kLogLanes = 5;    // of what a lane adds
+        const u32 largest = warp_maximum(own);
+        const int below = int(largest >> 23) - int(own >> 23);
+        const u32 sum = warp_sum(2 * below > kUnit ? 0 : 1u << (kUnit - 2 * below));
+        return float_from_bits(largest) * power_of_two((int(bits_from_float(float(sum)) >> 23) - 127 - kUnit - kLogLanes) >> 1);
+    }
+};
+
+template <class T>
+struct ClusterPlan {
+    static constexpr int kThreads = 3 * T::kThreads;
+    static constexpr int kBuffers = 2;          // of rows that come; there is one for rows that return
+    static constexpr int kScaleSlots = 4;       // tiles under way between the first and the third group
+    static constexpr int kRowsPerWarp = T::kRows / T::kWarps;
+    // What a warp of the second group has before it comes to it: the spectra of its rows or, of blocked sequences, the operands of its next products.
+    static constexpr int kAhead = T::kBlocked ? 2 : kRowsPerWarp, kOperandVectors = T::kBlocked ? 128 : 64;
+    static constexpr int kOperandBytes = T::kWarps * kAhead * kOperandVectors * 16;
+    // Of blocked sequences: the scales of a pair and its largest mean squares; the pairs of this round, its first tile, and pairs for another round,
+    // which these scales did not fit.
+    struct Blocked {
+        BlockScale scale[2];
+        float largest[2];
+        OwnPairs<T> pairs;
+        int first, misfits;
+    };
+    struct Control {
+        alignas(16) float energies[2 * 8];
+        BlockWords<T::kCluster> scale_words;
+        float scales[kScaleSlots][32];
+        WorkRange range;                // of tiles
+        Blocked blocked;
+        int done[3][T::kThreads];       // of them, by each group, for each thread
+        TileHeader headers[2][2];       // of a tile and the next in turn, for the first and for the third group
+        TransactionBarrier rows_came[kBuffers], rows_free[kBuffers], returned, return_free;
+    };
+    static constexpr int kControlBytes = (int(sizeof(Control)) + 127) / 128 * 128;
+    static constexpr int kFixedBytes = Tables<T, true>::kSharedBytes + (kBuffers + 1) * T::kRowBytes + kOperandBytes + kControlBytes;
+    static constexpr bool kStaged = kFixedBytes + 3 * T::kStageBytes <= kSharedLimit;   // else inputs come from global memory
+    static constexpr int kSharedBytes = kFixedBytes + (kStaged ? 3 * T::kStageBytes : 0);
+    static_assert(kSharedBytes <= kSharedLimit, "shared memory of a block");
+};
