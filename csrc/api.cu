@@ -96,7 +96,7 @@ extern "C" int fft_conv_filter_spectrum(const fft_conv_filter_params* params, vo
     derived.log_points = log2_of(params->fft_size);
     if (params->windows > 0 && params->taps_rev > 0) return kUnsupported;
     if (params->fft_size < kColumns || params->fft_size > kLongMaximum || 1 << derived.log_points != params->fft_size) return kUnsupported;
-    if (params->fft_size > kMaximumFilterPoints && !params->work) return kUnsupported;
+    if (params->fft_size > kMaximumFilterPoints && !(params->work && params->tap_sums)) return kUnsupported;
     return launch_filter(derived, stream);
 }
 

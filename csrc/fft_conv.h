@@ -61,7 +61,9 @@ struct fft_conv_filter_params {
     const float *k, *k_rev, *skip;  // (channels, taps), (channels, taps_rev) or null, (channels,) or null
     uint32_t* spectrum;             // (channels, windows, fft_size)
     float* scale;                   // (channels,)
-    void* work;                     // (channels, windows, fft_size / 2) of eight bytes, from fft_size 32,768 on
+    // From fft_size 32,768 on: the sums of the magnitudes of the taps, and memory between two passes.
+    const float* tap_sums;          // (channels,)
+    void* work;                     // (channels, windows, fft_size / 2) of eight bytes
     int64_t k_stride, k_rev_stride;
     int32_t channels, taps, taps_rev, fft_size, windows;
 };

@@ -52,13 +52,6 @@ struct FilterParams : fft_conv_filter_params {
         const float tap = k[channel * k_stride + n];
         return n == 0 && skip ? tap + skip[channel] : tap;
     }
-
-    // Calls function(tap) for this thread's share of all taps.
-    template <class Function>
-    DEVICE void for_each_tap(int channel, Function function) const {
-        for (int n = thread_index(); n < taps; n += kFilterThreads) function(any_tap(channel, n));
-        for (int n = thread_index(); n < taps_rev; n += kFilterThreads) function(k_rev[channel * k_rev_stride + n]);
-    }
 };
 
 // The points of filters, one after the other, in shared memory, a free one after sixteen, against bank conflicts.
@@ -170,12 +163,10 @@ struct FilterSpectrum {
         if (frequency == 0) x = {x.re, 0.f}, y = {-y.im, 0.f};
     }
 
-    // A scale from a filter's norm, that of all windows: eight times the norm is more than most values of the spectrum. All threads.
-    DEVICE float scale_of_taps(int channel) const {
-        if (thread_index() == 0) *largest = 0;
-        block_barrier();
+    // All windows of a filter have one scale, from its norm: eight times that is more than most values, of all windows. All threads.
+    DEVICE float scale_of_windows(int channel) const {
         u32 magnitude = 0;
-        params.for_each_tap(channel, [&](float tap) { note(magnitude, tap); });
+        for (int n = thread_index(); n < params.taps; n += kFilterThreads) note(magnitude, params.any_tap(channel, n));
         magnitude = warp_maximum(magnitude);
         if (thread_index() % 32 == 0) atomic_maximum(largest, magnitude);
         block_barrier();
@@ -183,7 +174,10 @@ struct FilterSpectrum {
         if (exponent == 255) return float_from_bits(0x7fc00000u);
         const float down = power_of_two(exponent < 1 ? 126 : 127 - exponent);
         float sum = 0.f;
-        params.for_each_tap(channel, [&](float tap) { sum += tap * down * (tap * down); });
+        for (int n = thread_index(); n < params.taps; n += kFilterThreads) {
+            const float k = params.any_tap(channel, n) * down;
+            sum += k * k;
+        }
         for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
         if (thread_index() % 32 == 0) exchange[thread_index() / 32] = sum;
         block_barrier();
@@ -208,9 +202,9 @@ struct FilterSpectrum {
             const int channel = unit / params.window_count(), window = unit % params.window_count();
             for (int i = thread_index(); i < 1 << points.log_count; i += kFilterThreads)
                 points[i] = {params.tap(channel, window, 2 * i), params.tap(channel, window, 2 * i + 1)};
-            const float scale = params.windows > 0 ? scale_of_taps(channel) : 0.f;
             if (thread_index() == 0) *largest = 0;
             block_barrier();
+            const float scale = params.windows > 0 ? scale_of_windows(channel) : 0.f;
             points.transform();
             unpack();
             block_barrier();
@@ -223,9 +217,8 @@ struct FilterSpectrum {
 constexpr int kFilterControlBytes = 16 + kFilterThreads / 32 * 4;
 constexpr int filter_shared_bytes(int fft_size) { return FilterPoints::bytes(fft_size / 2) + kFilterControlBytes; }
 
-DEVICE FilterSpectrum filter_spectrum(const FilterParams& params) {
+DEVICE void filter_spectra(const FilterParams& params) {
     u32* const largest = reinterpret_cast<u32*>(shared_memory());
     const FilterPoints points{reinterpret_cast<Complex*>(shared_memory() + kFilterControlBytes), params.log_points - 1};
-    return {params, points, largest, reinterpret_cast<float*>(largest + 4)};
+    FilterSpectrum{params, points, largest, reinterpret_cast<float*>(largest + 4)}.run();
 }
-DEVICE void filter_spectra(const FilterParams& params) { filter_spectrum(params).run(); }

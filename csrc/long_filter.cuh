@@ -3,20 +3,18 @@
 //   n = B a + b,  f = fa + A fb
 //
 // the first pass transforms over a and multiplies by w_M^(fa b), the second transforms over b. A real sequence's spectrum at f takes its transform at f
-// and at M - f, so that the second pass works on the rows fa and A - fa at a time. The scale of a filter comes from its norm, and is there before.
+// and at M - f, so that the second pass works on the rows fa and A - fa at a time. The scale of a filter comes from the sum of its taps' magnitudes, which is known before.
 #pragma once
 #include "filter.cuh"
 
 constexpr int kLogFilterRow = 12, kLogFilterTile = 13;      // B, and the points that a block transforms at a time
 constexpr int kLongFilterBytes = FilterPoints::bytes(1 << kLogFilterTile);
 
-DEVICE void filter_scales(const FilterParams& params) {
-    const FilterSpectrum spectrum = filter_spectrum(params);
-    for (int channel = block_index(); channel < params.channels; channel += block_count()) {
-        const float scale = spectrum.scale_of_taps(channel);
-        if (thread_index() == 0) params.scale[channel] = scale;
-        block_barrier();
-    }
+// No value of the spectrum is larger than the sum of the magnitudes, most are smaller by some root of the number of taps: scaled values are below 16, so
+// that sums of products with the largest values of a sequence's transform, the root of its length, are half-precision numbers. NaN if it is not finite.
+DEVICE float scale_of_sum(float sum) {
+    const int exponent = int(bits_from_float(sum) >> 23), root = exponent - 127 - 3;
+    return exponent == 255 ? float_from_bits(0x7fc00000u) : power_of_two(root < -126 ? -126 : root);
 }
 
 struct LongFilter {
@@ -57,7 +55,7 @@ struct LongFilter {
         block_barrier();
         both.transform();
         const int channel = int(filter / params.window_count()), kernel_rows = params.fft_size / kColumns;
-        const float scale = params.scale[channel];
+        const float scale = scale_of_sum(params.tap_sums[channel]);
         uint2* const words = reinterpret_cast<uint2*>(params.spectrum) + (filter << (params.log_points - 1));
         for (int i = thread_index(); i < count << kLogFilterRow; i += kFilterThreads) {
             // Kernel order within the rows of csrc/transform.cuh that this row holds: every A-th.
@@ -69,6 +67,7 @@ struct LongFilter {
             unpack_pair(z, w, unit_root(frequency, params.log_points), x, y);
             words[row * (kColumns / 2) + place] = scaled_pair(x, y, scale);
         }
+        if (fa == 0 && filter % params.window_count() == 0 && thread_index() == 0) params.scale[channel] = scale;
         block_barrier();
     }
 

@@ -95,6 +95,7 @@ class FilterParameters(ctypes.Structure):
         ("skip", ctypes.c_void_p),
         ("spectrum", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
+        ("tap_sums", ctypes.c_void_p),
         ("work", ctypes.c_void_p),
         ("k_stride", ctypes.c_int64),
         ("k_rev_stride", ctypes.c_int64),

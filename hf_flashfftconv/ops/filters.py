@@ -76,8 +76,14 @@ def prepare(
     if k_rev is not None:
         parameters.k_rev_stride, parameters.taps_rev = k_rev.stride(0), k_rev.shape[1]
     parameters.fft_size, parameters.windows = plan.fft_size, plan.windows
+    tap_sums = None
     if plan.fft_size > MAX_FUSED_FFT_SIZE:
         block = min(channels, max(1, WORKSPACE_BYTES // (4 * plan.points)))
+        tap_sums = torch.linalg.vector_norm(k, 1, dim=1)
+        if k_rev is not None:
+            tap_sums += torch.linalg.vector_norm(k_rev, 1, dim=1)
+        if skip is not None:
+            tap_sums += skip.abs()
         work = torch.empty((block, plan.points), dtype=torch.float32, device=device)
         parameters.work = work.data_ptr()
     for start in range(0, channels, block):
@@ -87,6 +93,8 @@ def prepare(
             parameters.skip = skip[part].data_ptr()
         if k_rev is not None:
             parameters.k_rev = k_rev[part].data_ptr()
+        if tap_sums is not None:
+            parameters.tap_sums = tap_sums[part].data_ptr()
         parameters.spectrum, parameters.scale = words[part].data_ptr(), scale[part].data_ptr()
         extension.launch("fft_conv_filter_spectrum", parameters, stream)
     return Spectrum(words, scale)

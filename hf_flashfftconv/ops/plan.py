@@ -17,7 +17,8 @@ MAX_WINDOWS = 16
 CLUSTER_POINTS = 8192
 CLUSTERS = {2: 0, 4: 1, 8: 2, 16: 4}
 # The largest cluster takes longer causal sequences in blocks, up to so many windows, forward and backward: more of them
-# leave the L2 cache, and the kernels for all others are faster, as measured.
+# leave the L2 cache, and the kernels for all others are faster, as measured; and they would cost float16 outputs more
+# than their bound.
 LARGEST_CLUSTER = max(CLUSTERS)
 CLUSTER_WINDOWS = 10, 16
 # All others that are longer go through global memory in several passes.

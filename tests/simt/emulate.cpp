@@ -29,7 +29,6 @@ int launch_filter(const FilterParams& params, void*) {
     if (params.fft_size <= kMaximumFilterPoints) {
         simt::launch(2, kFilterThreads, filter_shared_bytes(params.fft_size), [&] { filter_spectra(params); });
     } else {
-        simt::launch(2, kFilterThreads, kFilterControlBytes, [&] { filter_scales(params); });
         simt::launch(2, kFilterThreads, kLongFilterBytes, [&] { LongFilter(params).column_pass(); });
         simt::launch(2, kFilterThreads, kLongFilterBytes, [&] { LongFilter(params).row_pass(); });
     }
