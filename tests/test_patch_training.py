@@ -78,11 +78,15 @@ def test_trainer_learns_the_same_and_resumes(family: Family, tmp_path: Path) -> 
 
 @families()
 def test_trainer_in_bfloat16_with_gradient_checkpointing(family: Family, tmp_path: Path) -> None:
-    reference = train(family.make(), tmp_path, bf16=True)
+    plain = losses(train(patch_model(family.make()), tmp_path, bf16=True))
     for reentrant in (False, True):
         options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
         trainer = train(patch_model(family.make()), tmp_path, bf16=True, **options)
-        assert relative(losses(trainer), losses(reference)) <= NOISE
+        assert relative(losses(trainer), plain) <= 1e-6
+    # By steps so small that roundings do not grow from one to the next, whatever the processor makes of bfloat16.
+    small = {"bf16": True, "learning_rate": 1e-4}
+    trainer, reference = (train(model, tmp_path, **small) for model in (patch_model(family.make()), family.make()))
+    assert relative(losses(trainer), losses(reference)) <= NOISE
 
 
 @families()
