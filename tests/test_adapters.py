@@ -51,6 +51,19 @@ def test_m2(bidirectional: bool, residual: bool, additions: bool) -> None:
     check_mixer(build(MonarchMixerSequenceMixing, WIDTH, L_MAX, dropout=0.3, **flags))
 
 
+def test_m2_keeps_no_stacks_for_anomaly_detection() -> None:
+    mixer = patch_model(build(MonarchMixerSequenceMixing, WIDTH, L_MAX, residual_long_conv=True, bidirectional=True))
+    with torch.autograd.set_detect_anomaly(True):
+        mixed = mixer(torch.randn(2, L_MAX, WIDTH))[0]
+        outside = mixed * 2
+        assert torch.is_anomaly_enabled()
+    nodes = [mixed.grad_fn]
+    for node in nodes:
+        assert "traceback_" not in node.metadata
+        nodes += [inner for inner, _ in node.next_functions if inner is not None and inner not in nodes]
+    assert "traceback_" in outside.grad_fn.metadata
+
+
 @pytest.mark.parametrize("mixer_class", [HyenaOperator, Safari.HyenaOperator, MonarchMixerSequenceMixing])
 def test_gates_matter(mixer_class: type[nn.Module]) -> None:
     # The checks above can fail: exchanging the two gates is far outside of the tolerance.

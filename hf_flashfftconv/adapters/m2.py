@@ -8,6 +8,7 @@ so the gates are in the opposite order of Hyena's. The second term exists with `
 k_rev with `bidirectional`; `hyena_training_additions` normalise the input and drop some of g and of the sum.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -43,6 +44,13 @@ class PatchedMonarchMixer(PatchedMixer):
     def forward(self, u: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
         if not self.covered():
             return self.original_forward(u, **kwargs)
+        # The published layers switch anomaly detection on around this, which writes down the Python stack for every
+        # operation: most of the time of a training step. Nothing else of it reaches the backward pass.
+        with nullcontext() if torch.compiler.is_compiling() else torch.autograd.set_detect_anomaly(False):
+            return self.mix(u), None
+
+    def mix(self, u: Tensor) -> Tensor:
+        """The mixed sequence `(batch, length, channels)`, of a tensor of that shape."""
         additions = getattr(self, "hyena_training_additions", False)
         self.checked_length(u)
         if additions:
@@ -58,7 +66,7 @@ class PatchedMonarchMixer(PatchedMixer):
         y = y.transpose(1, 2)
         if additions:
             y = self.drop(self.act(y))
-        return self.project(self.out_linear, y), None
+        return self.project(self.out_linear, y)
 
 
 def _check(module: nn.Module) -> None:
