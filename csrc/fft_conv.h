@@ -44,14 +44,16 @@ struct fft_conv_params {
     float* pair_scales;             // (channels, pairs) what undoes their scales
 };
 
-// Gradients of the taps of blocked sequences, from the transforms that two calls of fft_conv_forward have kept: of pre_gate * u, and in reverse of
-// post_gate * grad_output.
+// Gradients of the taps of sequences in blocks or clusters, from the transforms that two calls of fft_conv_forward have kept: of pre_gate * u, and in
+// reverse of post_gate * grad_output. Taps as in fft_conv_filter_params; no sequence of windows has taps_rev.
 struct fft_conv_tap_params {
     const void *transforms, *reverse_transforms;
     const float *scales, *reverse_scales;
-    float* sums;                    // (channels, windows, fft_size, 2), by frequency where there is no grad_filter
-    float* grad_filter;             // (channels, taps), or null: then the sums are all
-    int32_t channels, pairs, blocks, windows, fft_size, taps;
+    float* sums;                    // (channels, windows, fft_size, 2)
+    float *grad_k, *grad_k_rev, *grad_skip;     // (channels, taps), (channels, taps_rev) and (channels,); null where there are none
+    int64_t k_stride, k_tap_stride, k_rev_stride, k_rev_tap_stride;
+    float factor;                   // of all of them
+    int32_t channels, pairs, blocks, windows, fft_size, taps, taps_rev;
 };
 
 // Spectra of real filters on a circle of fft_size points: tap n < taps is k[n], tap fft_size - 1 - n for n < taps_rev is k_rev[n].
@@ -64,7 +66,8 @@ struct fft_conv_filter_params {
     // From fft_size 32,768 on: the sums of the magnitudes of the taps, and memory between two passes.
     const float* tap_sums;          // (channels,)
     void* work;                     // (channels, windows, fft_size / 2) of eight bytes
-    int64_t k_stride, k_rev_stride;
+    // Where the taps of neighbouring channels are neighbours in memory instead, those of eight channels are read together, from fft_size 32,768 on.
+    int64_t k_stride, k_tap_stride, k_rev_stride, k_rev_tap_stride;
     int32_t channels, taps, taps_rev, fft_size, windows;
 };
 

@@ -33,6 +33,7 @@ DEVICE void add_turned(Complex& sum, Complex& difference, Complex x, Complex y, 
 
 struct FilterParams : fft_conv_filter_params {
     int log_points;     // of N
+    int log_group;      // channels whose taps are read together
 
     HOST_DEVICE int window_count() const { return windows > 0 ? windows : 1; }
 
@@ -42,14 +43,14 @@ struct FilterParams : fft_conv_filter_params {
             return at >= 0 && at < taps ? any_tap(channel, at) : 0.f;
         }
         float sum = 0.f;
-        if (n < taps) sum += k[channel * k_stride + n];
-        if (n >= fft_size - taps_rev) sum += k_rev[channel * k_rev_stride + fft_size - 1 - n];
+        if (n < taps) sum += k[channel * k_stride + n * k_tap_stride];
+        if (n >= fft_size - taps_rev) sum += k_rev[channel * k_rev_stride + (fft_size - 1 - n) * k_rev_tap_stride];
         return n == 0 && skip ? sum + skip[channel] : sum;
     }
 
     // A tap of the whole filter.
     DEVICE float any_tap(int channel, int n) const {
-        const float tap = k[channel * k_stride + n];
+        const float tap = k[channel * k_stride + n * k_tap_stride];
         return n == 0 && skip ? tap + skip[channel] : tap;
     }
 };

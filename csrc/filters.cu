@@ -13,6 +13,6 @@ int launch_filter(const FilterParams& params, void* stream) {
     if (params.fft_size <= kMaximumFilterPoints)
         return launch(filter_kernel, prepared, {filters, 3, kFilterThreads, filter_shared_bytes(params.fft_size), filter_shared_bytes(kMaximumFilterPoints)}, params, stream);
     const int64_t tiles = filters * (params.fft_size >> 1 >> kLogFilterTile);
-    const int error = launch(filter_columns_kernel, columns_prepared, {tiles, 3, kFilterThreads, kLongFilterBytes, kLongFilterBytes}, params, stream);
+    const int error = launch(filter_columns_kernel, columns_prepared, {LongFilter::tiles(params), 3, kFilterThreads, kLongFilterBytes, kLongFilterBytes}, params, stream);
     return error ? error : launch(filter_rows_kernel, rows_prepared, {tiles, 3, kFilterThreads, kLongFilterBytes, kLongFilterBytes}, params, stream);
 }

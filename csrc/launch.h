@@ -7,9 +7,8 @@
 #include "filter.cuh"
 #include "forward.cuh"
 #include "long_backward.cuh"
-#include "long_filter.cuh"
 #include "long_forward.cuh"
-#include "taps.cuh"
+#include "long_taps.cuh"
 
 // The tile of a backward pass, which works on all rows at a time.
 template <class T>

@@ -17,6 +17,33 @@ DEVICE float scale_of_sum(float sum) {
     return exponent == 255 ? float_from_bits(0x7fc00000u) : power_of_two(root < -126 ? -126 : root);
 }
 
+// The points of a tile of the first pass, or of the last one of csrc/long_taps.cuh: some neighbouring b of a window of a filter or, where taps are read together,
+// of several filters. Points of one b lie together.
+struct FilterTile {
+    FilterPoints points;
+    int log_group, log_window_tiles, first_channel, window, first_b;
+
+    // Of A = 2^log_a. Tiles are counted from (channels, windows) on.
+    DEVICE FilterTile(Complex* memory, int log_a, int log_group, int windows, int64_t tile) : points{memory, log_a, kLogFilterTile - log_a}, log_group(log_group) {
+        const int log_b = points.log_filters - log_group, log_tiles = kLogFilterRow - log_b;
+        first_b = int(tile & ((1 << log_tiles) - 1)) << log_b;
+        window = int((tile >> log_tiles) % windows);
+        first_channel = int((tile >> log_tiles) / windows) << log_group;
+    }
+    // What a thread's i-th of 2^kLogFilterTile points is: neighbours in memory first.
+    DEVICE int column(int i) const { return i & ((1 << points.log_filters) - 1); }
+    DEVICE int channel(int i) const { return first_channel + (i & ((1 << log_group) - 1)); }
+    DEVICE int b(int i) const { return first_b + (column(i) >> log_group); }
+    DEVICE int a(int i) const { return i >> points.log_filters; }
+    DEVICE Complex& at(int i, int index) const { return points[(column(i) << points.log_count) + index]; }
+};
+// Tiles of all filters of A = 2^log_a.
+HOST_DEVICE int64_t filter_tiles(int64_t channels, int windows, int log_a, int log_group) {
+    return ((channels - 1 >> log_group) + 1) * windows << (kLogFilterRow + log_a + log_group - kLogFilterTile);
+}
+// Channels whose taps are read or written together, of those that a tile has room for.
+HOST_DEVICE int log_channel_group(int log_a, bool taps_apart) { return !taps_apart ? 0 : kLogFilterTile - log_a < 3 ? kLogFilterTile - log_a : 3; }
+
 struct LongFilter {
     const FilterParams& params;
     const FilterPoints points;
@@ -24,22 +51,21 @@ struct LongFilter {
     DEVICE explicit LongFilter(const FilterParams& params) : params(params), points{reinterpret_cast<Complex*>(shared_memory()), 0, 0} {}
 
     DEVICE int log_columns() const { return params.log_points - 1 - kLogFilterRow; }        // of A
-    DEVICE int log_tiles() const { return params.log_points - 1 - kLogFilterTile; }
+    HOST_DEVICE static int64_t tiles(const FilterParams& params) { return filter_tiles(params.channels, params.window_count(), params.log_points - 1 - kLogFilterRow, params.log_group); }
     DEVICE Complex* intermediate(int64_t filter) const { return reinterpret_cast<Complex*>(params.work) + (filter << (params.log_points - 1)); }
 
-    // Some neighbouring b of a window of a filter. Points of one b lie together.
-    DEVICE void columns(int64_t filter, int tile) const {
-        const int log_a = log_columns(), log_b = kLogFilterTile - log_a, channel = int(filter / params.window_count()), window = int(filter % params.window_count());
-        const FilterPoints all{points.memory, log_a, log_b};
+    DEVICE void columns(const FilterTile& tile) const {
         for (int i = thread_index(); i < 1 << kLogFilterTile; i += kFilterThreads) {
-            const int b = i & ((1 << log_b) - 1), a = i >> log_b, n = (a << kLogFilterRow) + (tile << log_b) + b;
-            all[(b << log_a) + a] = {params.tap(channel, window, 2 * n), params.tap(channel, window, 2 * n + 1)};
+            const int channel = tile.channel(i), n = (tile.a(i) << kLogFilterRow) + tile.b(i);
+            const bool there = channel < params.channels;
+            tile.at(i, tile.a(i)) = {there ? params.tap(channel, tile.window, 2 * n) : 0.f, there ? params.tap(channel, tile.window, 2 * n + 1) : 0.f};
         }
         block_barrier();
-        all.transform();
+        tile.points.transform();
         for (int i = thread_index(); i < 1 << kLogFilterTile; i += kFilterThreads) {
-            const int b = i & ((1 << log_b) - 1), fa = i >> log_b, place = (tile << log_b) + b;
-            intermediate(filter)[(fa << kLogFilterRow) + place] = all[(b << log_a) + all.index_of(fa)] * unit_root(fa * place, params.log_points - 1);
+            const int channel = tile.channel(i), b = tile.b(i), fa = tile.a(i);
+            if (channel >= params.channels) continue;
+            intermediate(int64_t(channel) * params.window_count() + tile.window)[(fa << kLogFilterRow) + b] = tile.at(i, tile.points.index_of(fa)) * unit_root(fa * b, params.log_points - 1);
         }
         block_barrier();
     }
@@ -72,8 +98,7 @@ struct LongFilter {
     }
 
     DEVICE void column_pass() const {
-        const int64_t filters = int64_t(params.channels) * params.window_count();
-        for (int64_t i = block_index(); i < filters << log_tiles(); i += block_count()) columns(i >> log_tiles(), int(i & ((1 << log_tiles()) - 1)));
+        for (int64_t i = block_index(); i < tiles(params); i += block_count()) columns(FilterTile(points.memory, log_columns(), params.log_group, params.window_count(), i));
     }
     DEVICE void row_pass() const {
         const int64_t filters = int64_t(params.channels) * params.window_count();

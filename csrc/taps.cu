@@ -14,9 +14,19 @@ static int launch_sums(const TapParams& params, void* stream) {
 
 __global__ void __launch_bounds__(kTapThreads, 3) tap_gradient_kernel(const __grid_constant__ TapParams params) { transform_windows(params); }
 
+__global__ void __launch_bounds__(kFilterThreads, 3) tap_rows_kernel(const __grid_constant__ TapParams params) { LongTaps(params).row_pass(); }
+
+__global__ void __launch_bounds__(kFilterThreads, 3) tap_columns_kernel(const __grid_constant__ TapParams params) { LongTaps(params).column_pass(); }
+
 int launch_taps(const TapParams& params, void* stream) {
-    static Prepared prepared;
-    const int bytes = FilterPoints::bytes(params.fft_size);
+    static Prepared prepared, rows_prepared, columns_prepared;
     const int error = params.several() ? launch_sums<true>(params, stream) : launch_sums<false>(params, stream);
-    return error || !params.grad_filter ? error : launch(tap_gradient_kernel, prepared, {params.channels, 3, kTapThreads, bytes, bytes}, params, stream);
+    if (error) return error;
+    if (params.in_one_block()) {
+        const int bytes = FilterPoints::bytes(params.fft_size);
+        return launch(tap_gradient_kernel, prepared, {params.channels, 3, kTapThreads, bytes, bytes}, params, stream);
+    }
+    const int64_t filters = int64_t(params.channels) * params.windows;
+    const int second_error = launch(tap_rows_kernel, rows_prepared, {filters * (params.fft_size >> 1 >> kLogFilterTile), 3, kFilterThreads, kLongFilterBytes, kLongFilterBytes}, params, stream);
+    return second_error ? second_error : launch(tap_columns_kernel, columns_prepared, {LongTaps::tiles(params), 3, kFilterThreads, kLongFilterBytes, kLongFilterBytes}, params, stream);
 }

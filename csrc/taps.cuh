@@ -6,18 +6,29 @@
 #include "transform.cuh"
 
 constexpr int kSumThreads = 128, kTapThreads = kFilterThreads;
+constexpr int kTapPoints = 8192;       // that one block transforms
 // Windows whose sums a warp makes at once, and the blocks of such warps that a multiprocessor has registers for.
 constexpr int windows_at_once(bool several) { return several ? 4 : 1; }
 constexpr int sum_blocks(bool several) { return several ? 3 : 8; }
 
 struct TapParams : fft_conv_tap_params {
     int log_points;     // of fft_size
+    int log_group;      // channels whose gradients are written together
 
     HOST_DEVICE int rows() const { return fft_size / kColumns; }
+    HOST_DEVICE bool in_one_block() const { return fft_size <= kTapPoints; }
     HOST_DEVICE bool several() const { return windows > 1; }
     HOST_DEVICE int window_groups() const { return (windows - 1) / windows_at_once(several()) + 1; }
     HOST_DEVICE int64_t units() const { return int64_t(channels) * rows() * window_groups(); }
-    DEVICE float4* window_sums(int channel, int window) const { return reinterpret_cast<float4*>(sums) + (int64_t(channel) * windows + window) * (fft_size / 2); }
+    DEVICE float4* window_sums(int64_t channel, int window) const { return reinterpret_cast<float4*>(sums) + (channel * windows + window) * (fft_size / 2); }
+
+    // A tap of the whole filter, counted from a window's first or along the circle.
+    DEVICE void store(int channel, int tap, float gradient) const {
+        gradient *= factor;
+        if (tap < taps) grad_k[channel * k_stride + tap * k_tap_stride] = gradient;
+        if (tap == 0 && grad_skip) grad_skip[channel] = gradient;
+        if (taps_rev > 0 && tap >= fft_size - taps_rev) grad_k_rev[channel * k_rev_stride + (fft_size - 1 - tap) * k_rev_tap_stride] = gradient;
+    }
 };
 
 // The sums of neighbouring windows, of one row of one channel: the work of a warp, each lane of which reads what it has written as a lane of
@@ -58,15 +69,7 @@ DEVICE void sum_windows(const TapParams& params, int64_t unit) {
     for (int d = 0; d < kWindowsAtOnce; d++) {
         if (first_window + d >= params.windows) break;
         float4* const to = params.window_sums(channel, first_window + d);
-        for (int n = 0; n < 4; n++) {
-            const float4 v = sums[d][n];
-            if (params.grad_filter) {
-                to[row * 128 + 32 * n + lane] = v;
-            } else {
-                Complex* const at_zero = reinterpret_cast<Complex*>(to) + frequency_of(params.rows(), row, n / 2, lane, n % 2);
-                at_zero[0] = {v.x, v.y}, at_zero[params.fft_size / 2] = {v.z, v.w};
-            }
-        }
+        for (int n = 0; n < 4; n++) to[row * 128 + 32 * n + lane] = sums[d][n];
     }
 }
 
@@ -76,9 +79,12 @@ DEVICE void sum_windows(const TapParams& params) {
     for (int64_t unit = int64_t(block_index()) * kWarps + thread_index() / 32; unit < params.units(); unit += int64_t(block_count()) * kWarps) sum_windows<kSeveral>(params, unit);
 }
 
+// Where the sums have a frequency and, in the other half of a float4, the one half the FFT on.
+DEVICE int frequency_of_sum(int rows, int place) { return frequency_of(rows, place / 128, place / 64 % 2, place % 32, place / 32 % 2); }
+
 // From the sums to the gradients of the taps, a channel in each block of threads.
 DEVICE void transform_windows(const TapParams& params) {
-    constexpr int kMaximumPoints = 8192, kPerThread = kMaximumPoints / 2 / kTapThreads;
+    constexpr int kPerThread = kTapPoints / 2 / kTapThreads;
     const FilterPoints points{reinterpret_cast<Complex*>(shared_memory()), params.log_points};
     const int half = params.fft_size / 2;
     for (int channel = block_index(); channel < params.channels; channel += block_count()) {
@@ -88,7 +94,7 @@ DEVICE void transform_windows(const TapParams& params) {
             const float4* const sums = params.window_sums(channel, window);
             for (int i = thread_index(); i < half; i += kTapThreads) {
                 // An inverse transform is the forward one between two conjugations.
-                const int frequency = frequency_of(params.rows(), i / 128, i / 64 % 2, i % 32, i / 32 % 2);
+                const int frequency = frequency_of_sum(params.rows(), i);
                 const float4 v = sums[i];
                 points[frequency] = {v.x, -v.y}, points[frequency + half] = {v.z, -v.w};
             }
@@ -97,7 +103,7 @@ DEVICE void transform_windows(const TapParams& params) {
 #pragma unroll
             for (int i = 0; i < kPerThread; i++) {
                 const int n = thread_index() + i * kTapThreads, tap = window * half + n;
-                if (tap < params.taps) params.grad_filter[int64_t(channel) * params.taps + tap] = points[points.index_of(n)].re + before[i];
+                params.store(channel, tap, points[points.index_of(n)].re + before[i]);
                 before[i] = points[points.index_of(n + half)].re;
             }
             block_barrier();

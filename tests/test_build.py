@@ -241,7 +241,7 @@ def compiled(build: ModuleType) -> tuple[Path, list[dict[str, str | int]]]:
 SPILL_LIMITS = {
     r"filter_(columns_|rows_)?kernel": 0,
     r"window_sums_kernel": 0,
-    r"tap_gradient_kernel": 0,
+    r"tap_(gradient|rows|columns)_kernel": 0,
     r"14forward_kernel.*Li32ELb1ELi(1|16)ELi1ELb0E": 256,
     r"14forward_kernel.*(bfloat16|half)Li32ELb1ELi1ELi1ELb1E": 1950,
     r"14forward_kernel.*(bfloat16|half)Li32ELb1ELi1ELi2E": 600,

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from kernel_cases import DTYPES, GATES, check, check_gradients, check_values, make
+from kernel_cases import DTYPES, GATES, check, check_gradients, check_values, gradients, make
 from test_kernels_emulated import emulation, in_natural_order, library
 
 from hf_flashfftconv import fft_conv
@@ -69,6 +69,27 @@ def test_gradients(length: int, taps: int, options: tuple[str, ...], dtype: torc
     )
     assert cuda.plan_of(arguments["u"], arguments["k"], arguments.get("k_rev"), True, backward=True).cluster
     check_gradients(arguments, torch.randn_like(arguments["u"].float()).to(dtype))
+
+
+@pytest.mark.parametrize("plan", [Plan(32768, True, 0, 4), Plan(131072, True, 2, 16)], ids=str)
+def test_taps_by_position_have_the_same_spectra(plan: Plan) -> None:
+    k = torch.randn(70000 if plan.windows else 12000, 11).mT
+    k_rev = None if plan.windows else torch.randn(9000, 11).mT
+    by_channel = k.contiguous(), None, None if k_rev is None else k_rev.contiguous()
+    expected, actual = (filters.prepare(*taps, 70000, plan, 0) for taps in (by_channel, (k, None, k_rev)))
+    assert torch.equal(actual.words, expected.words)
+
+
+@pytest.mark.parametrize("length, taps", [(6000, 5000), (5000, 6000)])
+def test_taps_by_position_have_gradients_by_position(length: int, taps: int) -> None:
+    arguments = make(length, taps, ("k_rev", "skip"), reverse_taps=300, channels=11, batch=1)
+    dy = torch.randn_like(arguments["u"])
+    _, expected = gradients(arguments, dy)
+    by_position = {name: arguments[name].mT.contiguous().mT for name in ("k", "k_rev")}
+    _, actual = gradients(arguments | by_position, dy)
+    for name, gradient in expected.items():
+        assert torch.equal(actual[name], gradient), name
+        assert actual[name].stride() == by_position.get(name, gradient).stride()
 
 
 # Sequences in blocks of 65,536.

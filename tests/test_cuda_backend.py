@@ -19,14 +19,15 @@ __all__ = ["fake"]
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {"fft_conv_params": extension.Parameters, "fft_conv_filter_params": extension.FilterParameters}
-NAMES["fft_conv_tensor"] = extension.TensorArgument
+NAMES |= {"fft_conv_tap_params": extension.TapParameters, "fft_conv_tensor": extension.TensorArgument}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_structures_are_those_of_the_header(name: str) -> None:
     header = (ROOT / "csrc" / "fft_conv.h").read_text()
     body = re.sub(r"//.*", "", re.search(rf"struct {name} {{(.*?)}};", header, re.DOTALL).group(1))
-    types = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "fft_conv_tensor": extension.TensorArgument}
+    types = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
+    types["fft_conv_tensor"] = extension.TensorArgument
     declared = []
     for statement in filter(None, map(str.strip, body.split(";"))):
         kind, fields = re.fullmatch(r"(?:const )?(\w+)(.*)", statement).groups()

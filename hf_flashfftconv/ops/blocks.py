@@ -156,12 +156,12 @@ def _tap_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """From the products' sums: the windows of c began `reach_back` after those of g. Unreached taps get zero."""
     lags = torch.fft.irfft(products, n=blocks.fft_size).roll(blocks.reach_back, -1)
-    dk = torch.zeros_like(k, memory_format=torch.contiguous_format)
+    dk = torch.zeros_like(k)
     dk[:, : blocks.reach_back + 1] = lags[:, : blocks.reach_back + 1]
     dskip = None if skip is None else lags[:, 0].to(skip.dtype, copy=True)
     if k_rev is None:
         return dk, dskip, None
-    dk_rev = torch.zeros_like(k_rev, memory_format=torch.contiguous_format)
+    dk_rev = torch.zeros_like(k_rev)
     dk_rev[:, : blocks.reach_ahead] = lags[:, blocks.fft_size - blocks.reach_ahead :].flip(-1)
     return dk, dskip, dk_rev
 

@@ -197,7 +197,7 @@ def channel_blocks(
             block = min(count, max(1, bound // (4 * chosen.points)))
     if (chosen.windows or chosen.cluster) and backward:
         blocks = (u.shape[0] + 1) // 2 * chosen.blocks(u.shape[2])
-        channel_bytes = 4 * chosen.fft_size * 2 * (blocks + max(3, chosen.windows))
+        channel_bytes = 4 * chosen.fft_size * 2 * (blocks + max(1, chosen.windows))
         parts = -(-count // max(1, min(block, TRANSFORM_BYTES // channel_bytes)))
         block = -(-count // parts)
     if block == count:

@@ -55,16 +55,14 @@ def _blocked_backward(dy: Tensor, operands: cuda.Operands, chosen: plan.Plan, ne
     dpost = _like(post_gate, needs[4])
     dpre = _like(pre_gate, needs[3])
     du = _like(u, needs[0] or dpre is not None)
-    taps = chosen.fft_size if chosen.cluster and not chosen.windows else min(k.shape[1], u.shape[2])
-    wanted = needs[1] or needs[2] or needs[5]
-    total = k.new_empty((k.shape[0], taps), dtype=torch.float32) if wanted else None
+    taps = filters.TapGradients(k, skip, k_rev, u.shape[2]) if needs[1] or needs[2] or needs[5] else None
     for channels, tensors in cuda.channel_blocks(*operands, True, backward=True):
 
         def part(x: Tensor | None, channels: slice = channels) -> Tensor | None:
             return None if x is None else x[:, channels]
 
         call = cuda.Call(*tensors, True, backward=True)
-        kept = [] if total is None else [_KeptTransforms(call), _KeptTransforms(call)]
+        kept = [] if taps is None else [_KeptTransforms(call), _KeptTransforms(call)]
         passes = (
             {"u": part(u), "pre_gate": part(pre_gate), "post_gate": part(dy), "output": part(dpost)},
             {
@@ -88,11 +86,9 @@ def _blocked_backward(dy: Tensor, operands: cuda.Operands, chosen: plan.Plan, ne
             if kept:
                 kept[reverse].pass_to(call.parameters)
             call.launch("forward")
-        if total is not None:
-            _tap_gradient(call, kept, total[channels])
-    dk = dskip = dk_rev = None
-    if total is not None:
-        dk, dskip, dk_rev = filters.tap_gradients(total, k, skip, k_rev, u.shape[2])
+        if taps is not None:
+            _tap_gradients(call, kept, taps, channels)
+    dk, dskip, dk_rev = (None, None, None) if taps is None else taps.results()
     return du if needs[0] else None, dk, dskip, dpre, dpost, dk_rev
 
 
@@ -110,30 +106,25 @@ class _KeptTransforms:
         parameters.transforms, parameters.pair_scales = self.words.data_ptr(), self.scales.data_ptr()
 
 
-def _tap_gradient(call: cuda.Call, kept: Sequence[_KeptTransforms], total: Tensor) -> None:
-    """Writes the gradients of the taps (H, K), float32."""
+def _tap_gradients(
+    call: cuda.Call, kept: Sequence[_KeptTransforms], taps: filters.TapGradients, channels: slice
+) -> None:
     inputs, gradients = kept
     windows, size = max(1, call.plan.windows), call.plan.fft_size
-    sums = torch.empty((total.shape[0], windows, size, 2), dtype=torch.float32, device=total.device)
+    pairs, blocks, _ = inputs.words.shape
     parameters = extension.TapParameters()
     parameters.transforms, parameters.scales = inputs.words.data_ptr(), inputs.scales.data_ptr()
     parameters.reverse_transforms, parameters.reverse_scales = gradients.words.data_ptr(), gradients.scales.data_ptr()
-    parameters.sums, parameters.grad_filter = sums.data_ptr(), 0 if call.plan.cluster else total.data_ptr()
-    parameters.channels, parameters.taps = total.shape
-    parameters.pairs, parameters.blocks = inputs.words.shape[0] // total.shape[0], inputs.words.shape[1]
+    parameters.channels = call.u.shape[1]
+    parameters.pairs, parameters.blocks = pairs // parameters.channels, blocks
     parameters.windows, parameters.fft_size = windows, size
+    sums = torch.empty((parameters.channels, windows, size, 2), dtype=torch.float32, device=call.u.device)
+    parameters.sums = sums.data_ptr()
+    # Of the transforms, which are not quite unitary.
+    radix = size // tables.COLUMNS
+    parameters.factor = 1 / (tables.outer_scales(radix, max(1, call.plan.cluster))[0] ** 2 * radix)
+    taps.pass_to(parameters, channels)
     extension.launch("fft_conv_tap_gradient", parameters, call.stream)
-    if call.plan.cluster:
-        lags = torch.fft.ifft(torch.view_as_complex(sums), norm="forward").real
-        # Of the transforms, which are not quite unitary.
-        radix = size // tables.COLUMNS
-        unit = tables.outer_scales(radix, call.plan.cluster)[0] ** 2 * radix
-        if call.plan.windows:
-            # A tap lies in two windows: after the lag of one, and before that of the next.
-            after, before = lags.unflatten(2, (2, -1)).unbind(2)
-            after[:, :-1] += before[:, 1:]
-            lags = after
-        torch.div(lags.flatten(1)[:, : total.shape[1]], unit, out=total)
 
 
 def _like(x: Tensor | None, wanted: bool) -> Tensor | None:

@@ -6,11 +6,12 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..errors import BackendError
 
 PATH = Path(__file__).parent.parent / "lib" / "libhf_flashfftconv.so"
-VERSION = 6
+VERSION = 7
 
 ELEMENTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -86,7 +87,21 @@ _TENSOR = struct.Struct("@Pqq")
 _OFFSETS = {name: getattr(Parameters, name).offset for name, kind in Parameters._fields_ if kind is TensorArgument}
 
 
-class FilterParameters(ctypes.Structure):
+_TAP_STRIDES = tuple(
+    (name, ctypes.c_int64) for name in ("k_stride", "k_tap_stride", "k_rev_stride", "k_rev_tap_stride")
+)
+
+
+class _TapView(ctypes.Structure):
+    """Taps (H, K) and perhaps anticausal ones, of any strides."""
+
+    def pass_taps(self, k: Tensor, k_rev: Tensor | None) -> None:
+        (self.k_stride, self.k_tap_stride), self.taps = k.stride(), k.shape[1]
+        if k_rev is not None:
+            (self.k_rev_stride, self.k_rev_tap_stride), self.taps_rev = k_rev.stride(), k_rev.shape[1]
+
+
+class FilterParameters(_TapView):
     """`fft_conv_filter_params`."""
 
     _fields_ = (
@@ -97,8 +112,7 @@ class FilterParameters(ctypes.Structure):
         ("scale", ctypes.c_void_p),
         ("tap_sums", ctypes.c_void_p),
         ("work", ctypes.c_void_p),
-        ("k_stride", ctypes.c_int64),
-        ("k_rev_stride", ctypes.c_int64),
+        *_TAP_STRIDES,
         ("channels", ctypes.c_int32),
         ("taps", ctypes.c_int32),
         ("taps_rev", ctypes.c_int32),
@@ -107,7 +121,7 @@ class FilterParameters(ctypes.Structure):
     )
 
 
-class TapParameters(ctypes.Structure):
+class TapParameters(_TapView):
     """`fft_conv_tap_params`."""
 
     _fields_ = (
@@ -116,13 +130,18 @@ class TapParameters(ctypes.Structure):
         ("scales", ctypes.c_void_p),
         ("reverse_scales", ctypes.c_void_p),
         ("sums", ctypes.c_void_p),
-        ("grad_filter", ctypes.c_void_p),
+        ("grad_k", ctypes.c_void_p),
+        ("grad_k_rev", ctypes.c_void_p),
+        ("grad_skip", ctypes.c_void_p),
+        *_TAP_STRIDES,
+        ("factor", ctypes.c_float),
         ("channels", ctypes.c_int32),
         ("pairs", ctypes.c_int32),
         ("blocks", ctypes.c_int32),
         ("windows", ctypes.c_int32),
         ("fft_size", ctypes.c_int32),
         ("taps", ctypes.c_int32),
+        ("taps_rev", ctypes.c_int32),
     )
 
 

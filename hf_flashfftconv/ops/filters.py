@@ -27,6 +27,9 @@ _PATIENCE = 16
 # The kernel for spectra has no larger transform.
 MAX_FUSED_FFT_SIZE = 16384
 
+# Channels that they are read for at a time where taps of neighbouring channels, not neighbouring taps, lie together.
+CHANNEL_GROUP = 8
+
 # Bound on what is alive between the two passes that make larger ones, unless a single filter takes more.
 WORKSPACE_BYTES = 64 << 20
 
@@ -68,17 +71,20 @@ def prepare(
     channels, device = k.shape[0], k.device
     words = torch.empty((channels, plan.points), dtype=torch.int32, device=device)
     scale = torch.empty((channels,), dtype=torch.float32, device=device)
-    k, block = _taps(k, length), channels
-    k_rev = None if k_rev is None else _taps(k_rev, length - 1)
+    in_passes = plan.fft_size > MAX_FUSED_FFT_SIZE
+    block = channels
+    if in_passes:
+        block = min(channels, max(1, WORKSPACE_BYTES // (4 * plan.points)))
+        block -= block % CHANNEL_GROUP if block > CHANNEL_GROUP else 0
+    in_place = in_passes and block >= min(channels, CHANNEL_GROUP)
+    k = _taps(k, length, in_place)
+    k_rev = None if k_rev is None else _taps(k_rev, length - 1, in_place)
     skip = None if skip is None else skip.float().contiguous()
     parameters = extension.FilterParameters()
-    parameters.k_stride, parameters.taps = k.stride(0), k.shape[1]
-    if k_rev is not None:
-        parameters.k_rev_stride, parameters.taps_rev = k_rev.stride(0), k_rev.shape[1]
+    parameters.pass_taps(k, k_rev)
     parameters.fft_size, parameters.windows = plan.fft_size, plan.windows
     tap_sums = None
-    if plan.fft_size > MAX_FUSED_FFT_SIZE:
-        block = min(channels, max(1, WORKSPACE_BYTES // (4 * plan.points)))
+    if in_passes:
         tap_sums = torch.linalg.vector_norm(k, 1, dim=1)
         if k_rev is not None:
             tap_sums += torch.linalg.vector_norm(k_rev, 1, dim=1)
@@ -108,29 +114,66 @@ def spectrum_bytes(channels: int, points: int) -> int:
 def tap_gradients(
     gradient: Tensor, k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients (dk, dskip, dk_rev), each in its operand's dtype; taps that do not matter at this length get zero.
+    """The gradients (dk, dskip, dk_rev), each in its operand's dtype and, of taps, layout.
+
+    Taps that do not matter at this length get zero.
 
     Args:
         gradient (`torch.Tensor` of shape `(H, fft_size)`, float32): Gradient of all taps on the circle.
     """
-    dk = torch.zeros_like(k, memory_format=torch.contiguous_format)
+    dk = torch.zeros_like(k)
     count = min(k.shape[1], length)
     dk[:, :count] = gradient[:, :count]
     dskip = None if skip is None else gradient[:, 0].to(skip.dtype, copy=True)
     if k_rev is None:
         return dk, dskip, None
-    dk_rev = torch.zeros_like(k_rev, memory_format=torch.contiguous_format)
+    dk_rev = torch.zeros_like(k_rev)
     count = min(k_rev.shape[1], length - 1)
     dk_rev[:, :count] = gradient[:, gradient.shape[1] - count :].flip(-1)
     return dk, dskip, dk_rev
 
 
-def _taps(k: Tensor, count: int) -> Tensor:
+class TapGradients:
+    """The gradients (dk, dskip, dk_rev) that the kernels write for some channels at a time, laid out as the taps.
+
+    Taps that do not matter at this length get zero.
+    """
+
+    def __init__(self, k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int) -> None:
+        self._dtypes = [None if x is None else x.dtype for x in (k, skip, k_rev)]
+        self._counts = length, length - 1
+        self._dk, self._dk_rev = (_memory(x, count) for x, count in zip((k, k_rev), self._counts, strict=True))
+        self._dskip = None if skip is None else torch.empty_like(skip, dtype=torch.float32)
+
+    def pass_to(self, parameters: extension.TapParameters, channels: slice) -> None:
+        dk, dk_rev = (None if x is None else x[channels] for x in (self._dk, self._dk_rev))
+        parameters.pass_taps(
+            *(None if x is None else x[:, :n] for x, n in zip((dk, dk_rev), self._counts, strict=True))
+        )
+        parameters.grad_k = 0 if dk is None else dk.data_ptr()
+        parameters.grad_k_rev = 0 if dk_rev is None else dk_rev.data_ptr()
+        parameters.grad_skip = 0 if self._dskip is None else self._dskip[channels].data_ptr()
+
+    def results(self) -> list[Any]:
+        """The gradients, each in its operand's dtype."""
+        gradients = self._dk, self._dskip, self._dk_rev
+        return [None if x is None else x.to(dtype) for x, dtype in zip(gradients, self._dtypes, strict=True)]
+
+
+def _memory(taps: Tensor | None, count: int) -> Tensor | None:
+    if taps is None:
+        return None
+    make = torch.zeros_like if taps.shape[1] > count else torch.empty_like
+    return make(taps, dtype=torch.float32)
+
+
+def _taps(k: Tensor, count: int, in_place: bool) -> Tensor:
+    """The taps that matter, in float32: neighbours in memory, or where they lie if `in_place`."""
     if k.shape[1] > count:
         k = k[:, :count]
     if k.dtype != torch.float32:
         k = k.float()
-    return k if k.stride(1) == 1 else k.contiguous()
+    return k if k.stride(1) == 1 or (in_place and k.stride(0) == 1) else k.contiguous()
 
 
 @dataclass

@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 BACKENDS = ("auto", "torch", "cuda")
 
 _ARGUMENTS = "Tensor u, Tensor k, Tensor? skip, Tensor? pre_gate, Tensor? post_gate, Tensor? k_rev, bool causal"
+# Of the gradients of these. What generates taps a position at a time also reads their gradients that way.
+_SEQUENCE, _TAPS = torch.contiguous_format, torch.preserve_format
+_FORMATS = _SEQUENCE, _TAPS, _SEQUENCE, _SEQUENCE, _SEQUENCE, _TAPS
 # The rows of a matrix in memory start at multiples of so many elements, which is what fast matrix products need.
 _ROW_ELEMENTS = 8
 _reasons_told: set[str] = set()
@@ -103,7 +106,9 @@ def _backward(
     inputs = (u, k, skip, pre_gate, post_gate, k_rev)
     gradients: Sequence[Tensor | None]
     if u.numel() == 0:
-        gradients = [None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs]
+        gradients = [
+            None if x is None else torch.zeros_like(x, memory_format=y) for x, y in zip(inputs, _FORMATS, strict=True)
+        ]
     elif use_kernels(u, k, k_rev, causal, backend, backward=True):
         gradients = cuda_gradients.backward(dy, *inputs, causal, needs)
     elif (windows := _windows(u, k, k_rev, causal)) is not None:
@@ -129,8 +134,8 @@ def _fake_forward(
 
 def _fake_backward(dy: Tensor, *arguments: Any) -> list[Tensor]:
     *inputs, _causal, _backend, needs = arguments
-    wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in wanted]
+    wanted = zip(inputs, _FORMATS, needs, strict=True)
+    return [torch.empty_like(x, memory_format=memory_format) for x, memory_format, need in wanted if need]
 
 
 # Builds for the kernel Hub live beside the package, under names of their own.

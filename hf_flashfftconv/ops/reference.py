@@ -80,11 +80,11 @@ class _Filter:
     def tap_gradients(self, spectrum: Tensor, k: Tensor, k_rev: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Split the correlation sum_b conj(G) C into the taps' gradients; taps beyond the sequence get zero."""
         lags = torch.fft.irfft(spectrum, n=self.size)
-        dk = torch.zeros_like(k, memory_format=torch.contiguous_format)
+        dk = torch.zeros_like(k)
         dk[:, : self.taps] = lags[:, : self.taps]
         if k_rev is None:
             return dk, None
-        dk_rev = torch.zeros_like(k_rev, memory_format=torch.contiguous_format)
+        dk_rev = torch.zeros_like(k_rev)
         dk_rev[:, : self.reverse_taps] = lags[:, self.size - self.reverse_taps :].flip(-1)
         return dk, dk_rev
 

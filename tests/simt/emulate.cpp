@@ -37,7 +37,12 @@ int launch_filter(const FilterParams& params, void*) {
 
 int launch_taps(const TapParams& params, void*) {
     simt::launch(2, kSumThreads, 0, [&] { params.several() ? sum_windows<true>(params) : sum_windows<false>(params); });
-    if (params.grad_filter) simt::launch(2, kTapThreads, FilterPoints::bytes(params.fft_size), [&] { transform_windows(params); });
+    if (params.in_one_block()) {
+        simt::launch(2, kTapThreads, FilterPoints::bytes(params.fft_size), [&] { transform_windows(params); });
+    } else {
+        simt::launch(2, kFilterThreads, kLongFilterBytes, [&] { LongTaps(params).row_pass(); });
+        simt::launch(2, kFilterThreads, kLongFilterBytes, [&] { LongTaps(params).column_pass(); });
+    }
     return 0;
 }
 

@@ -1,0 +1,86 @@
+// From the sums of csrc/taps.cuh to the gradients of the taps where one block cannot hold a window: the passes of csrc/long_filter.cuh the other way. Of the
+// inverse transform of N points the real part is asked for, which that of the Hermitian part is, and the latter one of M = N / 2 complex points. Between
+// the passes these are in the place of the sums. An inverse transform is the forward one between two conjugations.
+#pragma once
+#include "long_filter.cuh"
+#include "taps.cuh"
+
+struct LongTaps {
+    const TapParams& params;
+    const FilterPoints points;
+
+    DEVICE explicit LongTaps(const TapParams& params) : params(params), points{reinterpret_cast<Complex*>(shared_memory()), 0, 0} {}
+
+    DEVICE int log_columns() const { return params.log_points - 1 - kLogFilterRow; }        // of A
+    HOST_DEVICE static int64_t tiles(const TapParams& params) { return filter_tiles(params.channels, params.windows, params.log_points - 1 - kLogFilterRow, params.log_group); }
+    // In the first half of what the sums of a row of csrc/transform.cuh take; this row holds every A-th of those.
+    DEVICE Complex& intermediate(int64_t channel, int window, int fa, int b) const {
+        const int row = fa + (b / (kColumns / 2) << log_columns());
+        return reinterpret_cast<Complex*>(params.window_sums(channel, window) + row * (kColumns / 2))[b % (kColumns / 2)];
+    }
+
+    // Conjugated, of the M points at f, from the sums v at f and w at M - f, the latter in turn where f = 0.
+    DEVICE Complex half_spectrum(float4 v, float4 w, int frequency) const {
+        const Complex x = {0.5f * (v.x + w.z), 0.5f * (v.y - w.w)}, y = {0.5f * (v.z + w.x), 0.5f * (v.w - w.y)};
+        const Complex even = x + y, odd = (x - y) * conjugate(unit_root(frequency, params.log_points));
+        return {even.re - odd.im, -even.im - odd.re};
+    }
+
+    // The rows fa and A - fa, which may be the same.
+    DEVICE void rows(int64_t channel, int window, int fa) const {
+        const int columns = 1 << log_columns(), mirrored = (columns - fa) & (columns - 1), count = mirrored == fa ? 1 : 2, half = params.fft_size / 2;
+        const FilterPoints both{points.memory, kLogFilterRow, count - 1};
+        const float4* const sums = params.window_sums(channel, window);
+        for (int i = thread_index(); i < 1 << kLogFilterRow; i += kFilterThreads) {
+            const int place = (fa + (i / (kColumns / 2) << log_columns())) * (kColumns / 2) + i % (kColumns / 2);
+            const int f = frequency_of_sum(params.rows(), place), g = (half - f) & (half - 1);
+            const float4 v = sums[place], w = sums[place_of_frequency(g)];
+            both[f >> log_columns()] = half_spectrum(v, f == 0 ? make_float4(v.z, v.w, v.x, v.y) : w, f);
+            if (count == 2) both[(1 << kLogFilterRow) + (g >> log_columns())] = half_spectrum(w, v, g);
+        }
+        block_barrier();
+        both.transform();
+        for (int i = thread_index(); i < count << kLogFilterRow; i += kFilterThreads) {
+            const int own = i >> kLogFilterRow ? mirrored : fa, b = i & ((1 << kLogFilterRow) - 1), first = i >> kLogFilterRow << kLogFilterRow;
+            intermediate(channel, window, own, b) = both[first + both.index_of(b)] * unit_root(own * b, params.log_points - 1);
+        }
+        block_barrier();
+    }
+    DEVICE int place_of_frequency(int f) const {
+        const int row = f % params.rows(), q = f / params.rows();
+        return row * (kColumns / 2) + q / 64 * 64 + q % 2 * 32 + q / 2 % 8 * 4 + q / 16 % 4;
+    }
+
+    // The taps after the lag of a window get what the next window gives to those before its own: half a circle on, a change of sign of every other fa.
+    DEVICE void columns(const FilterTile& tile) const {
+        const int half = params.fft_size / 2;
+        const bool last = tile.window == params.windows - 1;
+        for (int i = thread_index(); i < 1 << kLogFilterTile; i += kFilterThreads) {
+            const int channel = tile.channel(i) < params.channels ? tile.channel(i) : 0, fa = tile.a(i);
+            Complex value = intermediate(channel, tile.window, fa, tile.b(i));
+            if (!last) {
+                const Complex next = intermediate(channel, tile.window + 1, fa, tile.b(i));
+                value = fa % 2 ? value - next : value + next;
+            }
+            tile.at(i, fa) = value;
+        }
+        block_barrier();
+        tile.points.transform();
+        const int count = 1 << (params.several() ? kLogFilterTile - 1 : kLogFilterTile);
+        for (int i = thread_index(); i < count; i += kFilterThreads) {
+            const int channel = tile.channel(i), tap = tile.window * half + 2 * ((tile.a(i) << kLogFilterRow) + tile.b(i));
+            const Complex value = tile.at(i, tile.points.index_of(tile.a(i)));
+            if (channel < params.channels) params.store(channel, tap, value.re), params.store(channel, tap + 1, -value.im);
+        }
+        block_barrier();
+    }
+
+    DEVICE void row_pass() const {
+        const int pairs = (1 << log_columns() >> 1) + 1;
+        const int64_t filters = int64_t(params.channels) * params.windows;
+        for (int64_t i = block_index(); i < filters * pairs; i += block_count()) rows(i / pairs / params.windows, int(i / pairs % params.windows), int(i % pairs));
+    }
+    DEVICE void column_pass() const {
+        for (int64_t i = block_index(); i < tiles(params); i += block_count()) columns(FilterTile(points.memory, log_columns(), params.log_group, params.windows, i));
+    }
+};
