@@ -90,15 +90,17 @@ extern "C" int fft_conv_forward(const fft_conv_params* params, void* stream) {
     return params->windows > 0 ? with_blocked_tile(*params, launch) : with_tile(*params, launch);
 }
 
-static int channel_group(int64_t channel_stride, int64_t tap_stride, int log_points) {
-    return log_channel_group(log_points - 1 - kLogFilterRow, tap_stride > channel_stride);
+// The logarithm of the channels whose taps are read or written together: eight where they are neighbours in memory, if a tile has room for them.
+static int log_channel_group(int64_t channel_stride, int64_t tap_stride, int log_points) {
+    const int log_room = kLogFilterTile + kLogFilterRow + 1 - log_points;
+    return tap_stride > channel_stride ? std::min(log_room, 3) : 0;
 }
 
 extern "C" int fft_conv_filter_spectrum(const fft_conv_filter_params* params, void* stream) {
     FilterParams derived;
     static_cast<fft_conv_filter_params&>(derived) = *params;
     derived.log_points = log2_of(params->fft_size);
-    derived.log_group = channel_group(params->k_stride, params->k_tap_stride, derived.log_points);
+    derived.log_group = log_channel_group(params->k_stride, params->k_tap_stride, derived.log_points);
     if (params->windows > 0 && params->taps_rev > 0) return kUnsupported;
     if (params->fft_size < kColumns || params->fft_size > kLongMaximum || 1 << derived.log_points != params->fft_size) return kUnsupported;
     if (params->fft_size > kMaximumFilterPoints && !(params->work && params->tap_sums)) return kUnsupported;
@@ -109,7 +111,7 @@ extern "C" int fft_conv_tap_gradient(const fft_conv_tap_params* params, void* st
     TapParams derived;
     static_cast<fft_conv_tap_params&>(derived) = *params;
     derived.log_points = log2_of(params->fft_size);
-    derived.log_group = channel_group(params->k_stride, params->k_tap_stride, derived.log_points);
+    derived.log_group = log_channel_group(params->k_stride, params->k_tap_stride, derived.log_points);
     const bool sizes = params->channels > 0 && params->pairs > 0 && params->taps > 0 && params->windows > 0 && params->windows <= params->blocks;
     return sizes && params->fft_size >= kTapPoints && params->fft_size <= kLongMaximum && 1 << derived.log_points == params->fft_size ? launch_taps(derived, stream) : kUnsupported;
 }

@@ -33,7 +33,7 @@ DEVICE void add_turned(Complex& sum, Complex& difference, Complex x, Complex y, 
 
 struct FilterParams : fft_conv_filter_params {
     int log_points;     // of N
-    int log_group;      // channels whose taps are read together
+    int log_group;      // of the channels whose taps are read together
 
     HOST_DEVICE int window_count() const { return windows > 0 ? windows : 1; }
 

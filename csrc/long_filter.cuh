@@ -21,7 +21,7 @@ DEVICE float scale_of_sum(float sum) {
 // of several filters. Points of one b lie together.
 struct FilterTile {
     FilterPoints points;
-    int log_group, log_window_tiles, first_channel, window, first_b;
+    int log_group, first_channel, window, first_b;
 
     // Of A = 2^log_a. Tiles are counted from (channels, windows) on.
     DEVICE FilterTile(Complex* memory, int log_a, int log_group, int windows, int64_t tile) : points{memory, log_a, kLogFilterTile - log_a}, log_group(log_group) {
@@ -41,8 +41,6 @@ struct FilterTile {
 HOST_DEVICE int64_t filter_tiles(int64_t channels, int windows, int log_a, int log_group) {
     return ((channels - 1 >> log_group) + 1) * windows << (kLogFilterRow + log_a + log_group - kLogFilterTile);
 }
-// Channels whose taps are read or written together, of those that a tile has room for.
-HOST_DEVICE int log_channel_group(int log_a, bool taps_apart) { return !taps_apart ? 0 : kLogFilterTile - log_a < 3 ? kLogFilterTile - log_a : 3; }
 
 struct LongFilter {
     const FilterParams& params;

@@ -13,7 +13,7 @@ constexpr int sum_blocks(bool several) { return several ? 3 : 8; }
 
 struct TapParams : fft_conv_tap_params {
     int log_points;     // of fft_size
-    int log_group;      // channels whose gradients are written together
+    int log_group;      // of the channels whose gradients are written together
 
     HOST_DEVICE int rows() const { return fft_size / kColumns; }
     HOST_DEVICE bool in_one_block() const { return fft_size <= kTapPoints; }

@@ -140,29 +140,28 @@ class TapGradients:
     """
 
     def __init__(self, k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int) -> None:
-        self._dtypes = [None if x is None else x.dtype for x in (k, skip, k_rev)]
-        self._counts = length, length - 1
-        self._dk, self._dk_rev = (_memory(x, count) for x, count in zip((k, k_rev), self._counts, strict=True))
+        self._operands, self._length = (k, skip, k_rev), length
+        self._dk = _memory(k, length)
         self._dskip = None if skip is None else torch.empty_like(skip, dtype=torch.float32)
+        self._dk_rev = None if k_rev is None else _memory(k_rev, length - 1)
 
     def pass_to(self, parameters: extension.TapParameters, channels: slice) -> None:
-        dk, dk_rev = (None if x is None else x[channels] for x in (self._dk, self._dk_rev))
-        parameters.pass_taps(
-            *(None if x is None else x[:, :n] for x, n in zip((dk, dk_rev), self._counts, strict=True))
-        )
-        parameters.grad_k = 0 if dk is None else dk.data_ptr()
-        parameters.grad_k_rev = 0 if dk_rev is None else dk_rev.data_ptr()
-        parameters.grad_skip = 0 if self._dskip is None else self._dskip[channels].data_ptr()
+        dk, dk_rev = self._dk[channels, : self._length], None
+        parameters.grad_k = dk.data_ptr()
+        if self._dskip is not None:
+            parameters.grad_skip = self._dskip[channels].data_ptr()
+        if self._dk_rev is not None:
+            dk_rev = self._dk_rev[channels, : self._length - 1]
+            parameters.grad_k_rev = dk_rev.data_ptr()
+        parameters.pass_taps(dk, dk_rev)
 
     def results(self) -> list[Any]:
         """The gradients, each in its operand's dtype."""
-        gradients = self._dk, self._dskip, self._dk_rev
-        return [None if x is None else x.to(dtype) for x, dtype in zip(gradients, self._dtypes, strict=True)]
+        pairs = zip(self._operands, (self._dk, self._dskip, self._dk_rev), strict=True)
+        return [None if x is None or dx is None else dx.to(x.dtype) for x, dx in pairs]
 
 
-def _memory(taps: Tensor | None, count: int) -> Tensor | None:
-    if taps is None:
-        return None
+def _memory(taps: Tensor, count: int) -> Tensor:
     make = torch.zeros_like if taps.shape[1] > count else torch.empty_like
     return make(taps, dtype=torch.float32)
 
