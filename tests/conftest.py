@@ -1,7 +1,10 @@
 """Marker handling: GPU tests run with --gpu and then fail, never skip, on a machine without a device."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+import transformers.dynamic_module_utils
 
 from hf_flashfftconv.adapters import evo2
 from hf_flashfftconv.ops import cuda
@@ -19,6 +22,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     selected = [item for item in items if (item.get_closest_marker("gpu") is not None) == wanted]
     config.hook.pytest_deselected(items=[item for item in items if item not in selected])
     items[:] = selected
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One folder for remote code in a process: Python looks for it where its package was first imported from."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
 
 
 @pytest.fixture(autouse=True)

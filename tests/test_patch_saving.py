@@ -28,13 +28,6 @@ REMOTE = {
 every_remote = pytest.mark.parametrize(("make", "auto_class"), REMOTE.values(), ids=REMOTE)
 
 
-@pytest.fixture(autouse=True)
-def _modules_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import transformers.dynamic_module_utils as dynamic
-
-    monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-
-
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
     with LoopbackHub() as hub, pytest.MonkeyPatch.context() as patch:
