@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import plan
-from .reference import Gradients, compute_dtype, gated, good_fft_length
+from .reference import Gradients, compute_dtype, gated, good_fft_length, store_gated
 
 # Elements of the windows that are transformed at a time, unless one row of the batch has more in one window.
 _ELEMENTS = 1 << 23
@@ -45,16 +45,14 @@ def forward(
     pre_gate: Tensor | None,
     post_gate: Tensor | None,
     k_rev: Tensor | None,
-) -> Tensor:
-    """[`fft_conv`] in windows."""
-    dtype = compute_dtype(u.dtype)
-    spectrum = _spectrum(blocks, k, skip, k_rev, dtype)
-    y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    y: Tensor,
+) -> None:
+    """[`fft_conv`] in windows, written to `y`."""
+    spectrum = _spectrum(blocks, k, skip, k_rev, compute_dtype(u.dtype))
     for part in _parts(blocks, u):
         g = part.windows(u, pre_gate, blocks.reach_back)
         z = part.outputs(torch.fft.rfft(g) * spectrum, blocks.reach_back)
-        part.own(y).copy_(gated(z, part.own_or_none(post_gate), dtype))
-    return y
+        store_gated(part.own(y), z, part.own_or_none(post_gate))
 
 
 def backward(
@@ -87,13 +85,13 @@ def backward(
             own = c[..., blocks.reach_ahead : blocks.reach_ahead + blocks.step]
             products += (g_spectrum.conj_physical() * torch.fft.rfft(own, n=blocks.fft_size)).sum((0, 2))
         if dpost is not None:
-            part.own(dpost).copy_(part.own(dy) * part.outputs(g_spectrum * spectrum, blocks.reach_back))
+            store_gated(part.own(dpost), part.outputs(g_spectrum * spectrum, blocks.reach_back), part.own(dy))
         if du is not None or dpre is not None:
             dg = part.outputs(torch.fft.rfft(c) * transposed, blocks.reach_ahead)
             if du is not None:
-                part.own(du).copy_(gated(dg, part.own_or_none(pre_gate), dtype))
+                store_gated(part.own(du), dg, part.own_or_none(pre_gate))
             if dpre is not None:
-                part.own(dpre).copy_(part.own(u) * dg)
+                store_gated(part.own(dpre), dg, part.own(u))
     dk, dskip, dk_rev = _tap_gradients(blocks, products, k, skip, k_rev) if need_taps else (None, None, None)
     return du, dk, dskip, dpre, dpost, dk_rev
 

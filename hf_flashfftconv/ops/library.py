@@ -66,16 +66,16 @@ def _forward(
     backend: str,
     channel_major: bool = False,
 ) -> Tensor:
+    y = _output(u, channel_major)
     if u.numel() == 0:
-        return _output(u, channel_major)
+        return y
     if use_kernels(u, k, k_rev, causal, backend):
-        return cuda.forward(u, k, skip, pre_gate, post_gate, k_rev, causal, _output(u, channel_major))
-    windows = _windows(u, k, k_rev, causal)
-    if windows is not None:
-        y = blocks.forward(windows, u, k, skip, pre_gate, post_gate, k_rev)
+        return cuda.forward(u, k, skip, pre_gate, post_gate, k_rev, causal, y)
+    if (windows := _windows(u, k, k_rev, causal)) is not None:
+        blocks.forward(windows, u, k, skip, pre_gate, post_gate, k_rev, y)
     else:
-        y = reference.forward(u, k, skip, pre_gate, post_gate, k_rev, causal)
-    return _output(u, channel_major).copy_(y) if channel_major else y
+        reference.store_gated(y, reference.convolve(u, k, skip, pre_gate, k_rev, causal), post_gate)
+    return y
 
 
 def _output(u: Tensor, channel_major: bool) -> Tensor:

@@ -57,10 +57,24 @@ def gated(u: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
     return u.to(dtype) if gate is None else u.to(dtype) * gate.to(dtype)
 
 
-class _Filter:
-    """Taps that can matter at this length, their FFT length and their spectrum."""
+def store_gated(y: Tensor, x: Tensor, gate: Tensor | None) -> None:
+    """Writes x, times a gate if there is one, to y, rounded once."""
+    if gate is None:
+        y.copy_(x)
+    else:
+        torch.mul(x, gate, out=y)
 
-    def __init__(self, k: Tensor, k_rev: Tensor | None, length: int, causal: bool, dtype: torch.dtype) -> None:
+
+class _Filter:
+    """Taps that can matter at this length, their FFT length and their spectrum.
+
+    The spectrum holds all that multiplies every frequency: the skip connection, which is one more weight of the tap at
+    lag zero, and the factor of the inverse transform, so that neither costs a pass over the sequences.
+    """
+
+    def __init__(
+        self, k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int, causal: bool, dtype: torch.dtype
+    ) -> None:
         self.length = length
         self.taps = min(k.shape[-1], length)
         self.reverse_taps = 0 if k_rev is None else min(k_rev.shape[-1], length - 1)
@@ -69,24 +83,39 @@ class _Filter:
         if k_rev is not None:
             gap = kernel.new_zeros(k.shape[0], self.size - self.taps - self.reverse_taps)
             kernel = torch.cat([kernel, gap, k_rev[:, : self.reverse_taps].to(dtype).flip(-1)], dim=-1)
-        self.spectrum = torch.fft.rfft(kernel, n=self.size)
+        self.spectrum = torch.fft.rfft(kernel, n=self.size, norm="forward")
+        if skip is not None:
+            self.spectrum = self.spectrum + skip.to(dtype)[:, None] / self.size
 
     def transform(self, x: Tensor) -> Tensor:
         return torch.fft.rfft(x, n=self.size)
 
-    def inverse(self, spectrum: Tensor) -> Tensor:
-        return torch.fft.irfft(spectrum, n=self.size)[..., : self.length]
+    def inverse(self, product: Tensor) -> Tensor:
+        """The sequences of spectra that have been multiplied by the filter's, or by its conjugate."""
+        return torch.fft.irfft(product, n=self.size, norm="forward")[..., : self.length]
 
-    def tap_gradients(self, spectrum: Tensor, k: Tensor, k_rev: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Split the correlation sum_b conj(G) C into the taps' gradients; taps beyond the sequence get zero."""
-        lags = torch.fft.irfft(spectrum, n=self.size)
+    def tap_gradients(
+        self, correlation: Tensor, k: Tensor, skip: Tensor | None, k_rev: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Split the correlation sum_b conj(G) C into (dk, dskip, dk_rev); taps beyond the sequence get zero."""
+        lags = torch.fft.irfft(correlation, n=self.size)
         dk = torch.zeros_like(k)
         dk[:, : self.taps] = lags[:, : self.taps]
+        dskip = None if skip is None else lags[:, 0].to(skip.dtype, copy=True)
         if k_rev is None:
-            return dk, None
+            return dk, dskip, None
         dk_rev = torch.zeros_like(k_rev)
         dk_rev[:, : self.reverse_taps] = lags[:, self.size - self.reverse_taps :].flip(-1)
-        return dk, dk_rev
+        return dk, dskip, dk_rev
+
+
+def convolve(
+    u: Tensor, k: Tensor, skip: Tensor | None, pre_gate: Tensor | None, k_rev: Tensor | None, causal: bool
+) -> Tensor:
+    """The convolution before `post_gate` in the dtype of the computation, a part of a larger tensor in memory."""
+    dtype = compute_dtype(u.dtype)
+    filters = _Filter(k, skip, k_rev, u.shape[-1], causal, dtype)
+    return filters.inverse(filters.transform(gated(u, pre_gate, dtype)).mul_(filters.spectrum))
 
 
 def forward(
@@ -99,13 +128,8 @@ def forward(
     causal: bool = True,
 ) -> Tensor:
     """The convolution by torch.fft, differentiable by autograd; arguments as in [`fft_conv`], already checked."""
-    dtype = compute_dtype(u.dtype)
-    filters = _Filter(k, k_rev, u.shape[-1], causal, dtype)
-    g = gated(u, pre_gate, dtype)
-    y = filters.inverse(filters.transform(g) * filters.spectrum)
-    if skip is not None:
-        y = y + skip.to(dtype)[:, None] * g
-    return gated(y, post_gate, dtype).to(u.dtype).contiguous()
+    y = convolve(u, k, skip, pre_gate, k_rev, causal)
+    return gated(y, post_gate, y.dtype).to(u.dtype).contiguous()
 
 
 def backward(
@@ -122,29 +146,29 @@ def backward(
     """Gradients (du, dk, dskip, dpre, dpost, dk_rev), each in its input's dtype; None where absent or not needed."""
     dtype = compute_dtype(u.dtype)
     need_u, need_k, need_skip, need_pre, need_post, need_rev = needs
-    filters = _Filter(k, k_rev, u.shape[-1], causal, dtype)
-    g, c = gated(u, pre_gate, dtype), gated(dy, post_gate, dtype)
-    scale = None if skip is None else skip.to(dtype)[:, None]
-    g_spectrum, c_spectrum = filters.transform(g), filters.transform(c)
+    need_taps = need_k or need_skip or need_rev
+    filters = _Filter(k, skip, k_rev, u.shape[-1], causal, dtype)
+    c_spectrum = filters.transform(gated(dy, post_gate, dtype))
     du = dk = dskip = dpre = dpost = dk_rev = None
 
     # Conjugated in memory: compiled code may run an operator where PyTorch's lazy conjugation is switched off.
     if need_u or need_pre:
         dg = filters.inverse(c_spectrum * filters.spectrum.conj_physical())
-        if scale is not None:
-            dg = dg + scale * c
-        du = gated(dg, pre_gate, dtype).to(u.dtype).contiguous()
-        if pre_gate is not None:
+        if pre_gate is not None and need_pre:
             dpre = (u * dg).to(pre_gate.dtype).contiguous()
-    if need_k or need_rev:
-        dk, dk_rev = filters.tap_gradients((g_spectrum.conj_physical() * c_spectrum).sum(0), k, k_rev)
-    if skip is not None and need_skip:
-        dskip = (g * c).sum((0, 2)).to(skip.dtype)
-    if post_gate is not None and need_post:
-        z = filters.inverse(g_spectrum * filters.spectrum)
-        if scale is not None:
-            z = z + scale * g
-        dpost = (dy * z).to(post_gate.dtype).contiguous()
+        if need_u:
+            du = gated(dg, pre_gate, dtype).to(u.dtype).contiguous()
+        del dg
+    need_post = post_gate is not None and need_post
+    if need_taps or need_post:
+        g_spectrum = filters.transform(gated(u, pre_gate, dtype))
+    if need_taps:
+        correlation = c_spectrum.mul_(g_spectrum.conj_physical()).sum(0)
+        dk, dskip, dk_rev = filters.tap_gradients(correlation, k, skip, k_rev)
+    del c_spectrum
+    if need_post:
+        z = filters.inverse(g_spectrum.mul_(filters.spectrum))
+        dpost = (dy * z).to(dy.dtype).contiguous()
     return du, dk, dskip, dpre, dpost, dk_rev
 
 
