@@ -90,28 +90,37 @@ extern "C" int fft_conv_forward(const fft_conv_params* params, void* stream) {
     return params->windows > 0 ? with_blocked_tile(*params, launch) : with_tile(*params, launch);
 }
 
-// The logarithm of the channels whose taps are read or written together: eight where they are neighbours in memory, if a tile has room for them.
-static int log_channel_group(int64_t channel_stride, int64_t tap_stride, int log_points) {
-    const int log_room = kLogFilterTile + kLogFilterRow + 1 - log_points;
-    return tap_stride > channel_stride ? std::min(log_room, 3) : 0;
-}
+// The logarithm of the channels whose taps are read or written together, so many where they are neighbours in memory.
+static int log_channel_group(int64_t channel_stride, int64_t tap_stride, int log_channels) { return tap_stride > channel_stride ? log_channels : 0; }
 
 extern "C" int fft_conv_filter_spectrum(const fft_conv_filter_params* params, void* stream) {
     FilterParams derived;
     static_cast<fft_conv_filter_params&>(derived) = *params;
     derived.log_points = log2_of(params->fft_size);
-    derived.log_group = log_channel_group(params->k_stride, params->k_tap_stride, derived.log_points);
+    derived.log_group = log_channel_group(params->k_stride, params->k_tap_stride, 4);
     if (params->windows > 0 && params->taps_rev > 0) return kUnsupported;
     if (params->fft_size < kColumns || params->fft_size > kLongMaximum || 1 << derived.log_points != params->fft_size) return kUnsupported;
-    if (params->fft_size > kMaximumFilterPoints && !(params->work && params->tap_sums)) return kUnsupported;
-    return launch_filter(derived, stream);
+    if (params->fft_size > kMaximumFilterPoints && !(params->work && params->partial_sums && params->work_channels > 0)) return kUnsupported;
+    const int block = params->fft_size > kMaximumFilterPoints ? params->work_channels : params->channels;
+    int error = 0;
+    for (int left = params->channels; left > 0 && error == 0; left -= block) {
+        derived.channels = std::min(left, block);
+        error = launch_filter(derived, stream);
+        derived.k += block * params->k_stride;
+        if (params->k_rev) derived.k_rev += block * params->k_rev_stride;
+        if (params->skip) derived.skip += block;
+        derived.spectrum += int64_t(block) * derived.window_count() * params->fft_size;
+        derived.scale += block;
+    }
+    return error;
 }
 
 extern "C" int fft_conv_tap_gradient(const fft_conv_tap_params* params, void* stream) {
     TapParams derived;
     static_cast<fft_conv_tap_params&>(derived) = *params;
     derived.log_points = log2_of(params->fft_size);
-    derived.log_group = log_channel_group(params->k_stride, params->k_tap_stride, derived.log_points);
+    // A tile may not have room for eight.
+    derived.log_group = log_channel_group(params->k_stride, params->k_tap_stride, std::min(3, kLogFilterTile + kLogFilterRow + 1 - derived.log_points));
     const bool sizes = params->channels > 0 && params->pairs > 0 && params->taps > 0 && params->windows > 0 && params->windows <= params->blocks;
     return sizes && params->fft_size >= kTapPoints && params->fft_size <= kLongMaximum && 1 << derived.log_points == params->fft_size ? launch_taps(derived, stream) : kUnsupported;
 }
@@ -222,4 +231,4 @@ extern "C" int fft_conv_short_splits(const fft_conv_short_params* params) {
     return with_short(*params, [&](auto launcher) { return derive(*params, launcher.kBackwardUnits).splits * kShortTimeWarps; });
 }
 
-extern "C" int fft_conv_version() { return 7; }
+extern "C" int fft_conv_version() { return 8; }

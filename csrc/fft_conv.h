@@ -18,7 +18,7 @@ enum fft_conv_element { FFT_CONV_BFLOAT16 = 0, FFT_CONV_FLOAT16 = 1, FFT_CONV_FL
 // y = post_gate * conv(pre_gate * u, k) with the filter k given by its spectrum of fft_size points (hf_flashfftconv/ops/filters.py).
 // cluster > 1: so many blocks share a transform, of 8,192 points for each; half is set.
 // half: inputs and outputs lie in the first half of the transform (causal and bidirectional convolution).
-// windows > 0: causal convolution of sequences of any length in blocks of fft_size / 2, which is 4,096, or 65,536 in a cluster of 16; output may be
+// windows > 0: causal convolution of sequences of any length in blocks of fft_size / 2, of one thread block or in a cluster of 8 or 16; output may be
 // absent; k is given by the spectra of so many windows (fft_conv_filter_params), enough for its taps or for all blocks. reverse: the convolution is
 // transposed, anticausal.
 struct fft_conv_params {
@@ -63,12 +63,12 @@ struct fft_conv_filter_params {
     const float *k, *k_rev, *skip;  // (channels, taps), (channels, taps_rev) or null, (channels,) or null
     uint32_t* spectrum;             // (channels, windows, fft_size)
     float* scale;                   // (channels,)
-    // From fft_size 32,768 on: the sums of the magnitudes of the taps, and memory between two passes.
-    const float* tap_sums;          // (channels,)
-    void* work;                     // (channels, windows, fft_size / 2) of eight bytes
-    // Where the taps of neighbouring channels are neighbours in memory instead, those of eight channels are read together, from fft_size 32,768 on.
+    // From fft_size 32,768 on, memory between the passes, and so many channels that it has room for: more are worked on one group after the other.
+    float* partial_sums;            // (work_channels, windows, fft_size / 128)
+    void* work;                     // (work_channels, windows, fft_size / 2) of eight bytes
+    // Where the taps of neighbouring channels are neighbours in memory instead, those of 16 channels are read together, from fft_size 32,768 on.
     int64_t k_stride, k_tap_stride, k_rev_stride, k_rev_tap_stride;
-    int32_t channels, taps, taps_rev, fft_size, windows;
+    int32_t channels, taps, taps_rev, fft_size, windows, work_channels;
 };
 
 // A (batch, channels, length) tensor of any strides.

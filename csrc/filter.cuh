@@ -6,7 +6,9 @@
 #include "small_transform.cuh"
 #include "tile.cuh"
 
-constexpr int kFilterThreads = 256, kMaximumFilterPoints = 16384;
+constexpr int kLogFilterThreads = 8, kFilterThreads = 1 << kLogFilterThreads, kMaximumFilterPoints = 16384;
+
+DEVICE float absolute(float x) { return float_from_bits(bits_from_float(x) & 0x7fffffffu); }
 
 struct Complex {
     float re, im;
@@ -23,35 +25,73 @@ DEVICE Complex unit_root(int index, int log_order) {
     return conjugate(root);
 }
 
-// x + t and x - t with t = y exp(-2 pi i index / 16), for an even index that is known at compile time.
+// x + t and x - t with t = y exp(-2 pi i index / 16), for an index below 8 that is known at compile time.
 DEVICE void add_turned(Complex& sum, Complex& difference, Complex x, Complex y, int index) {
-    constexpr float kDiagonal = 0.70710678118654752f;
+    constexpr float kDiagonal = 0.70710678118654752f, kCosine = 0.92387953251128674f, kSine = 0.38268343236508977f;
+    if (index % 4 == 1) y = y * Complex{kCosine, -kSine};
     if (index % 4 == 2) y = {(y.re + y.im) * kDiagonal, (y.im - y.re) * kDiagonal};
+    if (index % 4 == 3) y = y * Complex{kSine, -kCosine};
     if (index / 4 == 1) y = {y.im, -y.re};
     sum = x + y, difference = x - y;
+}
+
+// Stages of a transform by decimation in frequency split groups of 2^log_size points into as many parts as they have points in a butterfly; the
+// frequencies q + kPoints f' go to the q-th part. Of those of a transform the last is the smallest.
+constexpr int kLogStage = 4;
+HOST_DEVICE constexpr int log_stage(int log_size) { return log_size < kLogStage ? log_size : kLogStage; }
+
+// The butterfly of points that lie equal parts of a group apart, by the root of the group's order to the number of its first point.
+template <int kPoints>
+DEVICE void butterfly(Complex (&x)[kPoints], Complex root) {
+    small_transform(x);
+    Complex twiddle = root;
+#pragma unroll
+    for (int q = 1; q < kPoints; q++, twiddle = twiddle * root) x[q] = x[q] * twiddle;
+}
+
+// Where all stages of a transform leave a frequency.
+DEVICE int index_of_frequency(int frequency, int log_count) {
+    int index = 0;
+#pragma unroll
+    for (int left = log_count; left > 0; left -= kLogStage) {
+        const int log_points = log_stage(left);
+        index += (frequency & ((1 << log_points) - 1)) << (left - log_points);
+        frequency >>= log_points;
+    }
+    return index;
 }
 
 struct FilterParams : fft_conv_filter_params {
     int log_points;     // of N
     int log_group;      // of the channels whose taps are read together
+    int log_size;       // of the groups of a stage in global memory
 
     HOST_DEVICE int window_count() const { return windows > 0 ? windows : 1; }
 
-    DEVICE float tap(int channel, int window, int n) const {
-        if (windows > 0) {
-            const int at = window * (fft_size / 2) + n - (n < fft_size / 2 ? 0 : fft_size);
-            return at >= 0 && at < taps ? any_tap(channel, at) : 0.f;
-        }
-        float sum = 0.f;
-        if (n < taps) sum += k[channel * k_stride + n * k_tap_stride];
-        if (n >= fft_size - taps_rev) sum += k_rev[channel * k_rev_stride + (fft_size - 1 - n) * k_rev_tap_stride];
-        return n == 0 && skip ? sum + skip[channel] : sum;
-    }
+    DEVICE float skip_of(int channel) const { return skip ? skip[channel] : 0.f; }
 
-    // A tap of the whole filter.
-    DEVICE float any_tap(int channel, int n) const {
-        const float tap = k[channel * k_stride + n * k_tap_stride];
-        return n == 0 && skip ? tap + skip[channel] : tap;
+    // Points of a window of a filter, equal parts of the circle apart, from `first` on.
+    template <int kPoints>
+    DEVICE void load_points(Complex (&x)[kPoints], int channel, int window, int first) const {
+        const int lag = window * (fft_size / 2) + 2 * first, reverse_lag = fft_size - 1 - 2 * first, step = fft_size / kPoints;
+        const float *const row = k + channel * k_stride + lag * k_tap_stride, *const reverse_row = k_rev + channel * k_rev_stride + reverse_lag * k_rev_tap_stride;
+        const int before = windows > 0 ? fft_size : 0;      // what a window's second half lies before its first lag
+#pragma unroll
+        for (int t = 0; t < kPoints; t++) {
+            const int ahead = t * step - (t < kPoints / 2 ? 0 : before);
+            const float* const tap = row + ahead * k_tap_stride;
+            x[t] = {u32(lag + ahead) < u32(taps) ? tap[0] : 0.f, u32(lag + ahead + 1) < u32(taps) ? tap[k_tap_stride] : 0.f};
+        }
+        if (taps_rev > 0)
+#pragma unroll
+            for (int t = 0; t < kPoints; t++) {
+                const float* const tap = reverse_row - t * step * k_rev_tap_stride;
+                if (reverse_lag - t * step < taps_rev) x[t].re += tap[0];
+                if (reverse_lag - t * step - 1 < taps_rev) x[t].im += tap[-k_rev_tap_stride];
+            }
+        // Lag zero, which the next window has half a circle on.
+        if (first == 0 && window == 0) x[0].re += skip_of(channel);
+        if (first == 0 && window == 1) x[kPoints / 2].re += skip_of(channel);
     }
 };
 
@@ -61,49 +101,45 @@ struct FilterPoints {
     int log_count;          // of one
     int log_filters = 0;
 
-    HOST_DEVICE static constexpr int place(int index) { return index + index / 16; }
+    HOST_DEVICE static constexpr int place(int index) { return index + (index >> 4); }
     HOST_DEVICE static constexpr int bytes(int count) { return place(count) * 8; }
     DEVICE Complex& operator[](int index) const { return memory[place(index)]; }
 
-    // One stage of decimation in frequency: the frequencies q + kPoints f' of each group of 2^log_size points go to its q-th part.
-    template <int kLogPoints>
+    // kOneColumn: all butterflies of a thread have the same number within their groups, as no stride is larger than the number of threads.
+    template <int kLogPoints, bool kOneColumn>
     DEVICE void stage(int log_size) const {
-        constexpr int kPoints = 1 << kLogPoints;
         const int log_stride = log_size - kLogPoints;
+        Complex root;
+#pragma unroll 1
         for (int i = thread_index(); i < 1 << (log_count + log_filters - kLogPoints); i += kFilterThreads) {
-            const int column = i & ((1 << log_stride) - 1), first = (i >> log_stride << log_size) + column;
-            Complex x[kPoints];
-            for (int t = 0; t < kPoints; t++) x[t] = (*this)[first + (t << log_stride)];
-            small_transform(x);
-            const Complex root = unit_root(column, log_size);
-            Complex twiddle = root;
-            (*this)[first] = x[0];
-            for (int q = 1; q < kPoints; q++) {
-                (*this)[first + (q << log_stride)] = x[q] * twiddle;
-                twiddle = twiddle * root;
-            }
+            const int column = i & ((1 << log_stride) - 1);
+            if (!kOneColumn || i == thread_index()) root = unit_root(column, log_size);
+            // Numbers that have no bit in common have the sum of their places.
+            Complex* const first = memory + place((i >> log_stride << log_size) + column);
+            Complex x[1 << kLogPoints];
+#pragma unroll
+            for (int t = 0; t < 1 << kLogPoints; t++) x[t] = first[place(t << log_stride)];
+            if (log_stride > 0)
+                butterfly(x, root);
+            else
+                small_transform(x);
+#pragma unroll
+            for (int q = 0; q < 1 << kLogPoints; q++) first[place(q << log_stride)] = x[q];
         }
         block_barrier();
     }
 
+    template <bool kOneColumn = false>
     DEVICE void transform() const {
         int log_size = log_count;
-        for (; log_size >= 3; log_size -= 3) stage<3>(log_size);
-        if (log_size == 2) stage<2>(2);
-        if (log_size == 1) stage<1>(1);
+#pragma unroll
+        for (; log_size >= kLogStage; log_size -= kLogStage) stage<kLogStage, kOneColumn>(log_size);
+        if (log_size == 3) stage<3, kOneColumn>(3);
+        if (log_size == 2) stage<2, kOneColumn>(2);
+        if (log_size == 1) stage<1, kOneColumn>(1);
     }
 
-    // Where the stages leave a frequency.
-    DEVICE int index_of(int frequency) const {
-        int index = 0;
-        for (int left = log_count; left > 0;) {
-            const int log_points = left < 3 ? left : 3;
-            left -= log_points;
-            index += (frequency & ((1 << log_points) - 1)) << left;
-            frequency >>= log_points;
-        }
-        return index;
-    }
+    DEVICE int index_of(int frequency) const { return index_of_frequency(frequency, log_count); }
 };
 
 // The scale of a spectrum by the bits of its largest magnitude: the power of two below; NaN if the spectrum is not finite.
@@ -112,10 +148,9 @@ DEVICE float scale_of_largest(u32 bits) {
     return exponent == 255 ? float_from_bits(0x7fc00000u) : float_from_bits((exponent == 0 ? 1 : exponent) << 23);
 }
 
-// Two frequencies of a spectrum as the other kernels read them; zeros where the scale says that the spectrum is not finite.
-DEVICE uint2 scaled_pair(Complex x, Complex y, float scale) {
-    const float down = 1.f / scale;
-    return scale == scale ? uint2{pack(x.re * down, y.re * down), pack(x.im * down, y.im * down)} : uint2{0, 0};
+// Two frequencies of a spectrum as the other kernels read them, by the reciprocal of its scale; zeros where that says that it is not finite.
+DEVICE uint2 scaled_pair(Complex x, Complex y, float down) {
+    return down == down ? uint2{pack(x.re * down, y.re * down), pack(x.im * down, y.im * down)} : uint2{0, 0};
 }
 
 // The frequency in a place of kernel order: row, fragment, lane and point of csrc/transform.cuh; of the other half of the pair, half the FFT on.
@@ -164,10 +199,16 @@ struct FilterSpectrum {
         if (frequency == 0) x = {x.re, 0.f}, y = {-y.im, 0.f};
     }
 
+    // A tap of the whole filter.
+    DEVICE float tap_of_filter(int channel, int n) const {
+        const float tap = params.k[channel * params.k_stride + n * params.k_tap_stride];
+        return n == 0 ? tap + params.skip_of(channel) : tap;
+    }
+
     // All windows of a filter have one scale, from its norm: eight times that is more than most values, of all windows. All threads.
     DEVICE float scale_of_windows(int channel) const {
         u32 magnitude = 0;
-        for (int n = thread_index(); n < params.taps; n += kFilterThreads) note(magnitude, params.any_tap(channel, n));
+        for (int n = thread_index(); n < params.taps; n += kFilterThreads) note(magnitude, tap_of_filter(channel, n));
         magnitude = warp_maximum(magnitude);
         if (thread_index() % 32 == 0) atomic_maximum(largest, magnitude);
         block_barrier();
@@ -176,7 +217,7 @@ struct FilterSpectrum {
         const float down = power_of_two(exponent < 1 ? 126 : 127 - exponent);
         float sum = 0.f;
         for (int n = thread_index(); n < params.taps; n += kFilterThreads) {
-            const float k = params.any_tap(channel, n) * down;
+            const float k = tap_of_filter(channel, n) * down;
             sum += k * k;
         }
         for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
@@ -189,11 +230,12 @@ struct FilterSpectrum {
     }
 
     DEVICE void store(int channel, int window, float scale) const {
+        const float down = 1.f / scale;
         uint2* words = reinterpret_cast<uint2*>(params.spectrum + (int64_t(channel) * params.window_count() + window) * params.fft_size);
         for (int i = thread_index(); i < params.fft_size / 2; i += kFilterThreads) {
             Complex x, y;
             at(frequency_of(params.fft_size / kColumns, i / 128, i / 64 % 2, i / 2 % 32, i % 2), x, y);
-            words[i] = scaled_pair(x, y, scale);
+            words[i] = scaled_pair(x, y, down);
         }
         if (thread_index() == 0 && window == 0) params.scale[channel] = scale;
     }
@@ -201,8 +243,11 @@ struct FilterSpectrum {
     DEVICE void run() const {
         for (int unit = block_index(); unit < params.channels * params.window_count(); unit += block_count()) {
             const int channel = unit / params.window_count(), window = unit % params.window_count();
-            for (int i = thread_index(); i < 1 << points.log_count; i += kFilterThreads)
-                points[i] = {params.tap(channel, window, 2 * i), params.tap(channel, window, 2 * i + 1)};
+            for (int i = thread_index(); i < 1 << points.log_count >> 2; i += kFilterThreads) {
+                Complex x[4];
+                params.load_points(x, channel, window, i);
+                for (int t = 0; t < 4; t++) points[i + (t << points.log_count >> 2)] = x[t];
+            }
             if (thread_index() == 0) *largest = 0;
             block_barrier();
             const float scale = params.windows > 0 ? scale_of_windows(channel) : 0.f;

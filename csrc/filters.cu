@@ -3,16 +3,25 @@
 
 __global__ void __launch_bounds__(kFilterThreads, 3) filter_kernel(const __grid_constant__ FilterParams params) { filter_spectra(params); }
 
-__global__ void __launch_bounds__(kFilterThreads, 3) filter_columns_kernel(const __grid_constant__ FilterParams params) { LongFilter(params).column_pass(); }
+template <int kLogPoints, bool kFirst>
+__global__ void __launch_bounds__(kFilterThreads, 3) filter_stage_kernel(const __grid_constant__ FilterParams params) { LongFilter(params).stage<kLogPoints, kFirst>(); }
+
+__global__ void __launch_bounds__(kFilterThreads, 3) filter_scales_kernel(const __grid_constant__ FilterParams params) { LongFilter(params).scale_pass(); }
 
 __global__ void __launch_bounds__(kFilterThreads, 3) filter_rows_kernel(const __grid_constant__ FilterParams params) { LongFilter(params).row_pass(); }
 
 int launch_filter(const FilterParams& params, void* stream) {
-    static Prepared prepared, columns_prepared, rows_prepared;
+    static Prepared prepared, scales_prepared, rows_prepared;
     const int64_t filters = int64_t(params.channels) * params.window_count();
     if (params.fft_size <= kMaximumFilterPoints)
         return launch(filter_kernel, prepared, {filters, 3, kFilterThreads, filter_shared_bytes(params.fft_size), filter_shared_bytes(kMaximumFilterPoints)}, params, stream);
-    const int64_t tiles = filters * (params.fft_size >> 1 >> kLogFilterTile);
-    const int error = launch(filter_columns_kernel, columns_prepared, {LongFilter::tiles(params), 3, kFilterThreads, kLongFilterBytes, kLongFilterBytes}, params, stream);
-    return error ? error : launch(filter_rows_kernel, rows_prepared, {tiles, 3, kFilterThreads, kLongFilterBytes, kLongFilterBytes}, params, stream);
+    int error = for_stages(params, [&](auto stage, const FilterParams& stage_params) {
+        using Stage = decltype(stage);
+        static Prepared stage_prepared;
+        const Grid grid{LongFilter::tiles<Stage::kLogPoints>(stage_params), 3, kFilterThreads, kFilterStageBytes, kFilterStageBytes};
+        return launch(filter_stage_kernel<Stage::kLogPoints, Stage::kFirst>, stage_prepared, grid, stage_params, stream);
+    });
+    if (error == 0) error = launch(filter_scales_kernel, scales_prepared, {params.channels, 3, kFilterThreads, kFilterStageBytes, kFilterStageBytes}, params, stream);
+    if (error == 0) error = launch(filter_rows_kernel, rows_prepared, {LongFilter::row_pairs(params), 3, kFilterThreads, kLongFilterBytes, kLongFilterBytes}, params, stream);
+    return error;
 }

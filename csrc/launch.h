@@ -102,7 +102,7 @@ template <class Function>
 int with_cluster(const fft_conv_params& p, Function function) {
     auto with_element = [&](auto element) {
         using Element = decltype(element);
-        if (p.windows > 0) return p.cluster == 16 ? function(ClusterLauncher<Element, 16, true>{}) : kUnsupported;
+        if (p.windows > 0) return p.cluster == 8 ? function(ClusterLauncher<Element, 8, true>{}) : p.cluster == 16 ? function(ClusterLauncher<Element, 16, true>{}) : kUnsupported;
         switch (p.cluster) {
             case 2: return function(ClusterLauncher<Element, 2>{});
             case 4: return function(ClusterLauncher<Element, 4>{});

@@ -1,14 +1,12 @@
-// Spectra of filters that one block cannot hold, in two passes over an intermediate in single precision. With M = N / 2 = A B complex points,
-//
-//   n = B a + b,  f = fa + A fb
-//
-// the first pass transforms over a and multiplies by w_M^(fa b), the second transforms over b. A real sequence's spectrum at f takes its transform at f
-// and at M - f, so that the second pass works on the rows fa and A - fa at a time. The scale of a filter comes from the sum of its taps' magnitudes, which is known before.
+// Spectra of filters that one block cannot hold: M = N / 2 complex points in single precision, of which the first stages go through global memory, each
+// thread doing a butterfly, until rows of 4,096 points are left. A block transforms two of them: a real sequence's spectrum at f takes its transform at f and
+// at M - f, and with M = A B and f = fa + A fb the row fa meets the row A - fa, the rows 0 and A / 2 themselves. A filter's scale comes from the sum of its
+// taps' magnitudes, of which the first stage leaves partial sums.
 #pragma once
 #include "filter.cuh"
 
 constexpr int kLogFilterRow = 12, kLogFilterTile = 13;      // B, and the points that a block transforms at a time
-constexpr int kLongFilterBytes = FilterPoints::bytes(1 << kLogFilterTile);
+constexpr int kLongFilterBytes = FilterPoints::bytes(1 << kLogFilterTile), kFilterStageBytes = FilterPoints::bytes(kFilterThreads) << kLogStage;
 
 // No value of the spectrum is larger than the sum of the magnitudes, most are smaller by some root of the number of taps: scaled values are below 16, so
 // that sums of products with the largest values of a sequence's transform, the root of its length, are half-precision numbers. NaN if it is not finite.
@@ -17,90 +15,164 @@ DEVICE float scale_of_sum(float sum) {
     return exponent == 255 ? float_from_bits(0x7fc00000u) : power_of_two(root < -126 ? -126 : root);
 }
 
-// The points of a tile of the first pass, or of the last one of csrc/long_taps.cuh: some neighbouring b of a window of a filter or, where taps are read together,
-// of several filters. Points of one b lie together.
-struct FilterTile {
-    FilterPoints points;
-    int log_group, first_channel, window, first_b;
-
-    // Of A = 2^log_a. Tiles are counted from (channels, windows) on.
-    DEVICE FilterTile(Complex* memory, int log_a, int log_group, int windows, int64_t tile) : points{memory, log_a, kLogFilterTile - log_a}, log_group(log_group) {
-        const int log_b = points.log_filters - log_group, log_tiles = kLogFilterRow - log_b;
-        first_b = int(tile & ((1 << log_tiles) - 1)) << log_b;
-        window = int((tile >> log_tiles) % windows);
-        first_channel = int((tile >> log_tiles) / windows) << log_group;
-    }
-    // What a thread's i-th of 2^kLogFilterTile points is: neighbours in memory first.
-    DEVICE int column(int i) const { return i & ((1 << points.log_filters) - 1); }
-    DEVICE int channel(int i) const { return first_channel + (i & ((1 << log_group) - 1)); }
-    DEVICE int b(int i) const { return first_b + (column(i) >> log_group); }
-    DEVICE int a(int i) const { return i >> points.log_filters; }
-    DEVICE Complex& at(int i, int index) const { return points[(column(i) << points.log_count) + index]; }
-};
-// Tiles of all filters of A = 2^log_a.
-HOST_DEVICE int64_t filter_tiles(int64_t channels, int windows, int log_a, int log_group) {
-    return ((channels - 1 >> log_group) + 1) * windows << (kLogFilterRow + log_a + log_group - kLogFilterTile);
-}
-
 struct LongFilter {
     const FilterParams& params;
-    const FilterPoints points;
+    char* const memory;
 
-    DEVICE explicit LongFilter(const FilterParams& params) : params(params), points{reinterpret_cast<Complex*>(shared_memory()), 0, 0} {}
+    DEVICE explicit LongFilter(const FilterParams& params) : params(params), memory(shared_memory()) {}
 
-    DEVICE int log_columns() const { return params.log_points - 1 - kLogFilterRow; }        // of A
-    HOST_DEVICE static int64_t tiles(const FilterParams& params) { return filter_tiles(params.channels, params.window_count(), params.log_points - 1 - kLogFilterRow, params.log_group); }
+    DEVICE int log_rows() const { return params.log_points - 1 - kLogFilterRow; }       // of A
     DEVICE Complex* intermediate(int64_t filter) const { return reinterpret_cast<Complex*>(params.work) + (filter << (params.log_points - 1)); }
 
-    DEVICE void columns(const FilterTile& tile) const {
-        for (int i = thread_index(); i < 1 << kLogFilterTile; i += kFilterThreads) {
-            const int channel = tile.channel(i), n = (tile.a(i) << kLogFilterRow) + tile.b(i);
-            const bool there = channel < params.channels;
-            tile.at(i, tile.a(i)) = {there ? params.tap(channel, tile.window, 2 * n) : 0.f, there ? params.tap(channel, tile.window, 2 * n + 1) : 0.f};
-        }
+    // That the first stage leaves for all windows of a filter.
+    DEVICE int64_t sums_of_channel() const {
+        return int64_t(params.window_count()) << (params.log_points - 1 - log_stage(log_rows()) - kLogFilterThreads + params.log_group);
+    }
+
+    // As many butterflies as a block has threads, of a channel or of a group of channels whose taps are read together.
+    template <int kLogPoints>
+    HOST_DEVICE static int64_t tiles(const FilterParams& params) {
+        const int64_t groups = (params.channels - 1 >> params.log_group) + 1;
+        return groups * params.window_count() << (params.log_points - 1 - kLogPoints - kLogFilterThreads + params.log_group);
+    }
+
+    // Of each 2^log_count consecutive threads, a part of a warp or the whole block.
+    DEVICE float sum_of_threads(float sum, int log_count) const {
+        float* const exchange = reinterpret_cast<float*>(memory);
+        for (int mask = 1; mask < 32 && mask < 1 << log_count; mask *= 2) sum += shuffle_xor(sum, mask);
+        if (log_count < 5) return sum;
+        if (thread_index() % 32 == 0) exchange[thread_index() / 32] = sum;
         block_barrier();
-        tile.points.transform();
-        for (int i = thread_index(); i < 1 << kLogFilterTile; i += kFilterThreads) {
-            const int channel = tile.channel(i), b = tile.b(i), fa = tile.a(i);
-            if (channel >= params.channels) continue;
-            intermediate(int64_t(channel) * params.window_count() + tile.window)[(fa << kLogFilterRow) + b] = tile.at(i, tile.points.index_of(fa)) * unit_root(fa * b, params.log_points - 1);
-        }
+        sum = 0.f;
+        for (int warp = 0; warp < kFilterThreads / 32; warp++) sum += exchange[warp];
+        block_barrier();
+        return sum;
+    }
+
+    // Gives a thread's points to the thread with the number `to`. All threads.
+    template <int kPoints>
+    DEVICE void exchange(Complex (&x)[kPoints], int to) const {
+        constexpr int kStride = FilterPoints::place(kFilterThreads);
+        Complex* const points = reinterpret_cast<Complex*>(memory);
+#pragma unroll
+        for (int t = 0; t < kPoints; t++) points[t * kStride + FilterPoints::place(to)] = x[t];
+        block_barrier();
+#pragma unroll
+        for (int t = 0; t < kPoints; t++) x[t] = points[t * kStride + FilterPoints::place(thread_index())];
         block_barrier();
     }
 
-    // The rows fa and A - fa, which may be the same.
+    // A stage in global memory; the first one starts from the taps. Windows share their taps, each of which is summed up once. Taps of neighbouring channels
+    // are read by neighbouring threads, and exchanged so that neighbouring threads write what lies together.
+    template <int kLogPoints, bool kFirst>
+    DEVICE void stage() const {
+        constexpr int kPoints = 1 << kLogPoints;
+        const int log_size = kFirst ? params.log_points - 1 : params.log_size, log_stride = log_size - kLogPoints, windows = params.window_count();
+        const int log_group = params.log_group, log_lanes = kLogFilterThreads - log_group, log_tiles = params.log_points - 1 - kLogPoints - log_lanes;
+        const int thread = thread_index(), lane = thread & ((1 << log_lanes) - 1), in_group = thread & ((1 << log_group) - 1);
+        for (int64_t tile = block_index(); tile < tiles<kLogPoints>(params); tile += block_count()) {
+            const int part = int(tile & ((1 << log_tiles) - 1)), window = int((tile >> log_tiles) % windows), first_channel = int((tile >> log_tiles) / windows) << log_group;
+            const int first = part << log_lanes, channel = first_channel + (thread >> log_lanes), column = (first + lane) & ((1 << log_stride) - 1);
+            const int64_t filter = int64_t(channel) * windows + window;
+            Complex* const points = intermediate(filter) + (first + lane >> log_stride << log_size) + column;
+            Complex x[kPoints] = {};
+            if (!kFirst) {
+#pragma unroll
+                for (int t = 0; t < kPoints; t++) x[t] = points[t << log_stride];
+            } else {
+                if (first_channel + in_group < params.channels) params.load_points(x, first_channel + in_group, window, first + (thread >> log_group));
+                if (log_group > 0) exchange(x, (in_group << log_lanes) + (thread >> log_group));
+                float sum = 0.f;
+#pragma unroll
+                for (int t = 0; t < (params.windows > 0 ? kPoints / 2 : kPoints); t++) sum += absolute(x[t].re) + absolute(x[t].im);
+                sum = sum_of_threads(sum, log_lanes);
+                if (lane == 0 && channel < params.channels) params.partial_sums[(filter << log_tiles) + part] = sum;
+            }
+            butterfly(x, unit_root(column, log_size));
+            if (channel < params.channels)
+#pragma unroll
+                for (int q = 0; q < kPoints; q++) points[q << log_stride] = x[q];
+        }
+    }
+
+    // From the partial sums to the scales, a channel in each block.
+    DEVICE void scale_pass() const {
+        const int64_t count = sums_of_channel();
+        for (int channel = block_index(); channel < params.channels; channel += block_count()) {
+            float sum = 0.f;
+            for (int64_t i = thread_index(); i < count; i += kFilterThreads) sum += params.partial_sums[channel * count + i];
+            sum = sum_of_threads(sum, kLogFilterThreads);
+            if (thread_index() == 0) params.scale[channel] = scale_of_sum(sum);
+        }
+    }
+
+    // Where the stages of a row leave a frequency: its digits in reverse order.
+    DEVICE static int place_in_row(int fb) {
+        static_assert(kLogFilterRow == 3 * kLogStage && kLogStage == 4, "three digits");
+        return (fb & 15) << 8 | (fb & 240) | fb >> 8;
+    }
+
+    // The rows fa and A - fa or, for fa = 0, the rows 0 and A / 2.
     DEVICE void rows(int64_t filter, int fa) const {
-        const int columns = 1 << log_columns(), mirrored = (columns - fa) & (columns - 1), count = mirrored == fa ? 1 : 2;
-        const FilterPoints both{points.memory, kLogFilterRow, count - 1};
-        for (int i = thread_index(); i < count << kLogFilterRow; i += kFilterThreads) {
-            const int row = i >> kLogFilterRow ? mirrored : fa;
-            both[i] = intermediate(filter)[(row << kLogFilterRow) + (i & ((1 << kLogFilterRow) - 1))];
-        }
+        constexpr int kRow = 1 << kLogFilterRow;
+        const int log_a = log_rows(), other = fa == 0 ? 1 << log_a >> 1 : (1 << log_a) - fa, kernel_rows = params.fft_size / kColumns;
+        const FilterPoints both{reinterpret_cast<Complex*>(memory), kLogFilterRow, 1};
+        const Complex *const points = intermediate(filter) + (index_of_frequency(fa, log_a) << kLogFilterRow), *const others = intermediate(filter) + (index_of_frequency(other, log_a) << kLogFilterRow);
+#pragma unroll 8
+        for (int i = thread_index(); i < kRow; i += kFilterThreads) both[i] = points[i], both[kRow + i] = others[i];
         block_barrier();
-        both.transform();
-        const int channel = int(filter / params.window_count()), kernel_rows = params.fft_size / kColumns;
-        const float scale = scale_of_sum(params.tap_sums[channel]);
-        uint2* const words = reinterpret_cast<uint2*>(params.spectrum) + (filter << (params.log_points - 1));
-        for (int i = thread_index(); i < count << kLogFilterRow; i += kFilterThreads) {
-            // Kernel order within the rows of csrc/transform.cuh that this row holds: every A-th.
-            const int which = i >> kLogFilterRow, own = which ? mirrored : fa, row = own + ((i & ((1 << kLogFilterRow) - 1)) / (kColumns / 2) << log_columns()), place = i % (kColumns / 2);
-            const int frequency = frequency_of(kernel_rows, row, place / 64, place / 2 % 32, place % 2), fb = frequency >> log_columns();
-            const int other = own == 0 ? -fb & ((1 << kLogFilterRow) - 1) : (1 << kLogFilterRow) - 1 - fb;
-            const Complex z = both[(which << kLogFilterRow) + both.index_of(fb)], w = conjugate(both[((count - 1 - which) << kLogFilterRow) + both.index_of(other)]);
-            Complex x, y;
-            unpack_pair(z, w, unit_root(frequency, params.log_points), x, y);
-            words[row * (kColumns / 2) + place] = scaled_pair(x, y, scale);
+        static_assert(kLogFilterRow - kLogStage <= kLogFilterThreads, "one column");
+        both.transform<true>();
+        // Each thread has two neighbouring places of kernel order in every fourth of the rows of csrc/transform.cuh that a row holds, which are every A-th.
+        constexpr int kStep = kFilterThreads / 64;
+        const int place = thread_index() % 64, q = frequency_of(1, 0, place / 32, place % 32, 0);
+        const float down = 1.f / params.scale[filter / params.window_count()];
+        const Complex step = unit_root(kStep << log_a, params.log_points), next = unit_root(kernel_rows, params.log_points);
+        uint4* const words = reinterpret_cast<uint4*>(params.spectrum) + (filter << (params.log_points - 2));
+        for (int own = 0; own < (fa == 0 ? 2 : 1); own++) {
+            const int first = own ? other : fa;
+            Complex root = unit_root(first + ((thread_index() / 64) << log_a) + kernel_rows * q, params.log_points);
+            for (int row = thread_index() / 64; row < kRow / (kColumns / 2); row += kStep, root = root * step) {
+                uint2 pair[2], mirrored[2];
+                for (int t = 0; t < 2; t++) {
+                    const int fb = row + kRow / (kColumns / 2) * (q + t), gb = (first == 0 ? kRow - fb : kRow - 1 - fb) & (kRow - 1);
+                    const Complex z = both[(own << kLogFilterRow) + place_in_row(fb)], w = both[((fa == 0 ? own : 1) << kLogFilterRow) + place_in_row(gb)];
+                    Complex x, y;
+                    unpack_pair(z, conjugate(w), t ? root * next : root, x, y);
+                    pair[t] = scaled_pair(x, y, down), mirrored[1 - t] = scaled_pair(conjugate(y), conjugate(x), down);
+                }
+                words[(first + (row << log_a)) * 64 + place] = {pair[0].x, pair[0].y, pair[1].x, pair[1].y};
+                if (fa != 0) words[(other + (kRow / (kColumns / 2) - 1 - row << log_a)) * 64 + 63 - place] = {mirrored[0].x, mirrored[0].y, mirrored[1].x, mirrored[1].y};
+            }
         }
-        if (fa == 0 && filter % params.window_count() == 0 && thread_index() == 0) params.scale[channel] = scale;
         block_barrier();
     }
 
-    DEVICE void column_pass() const {
-        for (int64_t i = block_index(); i < tiles(params); i += block_count()) columns(FilterTile(points.memory, log_columns(), params.log_group, params.window_count(), i));
-    }
+    HOST_DEVICE static int64_t row_pairs(const FilterParams& params) { return int64_t(params.channels) * params.window_count() << (params.log_points - 1 - kLogFilterTile); }
     DEVICE void row_pass() const {
-        const int64_t filters = int64_t(params.channels) * params.window_count();
-        const int pairs = (1 << log_columns() >> 1) + 1;
-        for (int64_t i = block_index(); i < filters * pairs; i += block_count()) rows(i / pairs, int(i % pairs));
+        for (int64_t i = block_index(); i < row_pairs(params); i += block_count()) rows(i >> (log_rows() - 1), int(i & ((1 << log_rows() >> 1) - 1)));
     }
 };
+
+template <int kLogPoints_, bool kFirst_>
+struct FilterStage {
+    static constexpr int kLogPoints = kLogPoints_;
+    static constexpr bool kFirst = kFirst_;
+};
+
+// Calls function(FilterStage<...>{}, its parameters) for the stages in global memory, one after the other, until an error.
+template <class Function>
+int for_stages(FilterParams params, Function function) {
+    int left = params.log_points - 1 - kLogFilterRow;
+    int error = left == 2 ? function(FilterStage<2, true>{}, params) : left == 3 ? function(FilterStage<3, true>{}, params) : function(FilterStage<kLogStage, true>{}, params);
+    for (left -= log_stage(left), params.log_group = 0; left > 0 && error == 0; left -= log_stage(left)) {
+        params.log_size = left + kLogFilterRow;
+        switch (log_stage(left)) {
+            case 1: error = function(FilterStage<1, false>{}, params); break;
+            case 2: error = function(FilterStage<2, false>{}, params); break;
+            case 3: error = function(FilterStage<3, false>{}, params); break;
+            default: error = function(FilterStage<kLogStage, false>{}, params);
+        }
+    }
+    return error;
+}

@@ -5,6 +5,31 @@
 #include "long_filter.cuh"
 #include "taps.cuh"
 
+// The points of a tile of the last pass: some neighbouring b of a window of a filter or, where taps lie together, of several filters. Points of one b lie
+// together.
+struct TapTile {
+    FilterPoints points;
+    int log_group, first_channel, window, first_b;
+
+    // Of A = 2^log_a. Tiles are counted from (channels, windows) on.
+    DEVICE TapTile(Complex* memory, int log_a, int log_group, int windows, int64_t tile) : points{memory, log_a, kLogFilterTile - log_a}, log_group(log_group) {
+        const int log_b = points.log_filters - log_group, log_tiles = kLogFilterRow - log_b;
+        first_b = int(tile & ((1 << log_tiles) - 1)) << log_b;
+        window = int((tile >> log_tiles) % windows);
+        first_channel = int((tile >> log_tiles) / windows) << log_group;
+    }
+    // What a thread's i-th of 2^kLogFilterTile points is: neighbours in memory first.
+    DEVICE int column(int i) const { return i & ((1 << points.log_filters) - 1); }
+    DEVICE int channel(int i) const { return first_channel + (i & ((1 << log_group) - 1)); }
+    DEVICE int b(int i) const { return first_b + (column(i) >> log_group); }
+    DEVICE int a(int i) const { return i >> points.log_filters; }
+    DEVICE Complex& at(int i, int index) const { return points[(column(i) << points.log_count) + index]; }
+};
+// Tiles of all filters of A = 2^log_a.
+HOST_DEVICE int64_t tap_tiles(int64_t channels, int windows, int log_a, int log_group) {
+    return ((channels - 1 >> log_group) + 1) * windows << (kLogFilterRow + log_a + log_group - kLogFilterTile);
+}
+
 struct LongTaps {
     const TapParams& params;
     const FilterPoints points;
@@ -12,7 +37,7 @@ struct LongTaps {
     DEVICE explicit LongTaps(const TapParams& params) : params(params), points{reinterpret_cast<Complex*>(shared_memory()), 0, 0} {}
 
     DEVICE int log_columns() const { return params.log_points - 1 - kLogFilterRow; }        // of A
-    HOST_DEVICE static int64_t tiles(const TapParams& params) { return filter_tiles(params.channels, params.windows, params.log_points - 1 - kLogFilterRow, params.log_group); }
+    HOST_DEVICE static int64_t tiles(const TapParams& params) { return tap_tiles(params.channels, params.windows, params.log_points - 1 - kLogFilterRow, params.log_group); }
     // In the first half of what the sums of a row of csrc/transform.cuh take; this row holds every A-th of those.
     DEVICE Complex& intermediate(int64_t channel, int window, int fa, int b) const {
         const int row = fa + (b / (kColumns / 2) << log_columns());
@@ -52,7 +77,7 @@ struct LongTaps {
     }
 
     // The taps after the lag of a window get what the next window gives to those before its own: half a circle on, a change of sign of every other fa.
-    DEVICE void columns(const FilterTile& tile) const {
+    DEVICE void columns(const TapTile& tile) const {
         const int half = params.fft_size / 2;
         const bool last = tile.window == params.windows - 1;
         for (int i = thread_index(); i < 1 << kLogFilterTile; i += kFilterThreads) {
@@ -81,6 +106,6 @@ struct LongTaps {
         for (int64_t i = block_index(); i < filters * pairs; i += block_count()) rows(i / pairs / params.windows, int(i / pairs % params.windows), int(i % pairs));
     }
     DEVICE void column_pass() const {
-        for (int64_t i = block_index(); i < tiles(params); i += block_count()) columns(FilterTile(points.memory, log_columns(), params.log_group, params.windows, i));
+        for (int64_t i = block_index(); i < tiles(params); i += block_count()) columns(TapTile(points.memory, log_columns(), params.log_group, params.windows, i));
     }
 };

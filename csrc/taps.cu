@@ -12,7 +12,7 @@ static int launch_sums(const TapParams& params, void* stream) {
     return launch(window_sums_kernel<kSeveral>, prepared, {(params.units() + 3) / 4, sum_blocks(kSeveral), kSumThreads, 0, 0}, params, stream);
 }
 
-__global__ void __launch_bounds__(kTapThreads, 3) tap_gradient_kernel(const __grid_constant__ TapParams params) { transform_windows(params); }
+__global__ void __launch_bounds__(kTapThreads, 2) tap_gradient_kernel(const __grid_constant__ TapParams params) { transform_windows(params); }
 
 __global__ void __launch_bounds__(kFilterThreads, 3) tap_rows_kernel(const __grid_constant__ TapParams params) { LongTaps(params).row_pass(); }
 
@@ -24,7 +24,7 @@ int launch_taps(const TapParams& params, void* stream) {
     if (error) return error;
     if (params.in_one_block()) {
         const int bytes = FilterPoints::bytes(params.fft_size);
-        return launch(tap_gradient_kernel, prepared, {params.channels, 3, kTapThreads, bytes, bytes}, params, stream);
+        return launch(tap_gradient_kernel, prepared, {params.channels, 2, kTapThreads, bytes, bytes}, params, stream);
     }
     const int64_t filters = int64_t(params.channels) * params.windows;
     const int second_error = launch(tap_rows_kernel, rows_prepared, {filters * (params.fft_size >> 1 >> kLogFilterTile), 3, kFilterThreads, kLongFilterBytes, kLongFilterBytes}, params, stream);

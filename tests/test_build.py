@@ -239,7 +239,7 @@ def compiled(build: ModuleType) -> tuple[Path, list[dict[str, str | int]]]:
 # count what they hand to functions for tiles that are not regular. The long ones have all their passes in one kernel,
 # which shares its registers.
 SPILL_LIMITS = {
-    r"filter_(columns_|rows_)?kernel": 0,
+    r"filter_(stage_|scales_|rows_)?kernel": 0,
     r"window_sums_kernel": 0,
     r"tap_(gradient|rows|columns)_kernel": 0,
     r"14forward_kernel.*Li32ELb1ELi(1|16)ELi1ELb0E": 256,

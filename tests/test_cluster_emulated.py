@@ -92,33 +92,38 @@ def test_taps_by_position_have_gradients_by_position(length: int, taps: int) -> 
         assert actual[name].stride() == by_position.get(name, gradient).stride()
 
 
-# Sequences in blocks of 65,536.
-SIZE, BLOCK = 131072, 65536
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_blocks(dtype: torch.dtype) -> None:
-    arguments = make(140001, 140001, ("skip", *GATES), dtype=dtype, batch=2, channels=1)
-    assert plan(arguments) == Plan(SIZE, True, 3, 16)
-    check_values(fft_conv(**arguments, backend="cuda"), arguments)
-
-
-@pytest.mark.parametrize("length, taps, count, options", [(65537, 65537, 2, ()), (140000, 62000, 2, ("post_gate",))])
-def test_lengths_of_sequences_in_blocks(length: int, taps: int, count: int, options: tuple[str, ...]) -> None:
-    arguments = make(length, taps, options, batch=1, channels=2 if taps < length else 1)
-    assert plan(arguments) == Plan(SIZE, True, count, 16)
+@pytest.mark.parametrize("length, windows, cluster", [(66001, 3, 8), (164001, 3, 16)])
+def test_blocks(length: int, windows: int, cluster: int, dtype: torch.dtype) -> None:
+    arguments = make(length, length, ("skip", *GATES), dtype=dtype, batch=2, channels=1)
+    assert plan(arguments) == Plan(8192 * cluster, True, windows, cluster)
     check_values(fft_conv(**arguments, backend="cuda"), arguments)
 
 
 @pytest.mark.parametrize(
-    "length, taps, options, dtype",
-    [(131072, 131072, ("skip", *GATES), torch.bfloat16), (66000, 62000, ("pre_gate",), torch.float16)],
+    "length, taps, windows, options",
+    [(65537, 65537, 3, ()), (98304, 20000, 2, ("post_gate",)), (100000, 65538, 4, ("pre_gate",))],
+)
+def test_lengths_of_sequences_in_blocks(length: int, taps: int, windows: int, options: tuple[str, ...]) -> None:
+    arguments = make(length, taps, options, batch=1, channels=2 if taps < length else 1)
+    assert plan(arguments) == Plan(65536, True, windows, 8)
+    check_values(fft_conv(**arguments, backend="cuda"), arguments)
+
+
+@pytest.mark.parametrize(
+    "length, taps, options, dtype, windows, cluster",
+    [
+        (131072, 131072, ("skip", *GATES), torch.bfloat16, 4, 8),
+        (66000, 20000, ("pre_gate",), torch.float16, 2, 8),
+        (164000, 140000, ("post_gate",), torch.float16, 3, 16),
+    ],
 )
 def test_gradients_of_sequences_in_blocks(
-    length: int, taps: int, options: tuple[str, ...], dtype: torch.dtype
+    length: int, taps: int, options: tuple[str, ...], dtype: torch.dtype, windows: int, cluster: int
 ) -> None:
     arguments = make(length, taps, options, batch=2, channels=1, dtype=dtype)
-    assert cuda.plan_of(arguments["u"], arguments["k"], None, True, backward=True).windows == 2
+    chosen = cuda.plan_of(arguments["u"], arguments["k"], None, True, backward=True)
+    assert chosen == Plan(8192 * cluster, True, windows, cluster)
     check(arguments)
 
 
@@ -135,6 +140,10 @@ def test_sequences_in_blocks_that_samples_do_not_show() -> None:
     # The first pair is done again, and nothing changes for the other.
     alone = {name: x[2:] if x.dim() == 3 else x for name, x in arguments.items()}
     assert torch.equal(fft_conv(**alone, backend="cuda"), y[2:])
+
+
+# Sequences in blocks of 65,536.
+SIZE, BLOCK = 131072, 65536
 
 
 def test_windows_of_a_long_filter() -> None:

@@ -150,21 +150,25 @@ def test_clusters_of_blocks() -> None:
     assert choose(8192, 1, 0, False).cluster == 0
 
 
-def test_clusters_of_blocks_take_longer_sequences_in_blocks() -> None:
-    for length, taps, windows in [
-        (65537, 61442, 2),
-        (65537, 65537, 2),
-        (140000, 1 << 30, 3),
-        (1 << 22, 65537, 2),
-        (1 << 22, 65538, 3),
-        (655360, 655360, 10),
+def test_longer_sequences_in_blocks_of_a_cluster() -> None:
+    for length, taps, cluster, windows in [
+        (1 << 22, 16385, 0, 5),
+        (1 << 22, 16386, 8, 2),
+        (65537, 65537, 8, 3),
+        (140000, 1 << 30, 8, 5),
+        (1 << 22, 131073, 8, 5),
+        (1 << 22, 131074, 16, 4),
+        (655360, 655360, 16, 10),
     ]:
-        expected = Plan(131072, True, windows, 16)
+        block = 4096 * max(1, cluster)
+        expected = Plan(2 * block, True, windows, cluster)
         assert choose(length, taps, 0, True) == choose(length, taps, 0, True, backward=True) == expected
-        assert expected.blocks(length) == -(-length // 65536) and not expected.is_long
-        for without in ({"in_blocks": False}, {"in_clusters": False}):
-            assert choose(length, taps, 0, True, **without).is_long
+        assert expected.blocks(length) == -(-length // block) and not expected.is_long
+        assert choose(length, taps, 0, True, in_blocks=False).is_long
+        assert not choose(length, taps, 0, True, in_clusters=False).cluster
         assert choose(length, taps, 1, True).is_long
     # Many windows pay in a backward pass alone, too many not even there.
     assert choose(655361, 655361, 0, True).is_long and choose(1 << 20, 1 << 20, 0, True, backward=True).windows == 16
     assert choose((1 << 20) + 1, 1 << 21, 0, True, backward=True).is_long
+    assert choose(1 << 22, 61441, 0, True, in_clusters=False).windows == 16
+    assert choose(1 << 22, 61442, 0, True, in_clusters=False).is_long

@@ -59,12 +59,21 @@ def forward(
     """[`fft_conv`] for a call that is supported, written to `y` if that is given."""
     with device_guard(u.device):
         y = torch.empty_like(u, memory_format=torch.contiguous_format) if y is None else y
-        for channels, tensors in channel_blocks(u, k, skip, pre_gate, post_gate, k_rev, causal):
-            call = Call(*tensors, causal)
-            call.operand("output", y[:, channels])
-            call.launch("forward")
-            del call    # and its spectra, before the next ones are made
+        chosen = plan_of(u, k, k_rev, causal)
+        operands = u, k, skip, pre_gate, post_gate, k_rev
+        if chosen.on_one_block:
+            _launch_forward(chosen, operands, y)
+        else:
+            for channels, part in channel_blocks(chosen, operands):
+                _launch_forward(chosen, part, y[:, channels])
     return y
+
+
+def _launch_forward(chosen: plan.Plan, operands: Operands, y: Tensor) -> None:
+    # With the call its spectra go, before the next ones are made.
+    call = Call(chosen, *operands)
+    call.operand("output", y)
+    call.launch("forward")
 
 
 class Call:
@@ -72,37 +81,38 @@ class Call:
 
     def __init__(
         self,
+        chosen: plan.Plan,
         u: Tensor,
         k: Tensor,
         skip: Tensor | None,
         pre_gate: Tensor | None,
         post_gate: Tensor | None,
         k_rev: Tensor | None,
-        causal: bool,
         backward: bool = False,
     ) -> None:
-        self.u = u
-        self.plan: plan.Plan = plan_of(u, k, k_rev, causal, backward)
-        self.stream = _current_stream(u.device)
-        length, long = u.shape[2], self.plan.is_long
+        self.u, self.plan, device = u, chosen, u.device
+        batch, channels, length = u.shape
+        self.stream = _current_stream(device)
         # A graph outlives the cache's entries, and its replays are to see what has become of the filter.
         spectra = filters.prepare if _is_capturing() else _spectra.get
-        spectrum = spectra(k, skip, k_rev, length, self.plan, self.stream)
-        constants = tables.device_tables(*_tables_key(ON_CHIP if long else self.plan), u.device)
+        spectrum = spectra(k, skip, k_rev, length, chosen, self.stream)
+        constants = tables.device_tables(*_tables_key(ON_CHIP if chosen.is_long else chosen), device)
         self.parameters = parameters = extension.Parameters()
-        parameters.tables = constants.data_ptr()
-        parameters.spectrum = spectrum.words.data_ptr()
-        parameters.spectrum_scale = spectrum.scale.data_ptr()
-        parameters.batch, parameters.channels, parameters.length = u.shape
-        parameters.fft_size, parameters.half, parameters.windows, parameters.cluster = self.plan
-        parameters.element = extension.ELEMENTS[u.dtype]
+        parameters.set_constants(constants.data_ptr(), spectrum.words.data_ptr(), spectrum.scale.data_ptr())
+        parameters.set_sizes(batch, channels, length, chosen.fft_size, extension.ELEMENTS[u.dtype], chosen.half)
         # Memory that is given back before the launch may be given to another stream.
         self._alive: list[Any] = [spectrum, constants]
-        for name, x in (("u", u), ("pre_gate", pre_gate), ("post_gate", post_gate)):
-            self.operand(name, x)
-        if long:
+        self.operand("u", u)
+        if pre_gate is not None:
+            self.operand("pre_gate", pre_gate)
+        if post_gate is not None:
+            self.operand("post_gate", post_gate)
+        if chosen.on_one_block:
+            return
+        parameters.windows, parameters.cluster = chosen.windows, chosen.cluster
+        if chosen.is_long:
             self._lay_out(backward)
-        elif self.plan.windows:
+        elif chosen.windows:
             scratch_bytes = extension.call("fft_conv_blocked_scratch", parameters, u.device.index or 0)
             self.buffer("scratch", (scratch_bytes,), torch.uint8)
 
@@ -174,34 +184,27 @@ def plan_of(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, backward: 
     return chosen
 
 
-def channel_blocks(
-    u: Tensor,
-    k: Tensor,
-    skip: Tensor | None,
-    pre_gate: Tensor | None,
-    post_gate: Tensor | None,
-    k_rev: Tensor | None,
-    causal: bool,
-    backward: bool = False,
-) -> Iterator[tuple[slice, Operands]]:
+def channel_blocks(chosen: plan.Plan, operands: Operands, backward: bool = False) -> Iterator[tuple[slice, Operands]]:
     """The channels that one launch serves, and the operands with these channels alone.
 
     The spectra of long filters outweigh everything else where the batch is small. So they are made for some channels at
     a time, unless all of them are no larger than the output, or will be kept.
     """
-    chosen, count = plan_of(u, k, k_rev, causal, backward), u.shape[1]
-    block = count
-    if chosen.is_long or chosen.windows or chosen.cluster:
+    u, k, skip, pre_gate, post_gate, k_rev = operands
+    count = block = u.shape[1]
+    if not chosen.on_one_block:
         bound = min(SPECTRUM_BYTES, u.numel() * u.element_size())
         if not _spectra.keeps(k, skip, k_rev, chosen):
             block = min(count, max(1, bound // (4 * chosen.points)))
+            # Whole groups of taps that are read together and, where a cluster works on a channel, of clusters.
+            block -= block % filters.CHANNEL_GROUP if filters.CHANNEL_GROUP < block < count else 0
     if (chosen.windows or chosen.cluster) and backward:
         blocks = (u.shape[0] + 1) // 2 * chosen.blocks(u.shape[2])
         channel_bytes = 4 * chosen.fft_size * 2 * (blocks + max(1, chosen.windows))
         parts = -(-count // max(1, min(block, TRANSFORM_BYTES // channel_bytes)))
         block = -(-count // parts)
     if block == count:
-        yield slice(None), (u, k, skip, pre_gate, post_gate, k_rev)
+        yield slice(None), operands
         return
     for start in range(0, count, block):
         part = slice(start, start + block)

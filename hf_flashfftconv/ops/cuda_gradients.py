@@ -26,11 +26,12 @@ def backward(
     """
     with cuda.device_guard(u.device):
         chosen = cuda.plan_of(u, k, k_rev, causal, backward=True)
+        operands = u, k, skip, pre_gate, post_gate, k_rev
         if chosen.windows or chosen.cluster:
-            return _blocked_backward(dy, (u, k, skip, pre_gate, post_gate, k_rev), chosen, needs)
+            return _blocked_backward(dy, operands, chosen, needs)
         if chosen.is_long:
-            return _long_backward(dy, (u, k, skip, pre_gate, post_gate, k_rev), causal, needs)
-        call = cuda.Call(u, k, skip, pre_gate, post_gate, k_rev, causal, backward=True)
+            return _long_backward(dy, operands, chosen, needs)
+        call = cuda.Call(chosen, *operands, backward=True)
         call.operand("grad_output", dy)
         du = call.result("grad_u")
         dpre = None if pre_gate is None else call.result("grad_pre_gate")
@@ -56,12 +57,12 @@ def _blocked_backward(dy: Tensor, operands: cuda.Operands, chosen: plan.Plan, ne
     dpre = _like(pre_gate, needs[3])
     du = _like(u, needs[0] or dpre is not None)
     taps = filters.TapGradients(k, skip, k_rev, u.shape[2]) if needs[1] or needs[2] or needs[5] else None
-    for channels, tensors in cuda.channel_blocks(*operands, True, backward=True):
+    for channels, tensors in cuda.channel_blocks(chosen, operands, backward=True):
 
         def part(x: Tensor | None, channels: slice = channels) -> Tensor | None:
             return None if x is None else x[:, channels]
 
-        call = cuda.Call(*tensors, True, backward=True)
+        call = cuda.Call(chosen, *tensors, backward=True)
         kept = [] if taps is None else [_KeptTransforms(call), _KeptTransforms(call)]
         passes = (
             {"u": part(u), "pre_gate": part(pre_gate), "post_gate": part(dy), "output": part(dpost)},
@@ -131,7 +132,7 @@ def _like(x: Tensor | None, wanted: bool) -> Tensor | None:
     return torch.empty_like(x, memory_format=torch.contiguous_format) if x is not None and wanted else None
 
 
-def _long_backward(dy: Tensor, operands: cuda.Operands, causal: bool, needs: Sequence[bool]) -> Gradients:
+def _long_backward(dy: Tensor, operands: cuda.Operands, chosen: plan.Plan, needs: Sequence[bool]) -> Gradients:
     """The same for long sequences, some channels at a time."""
     u, _, _, pre_gate, post_gate, k_rev = operands
     results = {
@@ -140,8 +141,8 @@ def _long_backward(dy: Tensor, operands: cuda.Operands, causal: bool, needs: Seq
         "grad_post_gate": _like(post_gate, needs[4]),
     }
     taps: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
-    for channels, tensors in cuda.channel_blocks(*operands, causal, backward=True):
-        call = cuda.Call(*tensors, causal, backward=True)
+    for channels, tensors in cuda.channel_blocks(chosen, operands, backward=True):
+        call = cuda.Call(chosen, *tensors, backward=True)
         call.operand("grad_output", dy[:, channels])
         for name, x in results.items():
             if x is not None:

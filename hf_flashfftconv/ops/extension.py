@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import BackendError
 
 PATH = Path(__file__).parent.parent / "lib" / "libhf_flashfftconv.so"
-VERSION = 7
+VERSION = 8
 
 ELEMENTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -78,13 +78,23 @@ class Parameters(ctypes.Structure):
         ("pair_scales", ctypes.c_void_p),
     )
 
+    # Several fields at once, in a third of the time that assigning them takes.
+
     def set_tensor(self, name: str, data: int, batch_stride: int, channel_stride: int) -> None:
-        """Assigns to a [`TensorArgument`], in a third of the time that its own assignment takes."""
+        """Assigns to a [`TensorArgument`]."""
         _TENSOR.pack_into(self, _OFFSETS[name], data, batch_stride, channel_stride)
 
+    def set_constants(self, tables: int, spectrum: int, spectrum_scale: int) -> None:
+        """Assigns to the fields of these names."""
+        _CONSTANTS.pack_into(self, _OFFSETS["tables"], tables, spectrum, spectrum_scale)
 
-_TENSOR = struct.Struct("@Pqq")
-_OFFSETS = {name: getattr(Parameters, name).offset for name, kind in Parameters._fields_ if kind is TensorArgument}
+    def set_sizes(self, batch: int, channels: int, length: int, fft_size: int, element: int, half: bool) -> None:
+        """Assigns to the fields of these names."""
+        _SIZES.pack_into(self, _OFFSETS["batch"], batch, channels, length, fft_size, element, half)
+
+
+_TENSOR, _CONSTANTS, _SIZES = struct.Struct("@Pqq"), struct.Struct("@PPP"), struct.Struct("@6i")
+_OFFSETS = {name: getattr(Parameters, name).offset for name, _ in Parameters._fields_}
 
 
 _TAP_STRIDES = tuple(
@@ -110,7 +120,7 @@ class FilterParameters(_TapView):
         ("skip", ctypes.c_void_p),
         ("spectrum", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
-        ("tap_sums", ctypes.c_void_p),
+        ("partial_sums", ctypes.c_void_p),
         ("work", ctypes.c_void_p),
         *_TAP_STRIDES,
         ("channels", ctypes.c_int32),
@@ -118,6 +128,7 @@ class FilterParameters(_TapView):
         ("taps_rev", ctypes.c_int32),
         ("fft_size", ctypes.c_int32),
         ("windows", ctypes.c_int32),
+        ("work_channels", ctypes.c_int32),
     )
 
 

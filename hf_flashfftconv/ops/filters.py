@@ -19,7 +19,7 @@ from .pools import outside_of_pools
 DEFAULT_STREAM = 0
 
 # Bound on the spectra kept for each device, and the share of its memory that they may take at most.
-CACHE_BYTES = 1 << 30
+CACHE_BYTES = 512 << 20
 CACHE_SHARE = 1 / 8
 # Kept spectra give way to others once so many times the bound was asked for since their last use.
 _PATIENCE = 16
@@ -28,10 +28,12 @@ _PATIENCE = 16
 MAX_FUSED_FFT_SIZE = 16384
 
 # Channels that they are read for at a time where taps of neighbouring channels, not neighbouring taps, lie together.
-CHANNEL_GROUP = 8
+CHANNEL_GROUP = 16
 
-# Bound on what is alive between the two passes that make larger ones, unless a single filter takes more.
+# Bound on what is alive between the passes that make larger ones, unless a single filter takes more. Beside it there is
+# room for one partial sum of taps for so many points.
 WORKSPACE_BYTES = 64 << 20
+SUMMED_POINTS = 128
 
 
 class Spectrum(NamedTuple):
@@ -66,7 +68,7 @@ def prepare(
     connection is one more weight of the tap at lag zero.
 
     The kernels compute in single precision and round the result. Where one thread block cannot hold a filter they need
-    memory between two passes, and take a block of channels at a time, which bounds it.
+    memory between passes, and take a block of channels at a time, which bounds it.
     """
     channels, device = k.shape[0], k.device
     words = torch.empty((channels, plan.points), dtype=torch.int32, device=device)
@@ -82,27 +84,16 @@ def prepare(
     skip = None if skip is None else skip.float().contiguous()
     parameters = extension.FilterParameters()
     parameters.pass_taps(k, k_rev)
-    parameters.fft_size, parameters.windows = plan.fft_size, plan.windows
-    tap_sums = None
+    parameters.channels, parameters.fft_size, parameters.windows = channels, plan.fft_size, plan.windows
+    parameters.k = k.data_ptr()
+    parameters.k_rev = None if k_rev is None else k_rev.data_ptr()
+    parameters.skip = None if skip is None else skip.data_ptr()
+    parameters.spectrum, parameters.scale = words.data_ptr(), scale.data_ptr()
     if in_passes:
-        tap_sums = torch.linalg.vector_norm(k, 1, dim=1)
-        if k_rev is not None:
-            tap_sums += torch.linalg.vector_norm(k_rev, 1, dim=1)
-        if skip is not None:
-            tap_sums += skip.abs()
-        work = torch.empty((block, plan.points), dtype=torch.float32, device=device)
-        parameters.work = work.data_ptr()
-    for start in range(0, channels, block):
-        part = slice(start, start + block)
-        parameters.k, parameters.channels = k[part].data_ptr(), words[part].shape[0]
-        if skip is not None:
-            parameters.skip = skip[part].data_ptr()
-        if k_rev is not None:
-            parameters.k_rev = k_rev[part].data_ptr()
-        if tap_sums is not None:
-            parameters.tap_sums = tap_sums[part].data_ptr()
-        parameters.spectrum, parameters.scale = words[part].data_ptr(), scale[part].data_ptr()
-        extension.launch("fft_conv_filter_spectrum", parameters, stream)
+        work = torch.empty((block, plan.points + plan.points // SUMMED_POINTS), dtype=torch.float32, device=device)
+        parameters.work, parameters.work_channels = work.data_ptr(), block
+        parameters.partial_sums = work.data_ptr() + 4 * block * plan.points
+    extension.launch("fft_conv_filter_spectrum", parameters, stream)
     return Spectrum(words, scale)
 
 
@@ -198,8 +189,8 @@ class SpectrumCache:
     what was unused for longest would find none.
 
     Args:
-        max_bytes (`int`, *optional*): Bound on the memory of the entries of one device; by default 1 GiB, on small
-            devices an eighth of their memory.
+        max_bytes (`int`, *optional*): Bound on the memory of the entries of one device; by default 512 MiB, on
+            small devices an eighth of their memory.
     """
 
     def __init__(self, max_bytes: int | None = None) -> None:

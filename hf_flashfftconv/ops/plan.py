@@ -8,19 +8,18 @@ from .tables import COLUMNS
 # What one thread block transforms in shared memory, where a full transform leaves less room for its inputs.
 MAX_TILE_FFT_SIZE = 16384
 MAX_FULL_TILE_FFT_SIZE = 8192
-# Causal sequences that are longer may go block by block through transforms of two blocks, as long as the filter has few
-# windows: the work on the transforms of earlier blocks grows with their number.
+# Causal sequences that are longer may go block by block through transforms of two blocks: the work on the transforms of
+# earlier blocks grows with the filter's windows.
 BLOCK_POSITIONS = 4096
 MAX_WINDOWS = 16
 # Or a cluster of thread blocks shares a transform, each holding so many points: its work does not grow with the filter,
 # but the larger the cluster, the more passes between the blocks. It is slower, as measured, than so many windows.
 CLUSTER_POINTS = 8192
 CLUSTERS = {2: 0, 4: 1, 8: 2, 16: 4}
-# The largest cluster takes longer causal sequences in blocks, up to so many windows, forward and backward: more of them
-# leave the L2 cache, and the kernels for all others are faster, as measured; and they would cost float16 outputs more
-# than their bound.
-LARGEST_CLUSTER = max(CLUSTERS)
-CLUSTER_WINDOWS = 10, 16
+# Blocks of longer sequences are those of one thread block (0) or of a cluster, for filters of up to so many windows,
+# forward and backward; the first that fit are the fastest, as measured. More windows leave the L2 cache, and would cost
+# float16 outputs more than their bound.
+BLOCKED = ((0, 5, 5), (8, 5, 5), (16, 10, MAX_WINDOWS), (0, MAX_WINDOWS, MAX_WINDOWS))
 # All others that are longer go through global memory in several passes.
 MAX_FFT_SIZE = 1 << 24
 MAX_FULL_FFT_SIZE = 1 << 23
@@ -53,6 +52,11 @@ class Plan(NamedTuple):
         return -(-length // (self.fft_size // 2)) if self.windows else 1
 
     @property
+    def on_one_block(self) -> bool:
+        """Whether one thread block transforms a whole sequence in one piece."""
+        return not (self.windows or self.cluster or self.is_long)
+
+    @property
     def is_long(self) -> bool:
         """Whether it takes the kernels of csrc/long.cuh."""
         return not self.cluster and self.fft_size > (MAX_TILE_FFT_SIZE if self.half else MAX_FULL_TILE_FFT_SIZE)
@@ -74,8 +78,7 @@ def choose(
     reaches from -R to L + K - 2, and the outputs are those from 0 to L - 1; none of them is reached if
     N > L + K - 2 and N > L - 1 + R. Taps beyond the sequence (K > L, R > L - 1) meet only zeros and are cut.
 
-    Only if `in_blocks` may sequences go in blocks, and gradients (`backward`) gain by it as soon as there are two; only
-    if `in_clusters` may a cluster share a transform.
+    Only if `in_blocks` may sequences go in blocks, and only if `in_clusters` may a cluster share a transform.
     """
     if causal:
         needed = length + max(reach(length, taps, reverse_taps))
@@ -86,13 +89,12 @@ def choose(
         cluster = size // CLUSTER_POINTS
         if in_clusters and half and windows > CLUSTERS.get(cluster, windows):
             return Plan(size, half, 0, cluster)
-        if length > (BLOCK_POSITIONS if backward else MAX_TILE_FFT_SIZE // 2) and windows <= MAX_WINDOWS:
-            return Plan(2 * BLOCK_POSITIONS, True, windows)
-        size_of_blocks = LARGEST_CLUSTER * CLUSTER_POINTS
-        if in_clusters and blocked and length > size_of_blocks // 2:
-            windows = windows_of(length, taps, size_of_blocks // 2)
-            if windows <= CLUSTER_WINDOWS[backward]:
-                return Plan(size_of_blocks, True, windows, LARGEST_CLUSTER)
+        for cluster, *most in BLOCKED if blocked else ():
+            block = BLOCK_POSITIONS * max(1, cluster)
+            windows = windows_of(length, taps, block)
+            fits = length > _longest_at_once(cluster, backward) and windows <= most[backward]
+            if fits and (in_clusters or not cluster):
+                return Plan(2 * block, True, windows, cluster)
     else:
         size, half = length, False
         if size % COLUMNS or size & (size - 1):
@@ -102,6 +104,13 @@ def choose(
     if not half and size > MAX_FULL_FFT_SIZE:
         return f"there is no kernel for an FFT of {size} points whose second half is in use"
     return Plan(size, half)
+
+
+def _longest_at_once(cluster: int, backward: bool) -> int:
+    """Longer sequences may go in blocks; gradients gain by those of one thread block as soon as there are two."""
+    if cluster:
+        return max(CLUSTERS) * CLUSTER_POINTS // 2
+    return BLOCK_POSITIONS if backward else MAX_TILE_FFT_SIZE // 2
 
 
 def windows_of(length: int, taps: int, block: int = BLOCK_POSITIONS) -> int:

@@ -29,7 +29,12 @@ int launch_filter(const FilterParams& params, void*) {
     if (params.fft_size <= kMaximumFilterPoints) {
         simt::launch(2, kFilterThreads, filter_shared_bytes(params.fft_size), [&] { filter_spectra(params); });
     } else {
-        simt::launch(2, kFilterThreads, kLongFilterBytes, [&] { LongFilter(params).column_pass(); });
+        for_stages(params, [](auto stage, const FilterParams& stage_params) {
+            using Stage = decltype(stage);
+            simt::launch(2, kFilterThreads, kFilterStageBytes, [&] { LongFilter(stage_params).stage<Stage::kLogPoints, Stage::kFirst>(); });
+            return 0;
+        });
+        simt::launch(2, kFilterThreads, kFilterStageBytes, [&] { LongFilter(params).scale_pass(); });
         simt::launch(2, kFilterThreads, kLongFilterBytes, [&] { LongFilter(params).row_pass(); });
     }
     return 0;
