@@ -58,8 +58,8 @@ def patch_model(
         cache_bytes (`int`, *optional*, defaults to 1 GiB):
             Bound on the memory for filters, and for weights of projections in the dtype of autocast, that are kept
             between calls in evaluation, under `torch.no_grad()` or `torch.inference_mode()`; 0 makes them in every
-            call. They are dropped when weights change; a write
-            into `parameter.data` is noticed at the next `model.train()` or `model.eval()`.
+            call. They are dropped when weights change; a write into `parameter.data` is noticed at the next
+            `model.train()` or `model.eval()`.
         filter_length (`int`, *optional*):
             Cuts the filters to this many taps in each direction, at most the model's longest sequence (`l_max`).
             Sequences may then be of any length, also longer than those that the model was trained with. It changes
@@ -113,7 +113,7 @@ def patch_model(
             restore_module(module)
         undeclare_shared_weights(model)
         raise
-    cache.max_bytes = cache_bytes
+    cache.resize(cache_bytes)
     for finding in planned:
         configure(finding.module, backend, float32_filters, truncation)
     write_configurations(model)

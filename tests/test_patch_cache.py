@@ -63,6 +63,21 @@ def test_generated_once_a_length_in_evaluation(mixer: nn.Module) -> None:
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[1], outputs[2])
 
 
+def test_a_smaller_bound_forgets_what_is_kept(mixer: nn.Module) -> None:
+    u = torch.randn(2, 40, WIDTH)
+    cache = mixer._flashfftconv.cache
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        mixer(u)
+        kept = {type(module).__name__ for module in cache._entries}
+        assert {"HyenaFilter", "Linear"} <= kept
+        patch_model(mixer, cache_bytes=1 << 20)
+        assert len(cache._entries) == 3
+        patch_model(mixer, cache_bytes=0)
+        assert not cache._entries
+        mixer(u)
+        assert not cache._entries
+
+
 def test_never_kept_under_grad_or_while_training(mixer: nn.Module) -> None:
     u = torch.randn(2, 40, WIDTH)
     with Counter(mixer.filter_fn) as generated:

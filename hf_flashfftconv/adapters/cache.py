@@ -60,10 +60,26 @@ class _Stamp:
         return [*map(id, self._objects(module)), *map(len, self.lengths), *versions, *addresses]
 
 
+class _LayerStamp:
+    """The same for a linear layer that is nothing but its weights, which callers know, in a tenth of the time."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.tensors = [*layer._parameters.values()]
+        self.numbers = self._numbers(layer)
+
+    def holds(self, layer: nn.Module) -> bool:
+        """Whether nothing has changed since, for the same layer."""
+        return self._numbers(layer) == self.numbers
+
+    @staticmethod
+    def _numbers(layer: nn.Module) -> list[Any]:
+        return [None if x is None else (id(x), x._version, x.data_ptr()) for x in layer._parameters.values()]
+
+
 @dataclass
 class _Entry:
     filters: Filters
-    stamp: _Stamp
+    stamp: "_Stamp | _LayerStamp"
 
     @property
     def bytes(self) -> int:
@@ -85,6 +101,16 @@ class FilterCache:
         self.max_bytes = max_bytes
         self._entries: WeakKeyDictionary[nn.Module, dict[tuple[Hashable, ...], _Entry]] = WeakKeyDictionary()
         self._lock = threading.Lock()
+
+    def resize(self, max_bytes: int) -> None:
+        """Sets the bound, and forgets all filters if they take more."""
+        with self._lock:
+            self.max_bytes = max_bytes
+            if self._bytes() > max_bytes:
+                self._entries.clear()
+
+    def _bytes(self) -> int:
+        return sum(entry.bytes for entries in self._entries.values() for entry in entries.values())
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Copies of a model, in memory or in a file, start with an empty cache of the same size.
@@ -135,8 +161,7 @@ class FilterCache:
 
     def _make_room(self, needed: int, length: Hashable) -> bool:
         """Forgets filters of other lengths, never of this one: the layers of one pass must not evict each other."""
-        excess = needed - self.max_bytes
-        excess += sum(entry.bytes for entries in self._entries.values() for entry in entries.values())
+        excess = needed - self.max_bytes + self._bytes()
         for entries in self._entries.values() if length is not None else ():
             for key in [key for key in entries if key[0] != length]:
                 if excess > 0:
@@ -149,7 +174,7 @@ def _bytes(filters: Filters) -> int:
     return sum(taps.numel() * taps.element_size() for taps in filters[:2] if taps is not None)
 
 
-def _stamp(module: nn.Module) -> _Stamp | None:
+def _stamp(module: nn.Module) -> _Stamp | _LayerStamp | None:
     """Everything that the output of `module` depends on, or `None` where this cannot be known."""
     found = []
     for part in module.modules():
@@ -166,7 +191,7 @@ def _stamp(module: nn.Module) -> _Stamp | None:
             if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.is_inference():
                 return None
             found.append(tensor)
-    return _Stamp(module, found)
+    return _LayerStamp(module) if type(module) is nn.Linear else _Stamp(module, found)
 
 
 def _tensors(part: nn.Module) -> list[Tensor]:
