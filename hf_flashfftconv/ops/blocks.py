@@ -46,13 +46,14 @@ def forward(
     post_gate: Tensor | None,
     k_rev: Tensor | None,
     y: Tensor,
-) -> None:
+) -> Tensor:
     """[`fft_conv`] in windows, written to `y`."""
     spectrum = _spectrum(blocks, k, skip, k_rev, compute_dtype(u.dtype))
     for part in _parts(blocks, u):
         g = part.windows(u, pre_gate, blocks.reach_back)
         z = part.outputs(torch.fft.rfft(g) * spectrum, blocks.reach_back)
         store_gated(part.own(y), z, part.own_or_none(post_gate))
+    return y
 
 
 def backward(

@@ -66,16 +66,15 @@ def _forward(
     backend: str,
     channel_major: bool = False,
 ) -> Tensor:
-    y = _output(u, channel_major)
     if u.numel() == 0:
-        return y
+        return _output(u, channel_major)
     if use_kernels(u, k, k_rev, causal, backend):
-        return cuda.forward(u, k, skip, pre_gate, post_gate, k_rev, causal, y)
+        return cuda.forward(u, k, skip, pre_gate, post_gate, k_rev, causal, _output(u, channel_major))
     if (windows := _windows(u, k, k_rev, causal)) is not None:
-        blocks.forward(windows, u, k, skip, pre_gate, post_gate, k_rev, y)
-    else:
-        reference.store_gated(y, reference.convolve(u, k, skip, pre_gate, k_rev, causal), post_gate)
-    return y
+        return blocks.forward(windows, u, k, skip, pre_gate, post_gate, k_rev, _output(u, channel_major))
+    # The output last: the transforms take most memory.
+    x = reference.convolve(u, k, skip, pre_gate, k_rev, causal)
+    return reference.store_gated(_output(u, channel_major), x, post_gate)
 
 
 def _output(u: Tensor, channel_major: bool) -> Tensor:

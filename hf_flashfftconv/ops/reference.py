@@ -57,12 +57,9 @@ def gated(u: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
     return u.to(dtype) if gate is None else u.to(dtype) * gate.to(dtype)
 
 
-def store_gated(y: Tensor, x: Tensor, gate: Tensor | None) -> None:
-    """Writes x, times a gate if there is one, to y, rounded once."""
-    if gate is None:
-        y.copy_(x)
-    else:
-        torch.mul(x, gate, out=y)
+def store_gated(y: Tensor, x: Tensor, gate: Tensor | None) -> Tensor:
+    """Writes x, times a gate if there is one, to y, rounded once; returns y."""
+    return y.copy_(x) if gate is None else torch.mul(x, gate, out=y)
 
 
 class _Filter:
