@@ -5,7 +5,6 @@ long convolution, runs slice after slice; the filters are generated slice after 
 generates those of its own positions; the long convolution runs in blocks of channels.
 """
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -49,15 +48,16 @@ class SlicedMixer(PatchedMixer):
         # A view without memory: it is the length that is checked.
         return self.checked_length(u[:1, :1].expand(-1, u.shape[1] * (1 if shards is None else shards.size), -1))
 
-    def local(self, u: Tensor, projection: nn.Module, fn: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """`fn(*s)` of the parts s of the projection's short convolution, three of shape `(batch, channels, length)`."""
+    def local(self, u: Tensor, projection: nn.Module, gate: int, dropout: nn.Module | None) -> tuple[Tensor, ...]:
+        """Output gate and gated input of the long convolution, `(batch, channels, length)`, by `short_filtered`."""
         slicing = self._flashfftconv_slicing
         halo = _taps(self.short_filter) - 1
         extended = u if slicing.shards is None else after_neighbour(u, halo, slicing.shards)
 
         def part(u: Tensor, extra: int) -> tuple[Tensor, ...]:
-            s = self.short_filter(projection(u).transpose(1, 2))[..., extra : u.shape[1]]
-            return fn(*s.split(self.d_model, dim=1))
+            g, in_gate, out_gate = self.short_filtered(projection(u).transpose(1, 2), gate, dropout)
+            g = g if in_gate is None else g * in_gate
+            return out_gate[..., extra:], g[..., extra:]
 
         return over_slices(part, extended, slicing.positions, first=extended.shape[1] - u.shape[1], halo=halo, dim=-1)
 
@@ -106,7 +106,7 @@ class SlicedHyena(SlicedMixer, PatchedHyena):
 
     def mix(self, u: Tensor) -> Tensor:
         length = self.whole_length(u)
-        out_gate, g = self.local(u, self.in_proj, lambda x0, x1, v: (x0, self.dropout(v * x1)))
+        out_gate, g = self.local(u, self.in_proj, 0, self.dropout)
         return self.convolve_slices(self.filter_fn, g, length, out_gate).transpose(1, 2)
 
     def forward(self, u: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -132,8 +132,7 @@ class SlicedMonarchMixer(SlicedMixer, PatchedMonarchMixer):
         length = self.whole_length(u)
         if additions:
             u = self.layernorm(u)
-        drop = self.drop if additions else nn.Identity()
-        out_gate, g = self.local(u, self.in_linear, lambda x1, x2, v: (x2, drop(v * x1)))
+        out_gate, g = self.local(u, self.in_linear, 1, self.drop if additions else None)
         y = self.convolve_slices(self.filter_fn, g, length, out_gate, self.bidirectional)
         if self.residual_long_conv:
             with torch.autocast(u.device.type, enabled=False):
