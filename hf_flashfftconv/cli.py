@@ -105,6 +105,7 @@ def measure_model(options: argparse.Namespace) -> str:
         dtype=getattr(torch, options.dtype),
         compiled=options.compile,
         compile_mode=options.compile_mode,
+        **({} if options.cache_bytes is None else {"cache_bytes": options.cache_bytes}),
     )
     if options.json:
         report.save_json(options.json)
@@ -230,6 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of autocast")
     command.add_argument("--compile", action="store_true", help="measure torch.compile, too")
     command.add_argument("--compile-mode", metavar="MODE", help="of torch.compile, such as reduce-overhead")
+    command.add_argument("--cache-bytes", type=int, metavar="N", help="bound on filters that are kept; 0 keeps none")
     command.add_argument("--json", metavar="FILE", help="write the results there, too")
     command.set_defaults(run=measure_model)
 

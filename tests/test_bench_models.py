@@ -11,6 +11,7 @@ from torch import nn
 from hf_flashfftconv import cli, save_pretrained
 from hf_flashfftconv.adapters.swap import is_patched
 from hf_flashfftconv.bench import bench_model
+from hf_flashfftconv.errors import PatchError
 
 
 @pytest.mark.parametrize("mode", ["inference", "training"])
@@ -32,10 +33,10 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     save_pretrained(model, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     arguments = ["bench-model", str(tmp_path / "model"), "--random-weights", "--length", "20", "--dtype", "float32"]
-    assert cli.main([*arguments, "--json", str(tmp_path / "result.json")]) == 0
+    assert cli.main([*arguments, "--cache-bytes", "0", "--json", str(tmp_path / "result.json")]) == 0
     assert "unpatched" in capsys.readouterr().out
     saved = json.loads((tmp_path / "result.json").read_text())
-    assert saved["problem"]["length"] == 20 and len(saved["results"]) == 2
+    assert saved["problem"]["length"] == 20 and saved["problem"]["cache_bytes"] == 0 and len(saved["results"]) == 2
 
 
 def test_the_mode_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,5 +54,7 @@ def test_refusals() -> None:
         bench_model(tiny_hyenadna(), compile_mode="fast")
     with pytest.raises(ValueError, match="unknown mode 'fast'; supported: 'inference', 'training'"):
         bench_model(tiny_hyenadna(), mode="fast")
+    with pytest.raises(PatchError, match="cache_bytes"):
+        bench_model(tiny_hyenadna(), length=20, device="cpu", cache_bytes=-1)
     with pytest.raises(ValueError, match=r"Linear has no config\.vocab_size"):
         bench_model(nn.Linear(2, 2))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters.cache import DEFAULT_CACHE_BYTES
 from ..patch import patch_model
 
 MODES = ("inference", "training")
@@ -78,6 +79,7 @@ def bench_model(
     dtype: torch.dtype = torch.bfloat16,
     compiled: bool = False,
     compile_mode: str | None = None,
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
     device: str | torch.device | None = None,
     repetitions: int = 20,
 ) -> ModelReport:
@@ -95,6 +97,7 @@ def bench_model(
         compile_mode (`str`, *optional*):
             The mode of `torch.compile`, which it implies: `"reduce-overhead"` replays CUDA graphs, for models that are
             so small that the GPU waits for Python.
+        cache_bytes (`int`, *optional*, defaults to 1 GiB): That of [`patch_model`].
         device (`torch.device`, *optional*): By default the current GPU, or the CPU where there is none.
         repetitions (`int`, *optional*, defaults to 20): Passes that are timed, fewer where they take seconds.
 
@@ -103,7 +106,7 @@ def bench_model(
 
     Raises:
         ValueError: `mode` or `compile_mode` is unknown, or the model has no vocabulary.
-        PatchError: nothing in the model can be patched.
+        PatchError: nothing in the model can be patched, or `cache_bytes` is negative.
     """
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; supported: {', '.join(map(repr, MODES))}")
@@ -121,7 +124,7 @@ def bench_model(
         reference = _output(model.eval(), tokens).float().cpu()
     model.train(mode == "training")
     results = [measure(model, model, "unpatched", reference)]
-    patch_model(model)
+    patch_model(model, cache_bytes=cache_bytes)
     results.append(measure(model, model, "patched", reference))
     if compiled or compile_mode:
         runner = torch.compile(model, mode=compile_mode)
@@ -130,6 +133,7 @@ def bench_model(
     problem = {"model": type(model).__name__, "batch": batch, "length": length, "mode": mode}
     problem |= {"dtype": str(dtype).removeprefix("torch."), "repetitions": repetitions}
     problem |= {"compile mode": compile_mode} if compile_mode else {}
+    problem |= {"cache_bytes": cache_bytes} if cache_bytes != DEFAULT_CACHE_BYTES else {}
     return ModelReport(_environment(place), problem, results)
 
 
