@@ -90,7 +90,7 @@ def points_transformed(monkeypatch: pytest.MonkeyPatch, length: int, prompt: int
     points = []
     rfft = torch.fft.rfft
     with monkeypatch.context() as patch:
-        patch.setattr(torch.fft, "rfft", lambda x, n: points.append(n) or rfft(x, n=n))
+        patch.setattr(torch.fft, "rfft", lambda x, n, **options: points.append(n) or rfft(x, n=n, **options))
         appended(StreamingConv(torch.randn(1, length)), torch.randn(1, 1, length), [prompt, *[1] * (length - prompt)])
     return sum(points), max(points)
 

@@ -63,47 +63,44 @@ def store_gated(y: Tensor, x: Tensor, gate: Tensor | None) -> Tensor:
 
 
 class _Filter:
-    """Taps that can matter at this length, their FFT length and their spectrum.
-
-    The spectrum holds all that multiplies every frequency: the skip connection, which is one more weight of the tap at
-    lag zero, and the factor of the inverse transform, so that neither costs a pass over the sequences.
-    """
+    """Taps that can matter at this length, their FFT length and their spectrum, and the skip connection."""
 
     def __init__(
         self, k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int, causal: bool, dtype: torch.dtype
     ) -> None:
         self.length = length
+        self.skip = None if skip is None else skip.to(dtype)[:, None]
         self.taps = min(k.shape[-1], length)
         self.reverse_taps = 0 if k_rev is None else min(k_rev.shape[-1], length - 1)
         self.size = linear_fft_length(length, self.taps, self.reverse_taps) if causal else length
+        # A factor of the inverse transform that is a power of two goes into the spectrum: it costs no pass over the
+        # sequences there, and changes no bit.
+        self.norm = "forward" if self.size & (self.size - 1) == 0 else "backward"
         kernel = k[:, : self.taps].to(dtype)
         if k_rev is not None:
             gap = kernel.new_zeros(k.shape[0], self.size - self.taps - self.reverse_taps)
             kernel = torch.cat([kernel, gap, k_rev[:, : self.reverse_taps].to(dtype).flip(-1)], dim=-1)
-        self.spectrum = torch.fft.rfft(kernel, n=self.size, norm="forward")
-        if skip is not None:
-            self.spectrum = self.spectrum + skip.to(dtype)[:, None] / self.size
+        self.spectrum = torch.fft.rfft(kernel, n=self.size, norm=self.norm)
 
     def transform(self, x: Tensor) -> Tensor:
         return torch.fft.rfft(x, n=self.size)
 
-    def inverse(self, product: Tensor) -> Tensor:
-        """The sequences of spectra that have been multiplied by the filter's, or by its conjugate."""
-        return torch.fft.irfft(product, n=self.size, norm="forward")[..., : self.length]
+    def inverse(self, product: Tensor, x: Tensor) -> Tensor:
+        """From x's transform, multiplied by the filter's spectrum or its conjugate; with the skip connection."""
+        y = torch.fft.irfft(product, n=self.size, norm=self.norm)[..., : self.length]
+        # Rounded as in the models that this replaces: their ill-conditioned gradients show every other last bit.
+        return y if self.skip is None else y.add_(self.skip * x)
 
-    def tap_gradients(
-        self, correlation: Tensor, k: Tensor, skip: Tensor | None, k_rev: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Split the correlation sum_b conj(G) C into (dk, dskip, dk_rev); taps beyond the sequence get zero."""
-        lags = torch.fft.irfft(correlation, n=self.size)
+    def tap_gradients(self, spectrum: Tensor, k: Tensor, k_rev: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Split the correlation sum_b conj(G) C into the taps' gradients; taps beyond the sequence get zero."""
+        lags = torch.fft.irfft(spectrum, n=self.size)
         dk = torch.zeros_like(k)
         dk[:, : self.taps] = lags[:, : self.taps]
-        dskip = None if skip is None else lags[:, 0].to(skip.dtype, copy=True)
         if k_rev is None:
-            return dk, dskip, None
+            return dk, None
         dk_rev = torch.zeros_like(k_rev)
         dk_rev[:, : self.reverse_taps] = lags[:, self.size - self.reverse_taps :].flip(-1)
-        return dk, dskip, dk_rev
+        return dk, dk_rev
 
 
 def convolve(
@@ -112,7 +109,8 @@ def convolve(
     """The convolution before `post_gate` in the dtype of the computation, a part of a larger tensor in memory."""
     dtype = compute_dtype(u.dtype)
     filters = _Filter(k, skip, k_rev, u.shape[-1], causal, dtype)
-    return filters.inverse(filters.transform(gated(u, pre_gate, dtype)).mul_(filters.spectrum))
+    g = gated(u, pre_gate, dtype)
+    return filters.inverse(filters.transform(g).mul_(filters.spectrum), g)
 
 
 def forward(
@@ -143,29 +141,26 @@ def backward(
     """Gradients (du, dk, dskip, dpre, dpost, dk_rev), each in its input's dtype; None where absent or not needed."""
     dtype = compute_dtype(u.dtype)
     need_u, need_k, need_skip, need_pre, need_post, need_rev = needs
-    need_taps = need_k or need_skip or need_rev
     filters = _Filter(k, skip, k_rev, u.shape[-1], causal, dtype)
-    c_spectrum = filters.transform(gated(dy, post_gate, dtype))
+    g, c = gated(u, pre_gate, dtype), gated(dy, post_gate, dtype)
+    g_spectrum, c_spectrum = filters.transform(g), filters.transform(c)
     du = dk = dskip = dpre = dpost = dk_rev = None
 
     # Conjugated in memory: compiled code may run an operator where PyTorch's lazy conjugation is switched off.
     if need_u or need_pre:
-        dg = filters.inverse(c_spectrum * filters.spectrum.conj_physical())
-        if pre_gate is not None and need_pre:
+        dg = filters.inverse(c_spectrum * filters.spectrum.conj_physical(), c)
+        du = gated(dg, pre_gate, dtype).to(u.dtype).contiguous()
+        if pre_gate is not None:
             dpre = (u * dg).to(pre_gate.dtype).contiguous()
-        if need_u:
-            du = gated(dg, pre_gate, dtype).to(u.dtype).contiguous()
         del dg
-    need_post = post_gate is not None and need_post
-    if need_taps or need_post:
-        g_spectrum = filters.transform(gated(u, pre_gate, dtype))
-    if need_taps:
-        correlation = c_spectrum.mul_(g_spectrum.conj_physical()).sum(0)
-        dk, dskip, dk_rev = filters.tap_gradients(correlation, k, skip, k_rev)
+    if need_k or need_rev:
+        dk, dk_rev = filters.tap_gradients(c_spectrum.mul_(g_spectrum.conj_physical()).sum(0), k, k_rev)
     del c_spectrum
-    if need_post:
-        z = filters.inverse(g_spectrum.mul_(filters.spectrum))
-        dpost = (dy * z).to(dy.dtype).contiguous()
+    if skip is not None and need_skip:
+        dskip = (g * c).sum((0, 2)).to(skip.dtype)
+    if post_gate is not None and need_post:
+        z = filters.inverse(g_spectrum.mul_(filters.spectrum), g)
+        dpost = (dy * z).to(post_gate.dtype).contiguous()
     return du, dk, dskip, dpre, dpost, dk_rev
 
 
