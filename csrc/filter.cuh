@@ -10,6 +10,17 @@ constexpr int kLogFilterThreads = 8, kFilterThreads = 1 << kLogFilterThreads, kM
 
 DEVICE float absolute(float x) { return float_from_bits(bits_from_float(x) & 0x7fffffffu); }
 
+// Over all threads of a block, which all get it; `exchange` has room for one number of each warp.
+DEVICE float sum_of_block(float sum, float* exchange) {
+    for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
+    if (thread_index() % 32 == 0) exchange[thread_index() / 32] = sum;
+    block_barrier();
+    sum = 0.f;
+    for (int warp = 0; warp < kFilterThreads / 32; warp++) sum += exchange[warp];
+    block_barrier();
+    return sum;
+}
+
 struct Complex {
     float re, im;
 };
@@ -171,7 +182,7 @@ struct FilterSpectrum {
     float* exchange;    // one for each warp
 
     DEVICE static void note(u32& magnitude, float value) {
-        const u32 bits = bits_from_float(value) & 0x7fffffffu;
+        const u32 bits = bits_from_float(absolute(value));
         magnitude = bits > magnitude ? bits : magnitude;
     }
 
@@ -220,11 +231,7 @@ struct FilterSpectrum {
             const float k = tap_of_filter(channel, n) * down;
             sum += k * k;
         }
-        for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
-        if (thread_index() % 32 == 0) exchange[thread_index() / 32] = sum;
-        block_barrier();
-        sum = 0.f;
-        for (int warp = 0; warp < kFilterThreads / 32; warp++) sum += exchange[warp];
+        sum = sum_of_block(sum, exchange);
         const int root = (exponent < 1 ? -126 : exponent - 127) + ((int(bits_from_float(sum) >> 23) - 127) >> 1) + 3;
         return power_of_two(sum == 0.f || root < -126 ? -126 : root > 127 ? 127 : root);
     }

@@ -24,28 +24,18 @@ struct LongFilter {
     DEVICE int log_rows() const { return params.log_points - 1 - kLogFilterRow; }       // of A
     DEVICE Complex* intermediate(int64_t filter) const { return reinterpret_cast<Complex*>(params.work) + (filter << (params.log_points - 1)); }
 
-    // That the first stage leaves for all windows of a filter.
-    DEVICE int64_t sums_of_channel() const {
-        return int64_t(params.window_count()) << (params.log_points - 1 - log_stage(log_rows()) - kLogFilterThreads + params.log_group);
-    }
-
-    // As many butterflies as a block has threads, of a channel or of a group of channels whose taps are read together.
+    // Tiles of a window, of a channel or of a group of channels whose taps are read together: as many butterflies as a block has threads.
+    HOST_DEVICE static int log_tiles(const FilterParams& params, int log_stage_points) { return params.log_points - 1 - log_stage_points - kLogFilterThreads + params.log_group; }
     template <int kLogPoints>
     HOST_DEVICE static int64_t tiles(const FilterParams& params) {
         const int64_t groups = (params.channels - 1 >> params.log_group) + 1;
-        return groups * params.window_count() << (params.log_points - 1 - kLogPoints - kLogFilterThreads + params.log_group);
+        return groups * params.window_count() << log_tiles(params, kLogPoints);
     }
 
     // Of each 2^log_count consecutive threads, a part of a warp or the whole block.
     DEVICE float sum_of_threads(float sum, int log_count) const {
-        float* const exchange = reinterpret_cast<float*>(memory);
-        for (int mask = 1; mask < 32 && mask < 1 << log_count; mask *= 2) sum += shuffle_xor(sum, mask);
-        if (log_count < 5) return sum;
-        if (thread_index() % 32 == 0) exchange[thread_index() / 32] = sum;
-        block_barrier();
-        sum = 0.f;
-        for (int warp = 0; warp < kFilterThreads / 32; warp++) sum += exchange[warp];
-        block_barrier();
+        if (log_count == kLogFilterThreads) return sum_of_block(sum, reinterpret_cast<float*>(memory));
+        for (int mask = 1; mask < 1 << log_count; mask *= 2) sum += shuffle_xor(sum, mask);
         return sum;
     }
 
@@ -68,7 +58,7 @@ struct LongFilter {
     DEVICE void stage() const {
         constexpr int kPoints = 1 << kLogPoints;
         const int log_size = kFirst ? params.log_points - 1 : params.log_size, log_stride = log_size - kLogPoints, windows = params.window_count();
-        const int log_group = params.log_group, log_lanes = kLogFilterThreads - log_group, log_tiles = params.log_points - 1 - kLogPoints - log_lanes;
+        const int log_group = params.log_group, log_lanes = kLogFilterThreads - log_group, log_tiles = LongFilter::log_tiles(params, kLogPoints);
         const int thread = thread_index(), lane = thread & ((1 << log_lanes) - 1), in_group = thread & ((1 << log_group) - 1);
         for (int64_t tile = block_index(); tile < tiles<kLogPoints>(params); tile += block_count()) {
             const int part = int(tile & ((1 << log_tiles) - 1)), window = int((tile >> log_tiles) % windows), first_channel = int((tile >> log_tiles) / windows) << log_group;
@@ -97,11 +87,11 @@ struct LongFilter {
 
     // From the partial sums to the scales, a channel in each block.
     DEVICE void scale_pass() const {
-        const int64_t count = sums_of_channel();
+        const int64_t count = int64_t(params.window_count()) << log_tiles(params, log_stage(log_rows()));     // of a channel
         for (int channel = block_index(); channel < params.channels; channel += block_count()) {
             float sum = 0.f;
             for (int64_t i = thread_index(); i < count; i += kFilterThreads) sum += params.partial_sums[channel * count + i];
-            sum = sum_of_threads(sum, kLogFilterThreads);
+            sum = sum_of_block(sum, reinterpret_cast<float*>(memory));
             if (thread_index() == 0) params.scale[channel] = scale_of_sum(sum);
         }
     }

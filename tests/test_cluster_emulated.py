@@ -101,12 +101,20 @@ def test_blocks(length: int, windows: int, cluster: int, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize(
-    "length, taps, windows, options",
-    [(65537, 65537, 3, ()), (98304, 20000, 2, ("post_gate",)), (100000, 65538, 4, ("pre_gate",))],
+    "length, taps, windows, cluster, options",
+    [
+        (65537, 65537, 3, 8, ()),
+        (98304, 20000, 2, 8, ("post_gate",)),
+        (100000, 65538, 4, 8, ("pre_gate",)),
+        (163841, 163841, 3, 16, ()),
+        (164000, 132000, 3, 16, ("post_gate",)),
+    ],
 )
-def test_lengths_of_sequences_in_blocks(length: int, taps: int, windows: int, options: tuple[str, ...]) -> None:
+def test_lengths_of_sequences_in_blocks(
+    length: int, taps: int, windows: int, cluster: int, options: tuple[str, ...]
+) -> None:
     arguments = make(length, taps, options, batch=1, channels=2 if taps < length else 1)
-    assert plan(arguments) == Plan(65536, True, windows, 8)
+    assert plan(arguments) == Plan(8192 * cluster, True, windows, cluster)
     check_values(fft_conv(**arguments, backend="cuda"), arguments)
 
 
@@ -127,12 +135,14 @@ def test_gradients_of_sequences_in_blocks(
     check(arguments)
 
 
-def test_sequences_in_blocks_that_samples_do_not_show() -> None:
-    arguments = make(66001, 66001, GATES, batch=4, channels=1)
+@pytest.mark.parametrize("length, cluster", [(66001, 8), (164001, 16)])
+def test_sequences_in_blocks_that_samples_do_not_show(length: int, cluster: int) -> None:
+    arguments = make(length, length, GATES, batch=4, channels=1)
+    assert plan(arguments).cluster == cluster
     u = arguments["u"]
     u[0] = 0
     u[0, 0, 40500] = 0.01
-    u[1, 0, 65990] = math.nan
+    u[1, 0, length - 11] = math.nan
     y = fft_conv(**arguments, backend="cuda")
     assert y[1].isnan().all()
     rows = [0, 2, 3]
