@@ -26,6 +26,7 @@ static bool valid(const fft_conv_params& p) {
     const int radix = p.fft_size / kColumns, reach = p.windows > 0 ? p.length : p.half ? p.fft_size / 2 : p.fft_size;
     if ((p.cluster > 0 || p.windows > 0) && (p.fft_size != std::max(p.cluster, 1) * 2 * kBlockPositions || !p.half)) return false;
     if (p.windows > 0 && int64_t(p.batch + 1) / 2 * p.channels * block_count(p) > kMaximumTiles) return false;
+    if (p.channel_pairs && (p.cluster == 0 || p.windows == 0 || p.batch != 2 || p.transforms)) return false;
     return radix >= 1 && (radix & (radix - 1)) == 0 && radix * kColumns == p.fft_size && p.batch > 0 && p.channels > 0 && p.length > 0 && p.length <= reach;
 }
 
@@ -99,6 +100,7 @@ extern "C" int fft_conv_filter_spectrum(const fft_conv_filter_params* params, vo
     derived.log_points = log2_of(params->fft_size);
     derived.log_group = log_channel_group(params->k_stride, params->k_tap_stride, 4);
     if (params->windows > 0 && params->taps_rev > 0) return kUnsupported;
+    if (params->channel_pairs && (params->windows == 0 || params->fft_size <= 2 << kLogFilterRow << 2 || params->channels % 2 || params->work_channels % 2)) return kUnsupported;
     if (params->fft_size < kColumns || params->fft_size > kLongMaximum || 1 << derived.log_points != params->fft_size) return kUnsupported;
     if (params->fft_size > kMaximumFilterPoints && !(params->work && params->partial_sums && params->work_channels > 0)) return kUnsupported;
     const int block = params->fft_size > kMaximumFilterPoints ? params->work_channels : params->channels;
@@ -231,4 +233,4 @@ extern "C" int fft_conv_short_splits(const fft_conv_short_params* params) {
     return with_short(*params, [&](auto launcher) { return derive(*params, launcher.kBackwardUnits).splits * kShortTimeWarps; });
 }
 
-extern "C" int fft_conv_version() { return 8; }
+extern "C" int fft_conv_version() { return 9; }

@@ -11,7 +11,13 @@
 // the DFTs on the way back, contracts and stores.
 //
 // Longer causal sequences go in blocks, as in csrc/forward.cuh: a cluster works on the blocks of a pair one after the other, and its second group adds up
-// the products of their transforms with the windows of the filter.
+// the products of their transforms with the windows of the filter. Neighbouring channels of a batch of one are a pair of sequences with two filters:
+// at frequencies half-way between those of the FFT, where f has the mirror image N - 1 - f, the transform X of a + i b holds those of both,
+//
+//   A(f) = (X(f) + conj X(N - 1 - f)) / 2,   i B(f) = (X(f) - conj X(N - 1 - f)) / 2,   Y(f) = S(f) + T(f),   Y(N - 1 - f) = conj(S(f) - T(f))
+//
+// with the sums S of products of A with windows of the one filter, and T of products of i B with those of the other. So half of the rows have products,
+// two for each window. The row q + 32 s meets the row 31 - q + 32 (R - 1 - s), which the same block has.
 #pragma once
 #include "cluster_plan.cuh"
 #include "small_transform.cuh"
@@ -71,6 +77,20 @@ struct ClusterForward {
     }
     DEVICE TileSequences sequences(int tile) const { return TileSequences::consecutive(params, pair(tile), lane, start(tile)); }
     DEVICE int row_vector(int own) const { return cluster_row<T>(rank, own) * 64 + lane; }
+    // Of pairs of channels, the two rows of a unit, which meet each other.
+    DEVICE static int unit_row(int unit, bool mirrored) {
+        const int own = unit / T::kCluster * 2, s = unit % T::kCluster;
+        return mirrored ? (T::kCluster - 1 - s) * T::kOwnRows + own + 1 : s * T::kOwnRows + own;
+    }
+    // What the products of a warp's row go through: where the row has a window's spectrum and the transforms of blocks. Of pairs of channels, every other
+    // row stands for the second channel of a unit.
+    DEVICE bool is_second(int row) const { return params.channel_pairs && row / T::kWarps % 2 == 1; }
+    DEVICE static int unit_of(int row) { return row % T::kWarps + row / (2 * T::kWarps) * T::kWarps; }
+    DEVICE int spectrum_vector(int row) const {
+        if (!params.channel_pairs) return row_vector(row);
+        return row_vector(unit_row(unit_of(row), false)) + (is_second(row) ? params.windows * kBlockVectors<T> : 0);
+    }
+    DEVICE int block_vector(int row) const { return row_vector(params.channel_pairs ? unit_row(unit_of(row), is_second(row)) : row); }
     DEVICE int channel_of(int pair) const {
         const int channel = params.pairs.divide(pair);
         return channel < params.channels ? channel : 0;
@@ -141,7 +161,10 @@ struct ClusterForward {
     }
 
     // What undoes the scale of this lane's sequence and its filter's.
-    DEVICE float undo_of(const TileSequences& sequences, float up) const { return sequences.valid ? params.spectrum_scale[sequences.channel] * up : 0.f; }
+    DEVICE float undo_of(const TileSequences& sequences, float up) const {
+        const int filter = params.channel_pairs ? 2 * sequences.channel + sequences.row : sequences.channel;
+        return sequences.valid ? params.spectrum_scale[filter] * up : 0.f;
+    }
 
     // Of blocked sequences: every block samples the whole of them, and all come to the same scale.
     DEVICE BlockScales<T> block_scales() const { return {params, control().energies, 0, warp, lane}; }
@@ -244,6 +267,9 @@ struct ClusterForward {
         named_barrier_arrive<512>(kReady + buffer);
     }
 
+    // This lane's units of a row.
+    DEVICE uint4* units_of(int buffer, int row) const { return rows(buffer) + row * kRowUnits + fragment_unit(row, lane); }
+
     // The second group.
     DEVICE void transform() {
         const InnerConstants constants(InnerTables{tables.inner, lane});
@@ -312,22 +338,20 @@ struct ClusterForward {
             for (int step = 0; step < params.blocks.divisor; step++, done(kTransforming) = done(kTransforming) + 1) {
                 const int buffer = done(kTransforming) % Plan::kBuffers, windows = step + 1 < params.windows ? step + 1 : params.windows;
                 uint4* const kept = history.blocks + step % history.count * kBlockVectors<T>;
-                named_barrier<512>(kReady + buffer);
-#pragma unroll 1
-                for (int row = warp; row < T::kRows; row += T::kWarps) {
-                    uint4* const units = rows(buffer) + row * kRowUnits + fragment_unit(warp, lane);
-                    const uint4* const row_twiddles = tables.twiddle + row * 64 + lane;
-                    RowFragment value, other, sums[2] = {};      // of even and of odd windows: fewer roundings of large sums
-                    value.load(units), other.load(row_twiddles);
-                    value = inner_transform(value * other, constants);
+                auto keep = [&](const RowFragment& value, int row) {
                     if (history.count > 1) value.store(kept + row_vector(row));
+                };
+                // The sum of the products of a row, the first of which is that of `value`.
+                auto products = [&](RowFragment value) {
+                    RowFragment sums[2] = {};      // of even and of odd windows: fewer roundings of large sums
                     auto add_product = [&](RowFragment& sum, bool of_block) {
+                        RowFragment factors;
                         copy_async_wait<Plan::kAhead - 1>();
                         const uint4* const operand = operands() + place * Plan::kOperandVectors;
-                        other.load(operand);
-                        other.conjugate_if(params.reverse);
+                        factors.load(operand);
+                        factors.conjugate_if(params.reverse);
                         if (of_block) value.load(operand + 64);
-                        add_conjugate_product(sum, value, other);
+                        add_conjugate_product(sum, value, factors);
                         start_operands();
                     };
                     add_product(sums[0], false);
@@ -336,8 +360,37 @@ struct ClusterForward {
                         add_product(sums[1], true);
                         if (window + 1 < windows) add_product(sums[0], true);
                     }
-                    other.load(row_twiddles);
-                    (inner_transform(sums[0] + sums[1], constants) * other).store(units);
+                    return sums[0] + sums[1];
+                };
+                auto transformed = [&](int row) {
+                    RowFragment value, twiddles;
+                    value.load(units_of(buffer, row)), twiddles.load(tables.twiddle + row * 64 + lane);
+                    return inner_transform(value * twiddles, constants);
+                };
+                auto transform_back = [&](const RowFragment& sum, int row) {
+                    RowFragment twiddles;
+                    twiddles.load(tables.twiddle + row * 64 + lane);
+                    (inner_transform(sum, constants) * twiddles).store(units_of(buffer, row));
+                };
+                named_barrier<512>(kReady + buffer);
+                if (!params.channel_pairs) {
+#pragma unroll 1
+                    for (int row = warp; row < T::kRows; row += T::kWarps) {
+                        const RowFragment value = transformed(row);
+                        keep(value, row);
+                        transform_back(products(value), row);
+                    }
+                } else {
+#pragma unroll 1
+                    for (int unit = warp; unit < T::kRows / 2; unit += T::kWarps) {
+                        const int row = unit_row(unit, false), mirrored_row = unit_row(unit, true);
+                        RowFragment first = transformed(row), second = mirrored(transformed(mirrored_row));
+                        split_halves(first, second);
+                        keep(first, row), keep(second, mirrored_row);
+                        first = products(first), second = products(second);
+                        transform_back(first + second, row);
+                        transform_back(mirrored(first - second), mirrored_row);
+                    }
                 }
                 named_barrier_arrive<512>(kTransformed + buffer);
             }

@@ -21,6 +21,8 @@ enum fft_conv_element { FFT_CONV_BFLOAT16 = 0, FFT_CONV_FLOAT16 = 1, FFT_CONV_FL
 // windows > 0: causal convolution of sequences of any length in blocks of fft_size / 2, of one thread block or in a cluster of 8 or 16; output may be
 // absent; k is given by the spectra of so many windows (fft_conv_filter_params), enough for its taps or for all blocks. reverse: the convolution is
 // transposed, anticausal.
+// channel_pairs, of sequences in blocks of clusters: batch is 2, and the two sequences of a channel have filters of their own, as neighbouring channels of
+// a batch of one have that share a transform: `spectrum` and `spectrum_scale` are those of (channels, 2) filters, made for it; nothing is kept.
 struct fft_conv_params {
     fft_conv_tensor u, pre_gate, post_gate, grad_output;
     fft_conv_tensor output, grad_u, grad_pre_gate, grad_post_gate;
@@ -38,7 +40,7 @@ struct fft_conv_params {
     int32_t batch, channels, length, fft_size, element, half;
     int32_t outer_radix, group_pairs, ring, part_count, column_items, row_steps, period, tickets;
     int32_t group_channels, channel_splits, tap_halves;
-    int32_t windows, reverse, cluster;
+    int32_t windows, reverse, cluster, channel_pairs;
     // Of blocked sequences, where fft_conv_tap_gradient is to follow, else null: what it asks for. Both sequences of a pair then have one scale.
     void* transforms;               // (channels, pairs, blocks, fft_size) of all blocks in the order in which they are worked on
     float* pair_scales;             // (channels, pairs) what undoes their scales
@@ -69,6 +71,7 @@ struct fft_conv_filter_params {
     // Where the taps of neighbouring channels are neighbours in memory instead, those of 16 channels are read together, from fft_size 32,768 on.
     int64_t k_stride, k_tap_stride, k_rev_stride, k_rev_tap_stride;
     int32_t channels, taps, taps_rev, fft_size, windows, work_channels;
+    int32_t channel_pairs;          // the spectra are for fft_conv_params of that kind; windows of at least 32,768 points, an even number of channels
 };
 
 // A (batch, channels, length) tensor of any strides.

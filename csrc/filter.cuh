@@ -81,17 +81,19 @@ struct FilterParams : fft_conv_filter_params {
 
     DEVICE float skip_of(int channel) const { return skip ? skip[channel] : 0.f; }
 
-    // Points of a window of a filter, equal parts of the circle apart, from `first` on.
+    // Where channels go in pairs, a spectrum is taken at frequencies half-way between those of the FFT, of which each has another one, not itself, for
+    // its mirror image. Then the convolution on the circle changes its sign from one turn to the next, and so do the taps that lie before its start.
+    DEVICE Complex root(int frequency) const { return channel_pairs ? unit_root(2 * frequency + 1, log_points + 1) : unit_root(frequency, log_points); }
+
+    // Points of half a circle of a filter, equal parts apart, from its point `first` on. Before the first half there are no taps.
     template <int kPoints>
-    DEVICE void load_points(Complex (&x)[kPoints], int channel, int window, int first) const {
-        const int lag = window * (fft_size / 2) + 2 * first, reverse_lag = fft_size - 1 - 2 * first, step = fft_size / kPoints;
+    DEVICE void load_half(Complex* x, int channel, int half, int first) const {
+        const int lag = half * (fft_size / 2) + 2 * first, reverse_lag = fft_size - 1 - lag, step = fft_size / 2 / kPoints;
         const float *const row = k + channel * k_stride + lag * k_tap_stride, *const reverse_row = k_rev + channel * k_rev_stride + reverse_lag * k_rev_tap_stride;
-        const int before = windows > 0 ? fft_size : 0;      // what a window's second half lies before its first lag
 #pragma unroll
         for (int t = 0; t < kPoints; t++) {
-            const int ahead = t * step - (t < kPoints / 2 ? 0 : before);
-            const float* const tap = row + ahead * k_tap_stride;
-            x[t] = {u32(lag + ahead) < u32(taps) ? tap[0] : 0.f, u32(lag + ahead + 1) < u32(taps) ? tap[k_tap_stride] : 0.f};
+            const float* const tap = row + t * step * k_tap_stride;
+            x[t] = {u32(lag + t * step) < u32(taps) ? tap[0] : 0.f, u32(lag + t * step + 1) < u32(taps) ? tap[k_tap_stride] : 0.f};
         }
         if (taps_rev > 0)
 #pragma unroll
@@ -100,10 +102,11 @@ struct FilterParams : fft_conv_filter_params {
                 if (reverse_lag - t * step < taps_rev) x[t].re += tap[0];
                 if (reverse_lag - t * step - 1 < taps_rev) x[t].im += tap[-k_rev_tap_stride];
             }
-        // Lag zero, which the next window has half a circle on.
-        if (first == 0 && window == 0) x[0].re += skip_of(channel);
-        if (first == 0 && window == 1) x[kPoints / 2].re += skip_of(channel);
+        if (lag == 0) x[0].re += skip_of(channel);
     }
+
+    // What a window has half a circle on: the half that the window before starts with.
+    HOST_DEVICE int second_half(int window) const { return windows > 0 ? window - 1 : 1; }
 };
 
 // The points of filters, one after the other, in shared memory, a free one after sixteen, against bank conflicts.
@@ -116,38 +119,52 @@ struct FilterPoints {
     HOST_DEVICE static constexpr int bytes(int count) { return place(count) * 8; }
     DEVICE Complex& operator[](int index) const { return memory[place(index)]; }
 
-    // kOneColumn: all butterflies of a thread have the same number within their groups, as no stride is larger than the number of threads.
-    template <int kLogPoints, bool kOneColumn>
-    DEVICE void stage(int log_size) const {
+    // Of points that load(x, first, log_stride) gives. kOneColumn: all butterflies of a thread have the same number within their groups, as no stride is
+    // larger than the number of threads.
+    template <int kLogPoints, bool kOneColumn, class Load>
+    DEVICE void stage(int log_size, Load load) const {
         const int log_stride = log_size - kLogPoints;
         Complex root;
 #pragma unroll 1
         for (int i = thread_index(); i < 1 << (log_count + log_filters - kLogPoints); i += kFilterThreads) {
             const int column = i & ((1 << log_stride) - 1);
             if (!kOneColumn || i == thread_index()) root = unit_root(column, log_size);
-            // Numbers that have no bit in common have the sum of their places.
-            Complex* const first = memory + place((i >> log_stride << log_size) + column);
+            const int start = (i >> log_stride << log_size) + column;
             Complex x[1 << kLogPoints];
-#pragma unroll
-            for (int t = 0; t < 1 << kLogPoints; t++) x[t] = first[place(t << log_stride)];
+            load(x, start, log_stride);
             if (log_stride > 0)
                 butterfly(x, root);
             else
                 small_transform(x);
 #pragma unroll
-            for (int q = 0; q < 1 << kLogPoints; q++) first[place(q << log_stride)] = x[q];
+            for (int q = 0; q < 1 << kLogPoints; q++) at(start)[place(q << log_stride)] = x[q];
         }
         block_barrier();
     }
+    // Numbers that have no bit in common have the sum of their places.
+    DEVICE Complex* at(int start) const { return memory + place(start); }
 
+    // Of points that are in shared memory or, if load(x, first, log_stride) is given, of those; there are at least 16.
     template <bool kOneColumn = false>
     DEVICE void transform() const {
-        int log_size = log_count;
+        rest_of_transform<kOneColumn>(log_count);
+    }
+    template <bool kOneColumn = false, class Load>
+    DEVICE void transform(Load load) const {
+        stage<kLogStage, kOneColumn>(log_count, load);
+        rest_of_transform<kOneColumn>(log_count - kLogStage);
+    }
+    template <bool kOneColumn>
+    DEVICE void rest_of_transform(int log_size) const {
+        const auto load = [this](auto& x, int start, int log_stride) {
 #pragma unroll
-        for (; log_size >= kLogStage; log_size -= kLogStage) stage<kLogStage, kOneColumn>(log_size);
-        if (log_size == 3) stage<3, kOneColumn>(3);
-        if (log_size == 2) stage<2, kOneColumn>(2);
-        if (log_size == 1) stage<1, kOneColumn>(1);
+            for (int t = 0; t < int(sizeof(x) / sizeof(Complex)); t++) x[t] = at(start)[place(t << log_stride)];
+        };
+#pragma unroll
+        for (; log_size >= kLogStage; log_size -= kLogStage) stage<kLogStage, kOneColumn>(log_size, load);
+        if (log_size == 3) stage<3, kOneColumn>(3, load);
+        if (log_size == 2) stage<2, kOneColumn>(2, load);
+        if (log_size == 1) stage<1, kOneColumn>(1, load);
     }
 
     DEVICE int index_of(int frequency) const { return index_of_frequency(frequency, log_count); }
@@ -250,10 +267,11 @@ struct FilterSpectrum {
     DEVICE void run() const {
         for (int unit = block_index(); unit < params.channels * params.window_count(); unit += block_count()) {
             const int channel = unit / params.window_count(), window = unit % params.window_count();
-            for (int i = thread_index(); i < 1 << points.log_count >> 2; i += kFilterThreads) {
+            const int quarter = 1 << points.log_count >> 2;
+            for (int i = thread_index(); i < quarter; i += kFilterThreads) {
                 Complex x[4];
-                params.load_points(x, channel, window, i);
-                for (int t = 0; t < 4; t++) points[i + (t << points.log_count >> 2)] = x[t];
+                params.load_half<2>(x, channel, window, i), params.load_half<2>(x + 2, channel, params.second_half(window), i);
+                for (int t = 0; t < 4; t++) points[i + t * quarter] = x[t];
             }
             if (thread_index() == 0) *largest = 0;
             block_barrier();

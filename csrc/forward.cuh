@@ -49,7 +49,8 @@ struct Forward {
         if (warp == 0) header(group, tile).template fill<Element>(params, RegularSequences::consecutive<T>(params, first_pair(place)), lane, place.start<T>(params));
     }
     DEVICE TileSequences sequences(TilePlace place) const { return TileSequences::consecutive(params, first_pair(place), lane, place.start<T>(params)); }
-    DEVICE int row_vector(int row) const { return row * 64 + lane; }
+    DEVICE int block_vector(int row) const { return row * 64 + lane; }
+    DEVICE int spectrum_vector(int row) const { return block_vector(row); }
     DEVICE int part_number(int tile, int part) const { return (tile - range.first) * T::kParts + part; }
 
     // The first group.

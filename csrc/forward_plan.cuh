@@ -46,7 +46,8 @@ struct History {
 
 // The steps of a warp of the second group, where sequences are blocked: the products of one row or, at once, of two: of a block's transform with
 // window 0 of the filter, then of the blocks before it, whose transforms wait in global memory, with the other windows. Here is where the operands
-// of a step lie; those of the second row are kRowStep vectors further. row_vector(row) of the pass is where this lane's vectors of a row begin.
+// of a step lie; those of the second row are kRowStep vectors further. spectrum_vector(row) and block_vector(row) of the pass are where this lane's vectors
+// of a row begin. Where pairs of channels are worked on, a pair has two filters.
 template <class T, int kAtOnce>
 struct Products {
     static constexpr int kRowStep = T::kWarps * 64, kRowsAtOnce = kAtOnce * T::kWarps;
@@ -63,14 +64,15 @@ struct Products {
     DEVICE void start_pair(const Pass& pass) {
         const int channel = pass.channel_of(pass.own_pair(own));
         history = History<T>(pass.params, pass.own_pair(own));
-        spectra = reinterpret_cast<const uint4*>(pass.params.spectrum) + int64_t(channel) * pass.params.windows * kBlockVectors<T>;
+        const int filter = pass.params.channel_pairs ? 2 * channel : channel;
+        spectra = reinterpret_cast<const uint4*>(pass.params.spectrum) + int64_t(filter) * pass.params.windows * kBlockVectors<T>;
         step = slot = 0, windows = 1;
         start_row(pass, pass.warp);
     }
     template <class Pass>
     DEVICE void start_row(const Pass& pass, int next) {
         row = next, left = windows;
-        window = pass.row_vector(row), block = slot * kBlockVectors<T> + window;
+        window = pass.spectrum_vector(row), block = slot * kBlockVectors<T> + pass.block_vector(row);
     }
     template <class Pass>
     DEVICE void advance(const Pass& pass) {

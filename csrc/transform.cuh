@@ -166,6 +166,33 @@ DEVICE RowFragment operator+(const RowFragment& x, const RowFragment& y) {
     return z;
 }
 
+DEVICE RowFragment operator-(const RowFragment& x, const RowFragment& y) {
+    RowFragment z;
+    for (int s = 0; s < 2; s++)
+        for (int t = 0; t < 2; t++) z.value[s][t] = x.value[s][t] - y.value[s][t];
+    return z;
+}
+
+// Conjugated, column p in the place of column 255 - p. All lanes of a warp.
+DEVICE RowFragment mirrored(const RowFragment& x) {
+    auto turned = [](u32 word) { return permute_bytes(shuffle_xor(word, 31), 0, 0x1032); };
+    RowFragment z;
+    for (int s = 0; s < 2; s++)
+        for (int t = 0; t < 2; t++) z.value[s][t] = {turned(x.value[1 - s][1 - t].re), negate2(turned(x.value[1 - s][1 - t].im))};
+    return z;
+}
+
+// From x and y to (x + y) / 2 and (x - y) / 2.
+DEVICE void split_halves(RowFragment& x, RowFragment& y) {
+    const u32 half = pack(0.5f, 0.5f);
+    auto split = [&](u32& a, u32& b) {
+        const u32 halved = multiply2(b, half);
+        b = multiply_add2(a, half, negate2(halved)), a = multiply_add2(a, half, halved);
+    };
+    for (int s = 0; s < 2; s++)
+        for (int t = 0; t < 2; t++) split(x.value[s][t].re, y.value[s][t].re), split(x.value[s][t].im, y.value[s][t].im);
+}
+
 DEVICE RowFragment conjugate_product(const RowFragment& x, const RowFragment& w) {
     RowFragment z;
     for (int s = 0; s < 2; s++)
@@ -311,9 +338,13 @@ struct OuterResult {
     }
 };
 
-// The row of all, k1, that is row `own` of a block in a cluster: each has kOwnRows neighbours of every kRows.
+// The row of all, k1, that is row `own` of a block in a cluster: each has kOwnRows of every kRows, and of those two by two one from the start and its
+// mirror image from the end.
 template <class T>
-DEVICE int cluster_row(int rank, int own) { return rank * T::kOwnRows + own % T::kOwnRows + own / T::kOwnRows * T::kRows; }
+DEVICE int cluster_row(int rank, int own) {
+    const int i = rank * T::kOwnRows + own % T::kOwnRows;
+    return (i % 2 == 0 ? i / 2 : T::kRows - 1 - i / 2) + own / T::kOwnRows * T::kRows;
+}
 
 // Where the constants of a transform lie: in shared memory, for all teams of a block. The row twiddles, as large as the transform itself, join
 // them where there is room and else stay in global memory and the L1 cache.
@@ -340,7 +371,7 @@ struct Tables {
             copy(0, 0, kInnerConstantVectors);
             copy(kInnerConstantVectors, kInnerConstantVectors + rank * kOuterVectors, kOuterVectors);
             copy(kInnerConstantVectors + kOuterVectors, inverse + rank * kOuterVectors, kOuterVectors);
-            for (int row = 0; row < T::kRows; row += T::kOwnRows) copy(kFixedVectors + row * 64, twiddles + cluster_row<T>(rank, row) * 64, T::kOwnRows * 64);
+            copy(kFixedVectors, twiddles + rank * T::kRows * 64, T::kRows * 64);
         }
         copy_async_commit();
         inner = shared;

@@ -236,7 +236,7 @@ def test_other_errors_of_the_trial_are_not_remembered(gpu: SimpleNamespace, monk
 def test_constants_cannot_be_made_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(BackendError, match="make one before the capture"):
-        tables.device_tables(256, False, 1, torch.device("cuda", 3))
+        tables.device_tables(256, False, 1, False, torch.device("cuda", 3))
 
 
 def test_tables_do_not_follow_the_default_device() -> None:

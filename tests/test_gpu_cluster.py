@@ -102,3 +102,58 @@ def test_any_layout_of_sequences_in_blocks_gives_the_same_bits() -> None:
 @pytest.mark.parametrize("length", [65536, 524288])
 def test_memory_beside_the_output(length: int, batch: int, share: float) -> None:
     check_memory(length, batch, 768 if batch * length == 65536 else 128 if batch == 1 else 32, share)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "length, taps, channels, cluster",
+    [
+        (65537, 65537, 34, 8),
+        (70001, 40000, 2, 8),
+        (159744, 159744, 36, 8),
+        (300000, 131072, 30, 8),
+        (300000, 300000, 18, 16),
+        (600001, 600001, 6, 16),
+    ],
+)
+def test_pairs_of_channels(length: int, taps: int, channels: int, cluster: int, dtype: torch.dtype) -> None:
+    arguments = make(length, taps, ("skip", *GATES), dtype=dtype, batch=1, channels=channels, device="cuda")
+    chosen = cuda.plan_of(arguments["u"], arguments["k"], None, True)
+    assert chosen.cluster == cluster and chosen.channel_pairs
+    check(arguments)
+
+
+@pytest.mark.parametrize("options", [(), ("pre_gate",), ("post_gate",)], ids="+".join)
+def test_options_of_pairs_of_channels(options: tuple[str, ...]) -> None:
+    check(make(100000, 100000, options, batch=1, channels=20, device="cuda"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pairs_of_channels_of_any_size(dtype: torch.dtype) -> None:
+    """Neither an input nor a filter drowns in the rounding of its neighbour's."""
+    arguments = make(100000, 100000, ("skip", *GATES), dtype=dtype, batch=1, channels=12, device="cuda")
+    u, k, skip = arguments["u"], arguments["k"], arguments["skip"]
+    up, down = (2.0**5, 2.0**-5) if dtype == torch.float16 else (2.0**30, 2.0**-30)
+    # A single tap beside many, taps of other sizes, none.
+    skip[:7] = 0
+    k[0], k[6] = 0, 0
+    k[0, 70000] = 1
+    k[2], k[5], u[0, 8], u[0, 11] = k[2] * up, k[5] * down, u[0, 8] * up, u[0, 11] * down
+    u[0, 4:8, 50000:] = 0
+    check_values(fft_conv(**arguments, backend="cuda"), arguments)
+
+
+def test_pairs_of_channels_keep_to_themselves() -> None:
+    arguments = make(100000, 100000, GATES, batch=1, channels=12, device="cuda")
+    u, k = arguments["u"], arguments["k"]
+    u[0, 2, 99999], k[5, 7], k[8, 99999] = math.nan, math.inf, math.nan
+    y = fft_conv(**arguments, backend="cuda")
+    rest = [channel for channel in range(12) if channel not in (2, 5, 8)]
+    assert y[0, [2, 5, 8]].isnan().all()
+    part = {name: x[rest] if name == "k" else x[:, rest] for name, x in arguments.items()}
+    check_values(y[:, rest], part)
+    assert all(torch.equal(fft_conv(**arguments, backend="cuda")[:, rest], y[:, rest]) for _ in range(3))
+
+
+def test_any_layout_of_pairs_of_channels_gives_the_same_bits() -> None:
+    check_layouts(make(66001, 66001, GATES, batch=1, channels=6, device="cuda"))

@@ -5,7 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_flashfftconv.ops.plan import BLOCK_POSITIONS, COLUMNS, MAX_FFT_SIZE, Plan, choose, windows_of
+from hf_flashfftconv.ops.plan import (
+    BLOCK_POSITIONS,
+    COLUMNS,
+    MAX_FFT_SIZE,
+    Plan,
+    channel_block,
+    choose,
+    windows_of,
+)
 
 
 def circular_is_right(length: int, taps: int, reverse_taps: int, size: int) -> bool:
@@ -33,7 +41,7 @@ def test_smallest_transform_without_wrap_around(length: int, taps: int, reverse_
     assert size % COLUMNS == 0 and size & (size - 1) == 0 and size <= MAX_FFT_SIZE
     assert circular_is_right(length, taps, reverse_taps, size)
     assert size == COLUMNS or not circular_is_right(length, taps, reverse_taps, size // 2)
-    assert half == (length <= size // 2 and size > COLUMNS) and several == [0, 0]
+    assert half == (length <= size // 2 and size > COLUMNS) and several == [0, 0, False]
 
 
 def test_the_check_of_wrap_around_agrees_with_a_convolution() -> None:
@@ -172,3 +180,44 @@ def test_longer_sequences_in_blocks_of_a_cluster() -> None:
     assert choose((1 << 20) + 1, 1 << 21, 0, True, backward=True).is_long
     assert choose(1 << 22, 61441, 0, True, in_clusters=False).windows == 16
     assert choose(1 << 22, 61442, 0, True, in_clusters=False).is_long
+
+
+def test_pairs_of_channels() -> None:
+    for length, taps, cluster, windows in [
+        (65537, 1, 8, 1),
+        (65537, 65537, 8, 3),
+        (1 << 22, 131073, 8, 5),
+        (1 << 22, 131074, 16, 4),
+        (1 << 20, 1 << 20, 16, 16),
+    ]:
+        expected = Plan(8192 * cluster, True, windows, cluster, True)
+        assert choose(length, taps, 0, True, pair_windows=16) == expected
+        assert not choose(length, taps, 1, True, pair_windows=16).channel_pairs
+        assert not choose(length, taps, 0, True, in_clusters=False, pair_windows=16).channel_pairs
+    assert not choose(1 << 20, 1 << 20, 0, True, pair_windows=15).channel_pairs
+    for length in (100, 10000, 65536, (1 << 20) + 1):
+        assert choose(length, length, 0, True, pair_windows=16) == choose(length, length, 0, True)
+
+
+def test_blocks_of_channels() -> None:
+    assert channel_block(256, 256, 1, 15, True) == 256
+    # Fifteen clusters do four rounds of sixty channels, three of which are no fewer than the last one needs.
+    assert channel_block(256, 62, 1, 15, False) == 60
+    assert channel_block(256, 62, 1, 15, True) == 60
+    assert channel_block(256, 63, 4, 15, False) == 60
+    # Few pairs, or whole rounds whatever the block: the largest.
+    assert channel_block(64, 50, 1, 1, False) == 48
+    assert [channel_block(9, most, 1, 15, pairs) for most, pairs in ((3, False), (3, True), (0, False), (0, True))] == [
+        3,
+        2,
+        1,
+        2,
+    ]
+
+
+@given(st.integers(1, 300), st.integers(0, 300), st.integers(1, 40), st.integers(1, 20))
+def test_blocks_of_channels_are_no_larger_than_they_may_be(count: int, most: int, pairs: int, workers: int) -> None:
+    block = channel_block(count, most, pairs, workers, False)
+    assert 1 <= block <= max(1, min(count, most))
+    even = channel_block(2 * count, most, 1, workers, True)
+    assert even % 2 == 0 and 2 <= even <= max(2, most)

@@ -21,6 +21,9 @@ Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Te
 ON_CHIP = plan.Plan(long_plan.ROW_POINTS, False)
 # Bound on the spectra of one launch for long sequences.
 SPECTRUM_BYTES = 256 << 20
+# Windows of filters of which neighbouring channels may share a transform: with more, roundings of their sums would take
+# outputs of these dtypes to their bounds.
+PAIR_WINDOWS = {torch.bfloat16: plan.MAX_WINDOWS, torch.float16: 5, torch.float32: 5}
 # Bound on the transforms of inputs that are kept for gradients of taps, and sums of their products.
 TRANSFORM_BYTES = 1 << 30
 _LAYOUT_FIELDS = tuple(x for x in long_plan.LongPlan._fields if not x.endswith("_bytes"))
@@ -92,6 +95,8 @@ class Call:
     ) -> None:
         self.u, self.plan, device = u, chosen, u.device
         batch, channels, length = u.shape
+        if chosen.channel_pairs:
+            batch, channels = 2, channels // 2
         self.stream = _current_stream(device)
         # A graph outlives the cache's entries, and its replays are to see what has become of the filter.
         spectra = filters.prepare if _is_capturing() else _spectra.get
@@ -110,6 +115,7 @@ class Call:
         if chosen.on_one_block:
             return
         parameters.windows, parameters.cluster = chosen.windows, chosen.cluster
+        parameters.channel_pairs = chosen.channel_pairs
         if chosen.is_long:
             self._lay_out(backward)
         elif chosen.windows:
@@ -146,6 +152,8 @@ class Call:
             x = x.contiguous()
             batch_stride, channel_stride, _ = x.stride()
             self._alive.append(x)
+        if self.plan.channel_pairs:
+            batch_stride, channel_stride = channel_stride, 2 * channel_stride
         self.parameters.set_tensor(name, x.data_ptr(), batch_stride, channel_stride)
 
     def result(self, name: str) -> Tensor:
@@ -166,14 +174,16 @@ class Call:
         extension.launch(f"fft_conv_{kind}{name}", self.parameters, self.stream)
 
 
-def _tables_key(chosen: plan.Plan) -> tuple[int, bool, int]:
-    return chosen.fft_size, chosen.half, max(1, chosen.cluster)
+def _tables_key(chosen: plan.Plan) -> tuple[int, bool, int, bool]:
+    return chosen.fft_size, chosen.half, max(1, chosen.cluster), chosen.channel_pairs
 
 
 def plan_of(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, backward: bool = False) -> Any:
     """The transform of a call or, if `backward`, of its gradients."""
     lengths = u.shape[2], k.shape[1], 0 if k_rev is None else k_rev.shape[1], causal, backward
-    chosen: Any = plan.choose(*lengths)
+    # Gradients of taps are made of the transforms of single channels.
+    alone = u.shape[0] == 1 and u.shape[1] % 2 == 0 and not backward
+    chosen: Any = plan.choose(*lengths, pair_windows=PAIR_WINDOWS[u.dtype] if alone else 0)
     if isinstance(chosen, str) or isinstance(extension.load(), str):
         return chosen
     if chosen.cluster and not _clusters(u.device, chosen, u.dtype):
@@ -191,18 +201,16 @@ def channel_blocks(chosen: plan.Plan, operands: Operands, backward: bool = False
     a time, unless all of them are no larger than the output, or will be kept.
     """
     u, k, skip, pre_gate, post_gate, k_rev = operands
-    count = block = u.shape[1]
-    if not chosen.on_one_block:
-        bound = min(SPECTRUM_BYTES, u.numel() * u.element_size())
-        if not _spectra.keeps(k, skip, k_rev, chosen):
-            block = min(count, max(1, bound // (4 * chosen.points)))
-            # Whole groups of taps that are read together and, where a cluster works on a channel, of clusters.
-            block -= block % filters.CHANNEL_GROUP if filters.CHANNEL_GROUP < block < count else 0
+    count = most = u.shape[1]
+    pairs = (u.shape[0] + 1) // 2
+    if not chosen.on_one_block and not _spectra.keeps(k, skip, k_rev, chosen):
+        output_bytes = u.numel() * u.element_size()
+        most = min(SPECTRUM_BYTES, output_bytes) // (4 * chosen.points)
     if (chosen.windows or chosen.cluster) and backward:
-        blocks = (u.shape[0] + 1) // 2 * chosen.blocks(u.shape[2])
-        channel_bytes = 4 * chosen.fft_size * 2 * (blocks + max(1, chosen.windows))
-        parts = -(-count // max(1, min(block, TRANSFORM_BYTES // channel_bytes)))
-        block = -(-count // parts)
+        channel_bytes = 4 * chosen.fft_size * 2 * (pairs * chosen.blocks(u.shape[2]) + max(1, chosen.windows))
+        most = min(most, TRANSFORM_BYTES // channel_bytes)
+    workers = _clusters(u.device, chosen, u.dtype) if chosen.cluster else 1
+    block = plan.channel_block(count, most, pairs, max(1, workers), chosen.channel_pairs)
     if block == count:
         yield slice(None), operands
         return
@@ -253,7 +261,7 @@ def _clusters(device: torch.device, chosen: plan.Plan, dtype: torch.dtype) -> in
 def _lacks_memory(device: torch.device, chosen: plan.Plan, dtype: torch.dtype, backward: bool) -> str | None:
     """Why a kernel does not fit the device, or None. Only the shared memory of GPUs for data centres holds all."""
     parameters = extension.Parameters(element=extension.ELEMENTS[dtype])
-    parameters.fft_size, parameters.half, parameters.windows, parameters.cluster = chosen
+    parameters.fft_size, parameters.half, parameters.windows, parameters.cluster, _ = chosen
     if chosen.is_long:
         parameters.outer_radix = long_plan.outer_radix(*chosen[:2])
     # Gradients of sequences in blocks take the forward kernel.

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import BackendError
 
 PATH = Path(__file__).parent.parent / "lib" / "libhf_flashfftconv.so"
-VERSION = 8
+VERSION = 9
 
 ELEMENTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -74,6 +74,7 @@ class Parameters(ctypes.Structure):
         ("windows", ctypes.c_int32),
         ("reverse", ctypes.c_int32),
         ("cluster", ctypes.c_int32),
+        ("channel_pairs", ctypes.c_int32),
         ("transforms", ctypes.c_void_p),
         ("pair_scales", ctypes.c_void_p),
     )
@@ -129,6 +130,7 @@ class FilterParameters(_TapView):
         ("fft_size", ctypes.c_int32),
         ("windows", ctypes.c_int32),
         ("work_channels", ctypes.c_int32),
+        ("channel_pairs", ctypes.c_int32),
     )
 
 

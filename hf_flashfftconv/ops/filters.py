@@ -30,8 +30,8 @@ MAX_FUSED_FFT_SIZE = 16384
 # Channels that they are read for at a time where taps of neighbouring channels, not neighbouring taps, lie together.
 CHANNEL_GROUP = 16
 
-# Bound on what is alive between the passes that make larger ones, unless a single filter takes more. Beside it there is
-# room for one partial sum of taps for so many points.
+# Bound on what is alive between the passes that make larger ones, unless two filters take more: their points, and one
+# partial sum of taps for so many of them.
 WORKSPACE_BYTES = 64 << 20
 SUMMED_POINTS = 128
 
@@ -76,8 +76,9 @@ def prepare(
     in_passes = plan.fft_size > MAX_FUSED_FFT_SIZE
     block = channels
     if in_passes:
-        block = min(channels, max(1, WORKSPACE_BYTES // (4 * plan.points)))
-        block -= block % CHANNEL_GROUP if block > CHANNEL_GROUP else 0
+        work_points = plan.points + plan.points // SUMMED_POINTS
+        block = max(2, WORKSPACE_BYTES // (4 * work_points))
+        block = channels if block >= channels else block - block % (CHANNEL_GROUP if block > CHANNEL_GROUP else 2)
     in_place = in_passes and block >= min(channels, CHANNEL_GROUP)
     k = _taps(k, length, in_place)
     k_rev = None if k_rev is None else _taps(k_rev, length - 1, in_place)
@@ -85,12 +86,13 @@ def prepare(
     parameters = extension.FilterParameters()
     parameters.pass_taps(k, k_rev)
     parameters.channels, parameters.fft_size, parameters.windows = channels, plan.fft_size, plan.windows
+    parameters.channel_pairs = plan.channel_pairs
     parameters.k = k.data_ptr()
     parameters.k_rev = None if k_rev is None else k_rev.data_ptr()
     parameters.skip = None if skip is None else skip.data_ptr()
     parameters.spectrum, parameters.scale = words.data_ptr(), scale.data_ptr()
     if in_passes:
-        work = torch.empty((block, plan.points + plan.points // SUMMED_POINTS), dtype=torch.float32, device=device)
+        work = torch.empty((block, work_points), dtype=torch.float32, device=device)
         parameters.work, parameters.work_channels = work.data_ptr(), block
         parameters.partial_sums = work.data_ptr() + 4 * block * plan.points
     extension.launch("fft_conv_filter_spectrum", parameters, stream)

@@ -20,6 +20,10 @@ CLUSTERS = {2: 0, 4: 1, 8: 2, 16: 4}
 # forward and backward; the first that fit are the fastest, as measured. More windows leave the L2 cache, and would cost
 # float16 outputs more than their bound.
 BLOCKED = ((0, 5, 5), (8, 5, 5), (16, 10, MAX_WINDOWS), (0, MAX_WINDOWS, MAX_WINDOWS))
+# Before these come, forward, pairs of channels.
+PAIRED = ((8, 5), (16, MAX_WINDOWS))
+# Channels that go at a time, where the spectra of all would need too much memory, are a multiple of this.
+CHANNEL_STEP = 4
 # All others that are longer go through global memory in several passes.
 MAX_FFT_SIZE = 1 << 24
 MAX_FULL_FFT_SIZE = 1 << 23
@@ -35,12 +39,16 @@ class Plan(NamedTuple):
             Of sequences in blocks of half the FFT, the windows of the filter: its spectra around lags a block apart.
         cluster (`int`, *optional*, defaults to 0):
             Thread blocks that share the transform, of a sequence or of a block of it, if several do.
+        channel_pairs (`bool`, *optional*, defaults to `False`):
+            Whether two neighbouring channels share a transform, which two sequences of a channel do otherwise: blocks
+            of clusters in a batch of one, where else half of the work would be in vain.
     """
 
     fft_size: int
     half: bool
     windows: int = 0
     cluster: int = 0
+    channel_pairs: bool = False
 
     @property
     def points(self) -> int:
@@ -71,6 +79,7 @@ def choose(
     backward: bool = False,
     in_blocks: bool = True,
     in_clusters: bool = True,
+    pair_windows: int = 0,
 ) -> Plan | str:
     """The transform for sequences of `length` and filters of `taps` and `reverse_taps`, or why there is none.
 
@@ -78,7 +87,8 @@ def choose(
     reaches from -R to L + K - 2, and the outputs are those from 0 to L - 1; none of them is reached if
     N > L + K - 2 and N > L - 1 + R. Taps beyond the sequence (K > L, R > L - 1) meet only zeros and are cut.
 
-    Only if `in_blocks` may sequences go in blocks, and only if `in_clusters` may a cluster share a transform.
+    Only if `in_blocks` may sequences go in blocks, only if `in_clusters` may a cluster share a transform. Neighbouring
+    channels may for filters of up to `pair_windows` windows.
     """
     if causal:
         needed = length + max(reach(length, taps, reverse_taps))
@@ -89,12 +99,14 @@ def choose(
         cluster = size // CLUSTER_POINTS
         if in_clusters and half and windows > CLUSTERS.get(cluster, windows):
             return Plan(size, half, 0, cluster)
-        for cluster, *most in BLOCKED if blocked else ():
+        kinds = [(cluster, min(most, pair_windows), True) for cluster, most in PAIRED]
+        kinds += [(cluster, most[backward], False) for cluster, *most in BLOCKED]
+        for cluster, most, pairs in kinds if blocked else ():
             block = BLOCK_POSITIONS * max(1, cluster)
             windows = windows_of(length, taps, block)
-            fits = length > _longest_at_once(cluster, backward) and windows <= most[backward]
+            fits = length > _longest_at_once(cluster, backward) and windows <= most
             if fits and (in_clusters or not cluster):
-                return Plan(2 * block, True, windows, cluster)
+                return Plan(2 * block, True, windows, cluster, pairs)
     else:
         size, half = length, False
         if size % COLUMNS or size & (size - 1):
@@ -111,6 +123,25 @@ def _longest_at_once(cluster: int, backward: bool) -> int:
     if cluster:
         return max(CLUSTERS) * CLUSTER_POINTS // 2
     return BLOCK_POSITIONS if backward else MAX_TILE_FFT_SIZE // 2
+
+
+@lru_cache(maxsize=1024)
+def channel_block(count: int, most: int, pairs: int, workers: int, channel_pairs: bool) -> int:
+    """Channels that go at a time if `most` of the `count` may, each with so many `pairs` of sequences.
+
+    The last of the `workers` that share the pairs is to have as much as the others: fewest rounds, and of these blocks
+    the largest.
+    """
+    if most >= count:
+        return count
+    unit = 2 if channel_pairs else 1
+    if most < CHANNEL_STEP:
+        return max(unit, most - most % unit)
+
+    def rounds(block: int) -> int:
+        return count // block * -(-block // unit * pairs // workers) + -(-(count % block) // unit * pairs // workers)
+
+    return min(range(most - most % CHANNEL_STEP, 0, -CHANNEL_STEP), key=rounds)
 
 
 def windows_of(length: int, taps: int, block: int = BLOCK_POSITIONS) -> int:

@@ -77,9 +77,18 @@ def outer_scales(radix: int, cluster: int) -> tuple[float, float]:
     return forward, 1 / (radix * forward)
 
 
-def _outer(radix: int, rows: int, half: bool, cluster: int = 1, rank: int = 0) -> tuple[Tensor, Tensor]:
+def _in_block(rows: int, cluster: int) -> Tensor:
+    """The frequencies of a block's outer stage in the order of its rows, in a cluster each beside its mirror image."""
+    row = torch.arange(rows)
+    return row if cluster == 1 else torch.where(row % 2 == 0, row // 2, rows - 1 - row // 2)
+
+
+def _outer(
+    radix: int, rows: int, half: bool, cluster: int = 1, rank: int = 0, between: bool = False
+) -> tuple[Tensor, Tensor]:
     """B operands of the outer stage and of its inverse, block diagonal over the pairs of sequences in a tile."""
     in_block = radix // cluster
+    frequency = _in_block(in_block, cluster)
     slots_per_pair = in_block // 2 if half else in_block
     slots = rows // in_block * slots_per_pair
 
@@ -87,8 +96,8 @@ def _outer(radix: int, rows: int, half: bool, cluster: int = 1, rank: int = 0) -
 
     def matrix(slot: Tensor, row: Tensor) -> Tensor:
         same_pair = slot // slots_per_pair == row // in_block
-        index = (cluster * (slot % slots_per_pair) + rank) * (row % in_block)
-        return _root(index, radix) * same_pair
+        position = cluster * (slot % slots_per_pair) + rank
+        return _root(position * (2 * frequency[row % in_block] + between), 2 * radix) * same_pair
 
     def operand(value: Tensor) -> Tensor:
         is_real = _R % 2 == 0
@@ -114,25 +123,31 @@ def _outer(radix: int, rows: int, half: bool, cluster: int = 1, rank: int = 0) -
     return torch.stack(outer), torch.stack(back)
 
 
-def _row_twiddles(fft_size: int) -> Tensor:
-    """w_N^(k1 p) for every row k1 of a pair and every column p."""
-    k1 = torch.arange(fft_size // COLUMNS).view(-1, 1)
+def _row_twiddles(fft_size: int, cluster: int = 1, between: bool = False) -> Tensor:
+    """w_N^(k1 p) for every row k1 of a pair, in a cluster block after block, and every column p."""
+    rows = fft_size // COLUMNS // cluster
+    # A block has neighbours of the outer stage's frequencies, and of each those that lie `rows` apart.
+    own = _in_block(rows, cluster).view(cluster, 1, -1) + rows * torch.arange(cluster).view(1, -1, 1)
+    k1 = own.view(-1, 1)
     table = []
     for s in (0, 1):
         values: list[Tensor] = []
         for t in (0, 1):
-            values += _pair([k1 * (16 * n2 + 2 * _R + t) for n2 in _contracted(s)], fft_size)
+            values += _pair([(2 * k1 + between) * (16 * n2 + 2 * _R + t) for n2 in _contracted(s)], 2 * fft_size)
         table.append(torch.stack(values, -1))
     return torch.stack(table, 1)
 
 
-def transform_tables(fft_size: int, half: bool, cluster: int = 1) -> Tensor:
-    """All constants of one transform as int32 words on the CPU, in the order of `Tables` in csrc/transform.cuh."""
+def transform_tables(fft_size: int, half: bool, cluster: int = 1, between: bool = False) -> Tensor:
+    """All constants of one transform as int32 words on the CPU, in the order of `Tables` in csrc/transform.cuh.
+
+    If `between`, it has the frequencies half-way between those of the FFT.
+    """
     with torch.device("cpu"):
         rows = tile_rows(fft_size // cluster)
-        outer = [_outer(fft_size // COLUMNS, rows, half, cluster, rank) for rank in range(cluster)]
+        outer = [_outer(fft_size // COLUMNS, rows, half, cluster, rank, between) for rank in range(cluster)]
         stages = [torch.stack(part) for part in zip(*outer, strict=True)]
-        return torch.cat([part.flatten() for part in (_inner(), *stages, _row_twiddles(fft_size))])
+        return torch.cat([part.flatten() for part in (_inner(), *stages, _row_twiddles(fft_size, cluster, between))])
 
 
 def upload(constant: Tensor, device: torch.device) -> Tensor:
@@ -148,6 +163,6 @@ def upload(constant: Tensor, device: torch.device) -> Tensor:
 
 # Never dropped: captured graphs keep the addresses.
 @cache
-def device_tables(fft_size: int, half: bool, cluster: int, device: torch.device) -> Tensor:
+def device_tables(fft_size: int, half: bool, cluster: int, between: bool, device: torch.device) -> Tensor:
     """The same as `transform_tables` on a device."""
-    return upload(transform_tables(fft_size, half, cluster), device)
+    return upload(transform_tables(fft_size, half, cluster, between), device)

@@ -31,7 +31,7 @@ int launch_filter(const FilterParams& params, void*) {
     } else {
         for_stages(params, [](auto stage, const FilterParams& stage_params) {
             using Stage = decltype(stage);
-            simt::launch(2, kFilterThreads, kFilterStageBytes, [&] { LongFilter(stage_params).stage<Stage::kLogPoints, Stage::kFirst>(); });
+            simt::launch(2, kFilterThreads, kFilterStageBytes, [&] { Stage::run(stage_params); });
             return 0;
         });
         simt::launch(2, kFilterThreads, kFilterStageBytes, [&] { LongFilter(params).scale_pass(); });
