@@ -224,7 +224,7 @@ def test_the_bound_is_that_of_the_device(fake: FakeLibrary, monkeypatch: pytest.
 def test_workspace_of_large_spectra(fake: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen, room = plan.Plan(32768, True, 0, 4), []
     fake.fft_conv_filter_spectrum = lambda parameters, _: room.append(parameters._obj.work_channels) or 0
-    for workspace in (9 * chosen.fft_size, 21 * chosen.fft_size, 1):
-        monkeypatch.setattr(filters, "WORKSPACE_BYTES", workspace)
-        filters.prepare(torch.randn(5, 9), None, None, 20, chosen, 0)
-    assert room == [2, 5, 2]
+    for channels, workspace in ((50, 1), (50, 140), (50, 210), (5, 1)):
+        monkeypatch.setattr(filters, "WORKSPACE_BYTES", workspace * chosen.fft_size)
+        filters.prepare(torch.randn(channels, 9), None, None, 20, chosen, 0)
+    assert room == [16, 32, 50, 5]

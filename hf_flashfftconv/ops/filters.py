@@ -30,8 +30,8 @@ MAX_FUSED_FFT_SIZE = 16384
 # Channels that they are read for at a time where taps of neighbouring channels, not neighbouring taps, lie together.
 CHANNEL_GROUP = 16
 
-# Bound on what is alive between the passes that make larger ones, unless two filters take more: their points, and one
-# partial sum of taps for so many of them.
+# Bound on what is alive between the passes that make larger ones, unless a group of filters takes more: their points,
+# and one partial sum of taps for so many of them.
 WORKSPACE_BYTES = 64 << 20
 SUMMED_POINTS = 128
 
@@ -77,11 +77,10 @@ def prepare(
     block = channels
     if in_passes:
         work_points = plan.points + plan.points // SUMMED_POINTS
-        block = max(2, WORKSPACE_BYTES // (4 * work_points))
-        block = channels if block >= channels else block - block % (CHANNEL_GROUP if block > CHANNEL_GROUP else 2)
-    in_place = in_passes and block >= min(channels, CHANNEL_GROUP)
-    k = _taps(k, length, in_place)
-    k_rev = None if k_rev is None else _taps(k_rev, length - 1, in_place)
+        block = max(CHANNEL_GROUP, WORKSPACE_BYTES // (4 * work_points))
+        block = channels if block >= channels else block - block % CHANNEL_GROUP
+    k = _taps(k, length, in_passes)
+    k_rev = None if k_rev is None else _taps(k_rev, length - 1, in_passes)
     skip = None if skip is None else skip.float().contiguous()
     parameters = extension.FilterParameters()
     parameters.pass_taps(k, k_rev)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..functional import fft_conv
+from ..ops.library import use_kernels
 from ..slices import over_channels
 from .exchange import to_channels, to_positions
 from .shards import SequenceShards
@@ -93,7 +94,8 @@ def convolve(
         skip (`torch.Tensor` of shape `(H / P,)`, *optional*): Weight of the input itself.
         post_gate (`torch.Tensor` of shape `(B, H, L / P)`, *optional*): The output's gate.
         shards (`SequenceShards`, *optional*): The ranks; without, the slice is the whole sequence.
-        channels (`int`, *optional*): Channels that are transformed at a time; all if `None`.
+        channels (`int`, *optional*):
+            Channels that `torch.fft` transforms at a time; all if `None`. The kernels bound their memory by themselves.
     """
 
     def block(g: Tensor, k: Tensor, k_rev: Tensor | None, skip: Tensor | None, gate: Tensor | None) -> Tensor:
@@ -101,8 +103,12 @@ def convolve(
         return fft_conv(g, k, skip=skip, post_gate=gate, k_rev=k_rev, causal=causal, backend=backend)
 
     column = None if skip is None else skip.unsqueeze(-1)
+    if torch.is_autocast_enabled(g.device.type) and g.dtype != torch.float64:
+        g = g.to(torch.get_autocast_dtype(g.device.type))
+    whole = g if shards is None else to_channels(g, shards)
+    if not torch.compiler.is_compiling() and use_kernels(whole, k, k_rev, causal, backend):
+        channels = None
     if shards is None:
-        return over_channels(block, channels, g, k, k_rev, column, post_gate)
-    y = over_channels(block, channels, to_channels(g, shards), k, k_rev, column, None)
-    y = to_positions(y, shards)
+        return over_channels(block, channels, whole, k, k_rev, column, post_gate)
+    y = to_positions(over_channels(block, channels, whole, k, k_rev, column, None), shards)
     return y if post_gate is None else y * post_gate

@@ -4,6 +4,7 @@ All gradients are those of the sum of what the ranks compute, as autograd has th
 program. Every rank must run the same backward pass.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,12 +16,28 @@ from .shards import SequenceShards
 
 def to_channels(x: Tensor, shards: SequenceShards) -> Tensor:
     """From a slice of all channels `(B, H, L / P)` to all positions of the rank's own channels `(B, H / P, L)`."""
-    return _Exchange.apply(x, shards, True)
+    return _Exchange.apply(x, shards, 1, 2)
 
 
 def to_positions(x: Tensor, shards: SequenceShards) -> Tensor:
     """The inverse of [`to_channels`]."""
-    return _Exchange.apply(x, shards, False)
+    return _Exchange.apply(x, shards, 2, 1)
+
+
+def start_taps_to_channels(x: Tensor, shards: SequenceShards) -> Callable[[], Tensor]:
+    """Sends a slice of all filters `(L / P, H)` on its way; the result waits for the rank's own filters `(L, H / P)`.
+
+    What is queued on the GPU in between does not wait. Taps of a position stay neighbours in memory.
+    """
+    works: list[Any] = []
+    taps = _Exchange.apply(x, shards, 1, 0, works)
+
+    def arrive() -> Tensor:
+        while works:
+            works.pop().wait()
+        return taps
+
+    return arrive
 
 
 def after_neighbour(u: Tensor, halo: int, shards: SequenceShards) -> Tensor:
@@ -46,21 +63,24 @@ def sum_over_ranks(x: Tensor, shards: SequenceShards) -> Tensor:
 
 
 class _Exchange(torch.autograd.Function):
+    """Splits a dimension into a part for each rank, and joins what comes from the ranks along another one."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shards: SequenceShards, forth: bool) -> Tensor:
-        ctx.shards, ctx.forth = shards, forth
-        ranks = shards.size
-        sent = x.unflatten(1, (ranks, -1)).transpose(0, 1) if forth else x.unflatten(2, (ranks, -1)).permute(2, 0, 1, 3)
-        sent = sent.contiguous()
+    def forward(
+        ctx: Any, x: Tensor, shards: SequenceShards, split: int, join: int, works: list[Any] | None = None
+    ) -> Tensor:
+        ctx.shards, ctx.split, ctx.join = shards, split, join
+        sent = x.unflatten(split, (shards.size, -1)).movedim(split, 0).contiguous()
         received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=shards.group)
-        # The first dimension is the rank that it came from: its positions, or its channels.
-        y = received.permute(1, 2, 0, 3).flatten(2) if forth else received.transpose(0, 1).flatten(1, 2)
+        work = dist.all_to_all_single(received, sent, group=shards.group, async_op=works is not None)
+        y = received.movedim(0, join).flatten(join, join + 1)
+        if works is not None:
+            works.append(work)
         return y.contiguous()
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return _Exchange.apply(dy, ctx.shards, not ctx.forth), None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return _Exchange.apply(dy, ctx.shards, ctx.join, ctx.split), None, None, None, None
 
 
 class _AfterNeighbour(torch.autograd.Function):

@@ -5,9 +5,10 @@ long convolution, runs slice after slice; the filters are generated slice after 
 generates those of its own positions; the long convolution runs in blocks of channels.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from ..adapters.truncation import cuts_itself
 from ..ops.truncation import kept_taps
 from ..slices import over_slices
 from .convolution import convolve
-from .exchange import after_neighbour, to_channels
+from .exchange import after_neighbour, start_taps_to_channels
 from .shards import SequenceShards
 
 
@@ -34,6 +35,14 @@ class Slicing:
     @property
     def active(self) -> bool:
         return self.shards is not None or self.positions is not None
+
+
+class SlicedFilters(NamedTuple):
+    """Filters of the rank's own channels: what waits for causal and anticausal taps, and the skip term's weights."""
+
+    k: Callable[[], Tensor]
+    k_rev: Callable[[], Tensor] | None
+    skip: Tensor
 
 
 class SlicedMixer(PatchedMixer):
@@ -61,22 +70,23 @@ class SlicedMixer(PatchedMixer):
 
         return over_slices(part, extended, slicing.positions, first=extended.shape[1] - u.shape[1], halo=halo, dim=-1)
 
-    def convolve_slices(
-        self, filter_fn: nn.Module, g: Tensor, length: int, post_gate: Tensor | None = None, bidirectional: bool = False
-    ) -> Tensor:
-        """Long convolution with the filters of `filter_fn` of the gated input `(batch, channels, length / ranks)`."""
-        slicing, state = self._flashfftconv_slicing, self._flashfftconv
-        with nullcontext() if state.widened is None else torch.autocast(g.device.type, enabled=False):
-            k = self.taps(filter_fn, "filter", length)
-            k_rev = self.taps(filter_fn, "filter_rev", length) if bidirectional else None
+    def start_filters(self, filter_fn: nn.Module, u: Tensor, length: int, bidirectional: bool = False) -> SlicedFilters:
+        """The filters of the rank's own channels, which may still be on their way, for an input such as `u`."""
+        shards = self._flashfftconv_slicing.shards
+        with nullcontext() if self._flashfftconv.widened is None else torch.autocast(u.device.type, enabled=False):
+            k = self.start_taps(filter_fn, "filter", length)
+            k_rev = self.start_taps(filter_fn, "filter_rev", length) if bidirectional else None
         skip = _skip(filter_fn)
-        if slicing.shards is not None:
-            skip = skip.chunk(slicing.shards.size)[slicing.shards.rank]
-        return convolve(
-            g, k, k_rev, skip, post_gate, shards=slicing.shards, channels=slicing.channels, backend=state.backend
-        )
+        return SlicedFilters(k, k_rev, skip if shards is None else skip.chunk(shards.size)[shards.rank])
 
-    def taps(self, filter_fn: Any, method: str, length: int) -> Tensor:
+    def convolve_slices(self, filters: SlicedFilters, g: Tensor, post_gate: Tensor | None = None) -> Tensor:
+        """Long convolution of the gated input `(batch, channels, length / ranks)`."""
+        slicing, backend = self._flashfftconv_slicing, self._flashfftconv.backend
+        k, k_rev = filters.k(), None if filters.k_rev is None else filters.k_rev()
+        shards, channels = slicing.shards, slicing.channels
+        return convolve(g, k, k_rev, filters.skip, post_gate, shards=shards, channels=channels, backend=backend)
+
+    def start_taps(self, filter_fn: Any, method: str, length: int) -> Callable[[], Tensor]:
         """The taps of the rank's own channels, `(channels / ranks, length)`, or fewer where filters are cut."""
         slicing, truncation = self._flashfftconv_slicing, self.truncation
         shards = slicing.shards
@@ -85,8 +95,8 @@ class SlicedMixer(PatchedMixer):
             whole = getattr(filter_fn, method)(kept_taps(length, truncation))[0]
             if truncation is not None and not cuts_itself(filter_fn):
                 whole = truncation.apply(whole)
-            whole = whole.transpose(0, 1)
-            return whole if shards is None else whole.chunk(shards.size)[shards.rank]
+            taps = whole.mT if shards is None else whole.mT.chunk(shards.size)[shards.rank]
+            return lambda: taps
         share = length if shards is None else length // shards.size
         start = 0 if shards is None else shards.rank * share
         # Numbers of the positions in the place of the positions themselves, which the filter module looks up.
@@ -97,17 +107,17 @@ class SlicedMixer(PatchedMixer):
             return (getattr(_at_positions(filter_fn, first), method)(count),)
 
         (own,) = over_slices(part, numbers, slicing.positions)
-        own = own.transpose(1, 2)
-        return (own if shards is None else to_channels(own, shards))[0]
+        arrive = (lambda: own[0]) if shards is None else start_taps_to_channels(own[0], shards)
+        return lambda: arrive().mT
 
 
 class SlicedHyena(SlicedMixer, PatchedHyena):
     """HyenaDNA's operator on slices."""
 
     def mix(self, u: Tensor) -> Tensor:
-        length = self.whole_length(u)
+        filters = self.start_filters(self.filter_fn, u, self.whole_length(u))
         out_gate, g = self.local(u, self.in_proj, 0, self.dropout)
-        return self.convolve_slices(self.filter_fn, g, length, out_gate).transpose(1, 2)
+        return self.convolve_slices(filters, g, out_gate).transpose(1, 2)
 
     def forward(self, u: Tensor, *args: Any, **kwargs: Any) -> Any:
         check_call(self, args, kwargs)
@@ -132,12 +142,13 @@ class SlicedMonarchMixer(SlicedMixer, PatchedMonarchMixer):
         length = self.whole_length(u)
         if additions:
             u = self.layernorm(u)
+        filters = self.start_filters(self.filter_fn, u, length, self.bidirectional)
         out_gate, g = self.local(u, self.in_linear, 1, self.drop if additions else None)
-        y = self.convolve_slices(self.filter_fn, g, length, out_gate, self.bidirectional)
+        y = self.convolve_slices(filters, g, out_gate)
         if self.residual_long_conv:
             with torch.autocast(u.device.type, enabled=False):
-                inputs = u.transpose(1, 2)
-                y = y + self.convolve_slices(self.filter_fn2, inputs, length, bidirectional=self.bidirectional)
+                filters = self.start_filters(self.filter_fn2, u, length, self.bidirectional)
+                y = y + self.convolve_slices(filters, u.transpose(1, 2))
         y = y.transpose(1, 2)
         if additions:
             y = self.drop(self.act(y))
