@@ -73,10 +73,10 @@ class _Exchange(torch.autograd.Function):
         sent = x.unflatten(split, (shards.size, -1)).movedim(split, 0).contiguous()
         received = torch.empty_like(sent)
         work = dist.all_to_all_single(received, sent, group=shards.group, async_op=works is not None)
-        y = received.movedim(0, join).flatten(join, join + 1)
         if works is not None:
             works.append(work)
-        return y.contiguous()
+        # Along the first dimension it has been joined already, which does not read what may not be here yet.
+        return received.flatten(0, 1) if join == 0 else torch.cat(received.unbind(), join)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
