@@ -4,7 +4,7 @@
 __global__ void __launch_bounds__(kFilterThreads, 3) filter_kernel(const __grid_constant__ FilterParams params) { filter_spectra(params); }
 
 template <class Stage>
-__global__ void __launch_bounds__(kFilterThreads, 3) filter_stage_kernel(const __grid_constant__ FilterParams params) { Stage::run(params); }
+__global__ void __launch_bounds__(kFilterThreads, Stage::kAtOnce) filter_stage_kernel(const __grid_constant__ FilterParams params) { Stage::run(params); }
 
 __global__ void __launch_bounds__(kFilterThreads, 3) filter_scales_kernel(const __grid_constant__ FilterParams params) { LongFilter(params).scale_pass(); }
 
@@ -18,9 +18,9 @@ int launch_filter(const FilterParams& params, void* stream) {
     int error = for_stages(params, [&](auto stage, const FilterParams& stage_params) {
         using Stage = decltype(stage);
         static Prepared stage_prepared;
-        return launch(filter_stage_kernel<Stage>, stage_prepared, {Stage::blocks(stage_params), 3, kFilterThreads, kFilterStageBytes, kFilterStageBytes}, stage_params, stream);
+        return launch(filter_stage_kernel<Stage>, stage_prepared, {Stage::blocks(stage_params), Stage::kAtOnce, kFilterThreads, Stage::kBytes, Stage::kBytes}, stage_params, stream);
     });
-    if (error == 0) error = launch(filter_scales_kernel, scales_prepared, {params.channels, 3, kFilterThreads, kFilterStageBytes, kFilterStageBytes}, params, stream);
+    if (error == 0) error = launch(filter_scales_kernel, scales_prepared, {params.channels, 3, kFilterThreads, kFilterScaleBytes, kFilterScaleBytes}, params, stream);
     if (error == 0) error = launch(filter_rows_kernel, rows_prepared, {LongFilter::row_pairs(params), 3, kFilterThreads, kLongFilterBytes, kLongFilterBytes}, params, stream);
     return error;
 }

@@ -6,7 +6,7 @@
 #include "filter.cuh"
 
 constexpr int kLogFilterRow = 12, kLogFilterTile = 13;      // B, and the points that a block transforms at a time
-constexpr int kLongFilterBytes = FilterPoints::bytes(1 << kLogFilterTile), kFilterStageBytes = FilterPoints::bytes(kFilterThreads) << kLogStage;
+constexpr int kLongFilterBytes = FilterPoints::bytes(1 << kLogFilterTile), kFilterScaleBytes = kFilterThreads / 32 * 4;
 
 // No value of the spectrum is larger than the sum of the magnitudes, most are smaller by some root of the number of taps: scaled values are below 16, so
 // that sums of products with the largest values of a sequence's transform, the root of its length, are half-precision numbers. NaN if it is not finite.
@@ -226,7 +226,8 @@ struct FilterStage {
         if constexpr (kFirst_) LongFilter(params).first_stage<kLogPoints_>();
         else LongFilter(params).stage<kLogPoints_>();
     }
-    // Blocks that have work.
+    // What the threads exchange, half a butterfly each; blocks of a multiprocessor at a time; blocks that have work.
+    static constexpr int kBytes = FilterPoints::bytes(kFilterThreads) << kLogPoints_ >> 1, kAtOnce = kLogPoints_ < kLogStage ? 4 : 3;
     static int64_t blocks(const FilterParams& params) { return LongFilter::tiles(params, kLogPoints_) * (kFirst_ ? 1 : params.window_count()); }
 };
 

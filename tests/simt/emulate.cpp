@@ -31,10 +31,10 @@ int launch_filter(const FilterParams& params, void*) {
     } else {
         for_stages(params, [](auto stage, const FilterParams& stage_params) {
             using Stage = decltype(stage);
-            simt::launch(2, kFilterThreads, kFilterStageBytes, [&] { Stage::run(stage_params); });
+            simt::launch(2, kFilterThreads, Stage::kBytes, [&] { Stage::run(stage_params); });
             return 0;
         });
-        simt::launch(2, kFilterThreads, kFilterStageBytes, [&] { LongFilter(params).scale_pass(); });
+        simt::launch(2, kFilterThreads, kFilterScaleBytes, [&] { LongFilter(params).scale_pass(); });
         simt::launch(2, kFilterThreads, kLongFilterBytes, [&] { LongFilter(params).row_pass(); });
     }
     return 0;
