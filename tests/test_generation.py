@@ -133,6 +133,50 @@ def test_assisted_generation(build: Builder, helper: str) -> None:
     assert torch.equal(model.generate(ids, max_new_tokens=70, do_sample=False, **options), expected)
 
 
+def with_padding_rows(model: PreTrainedModel, weight: float) -> PreTrainedModel:
+    """The model with one weight in all the rows that pad its vocabulary, and with hidden states of a positive sum."""
+    torch.nn.init.ones_(model.hyena.backbone.ln_f.bias)
+    torch.nn.init.constant_(model.lm_head.weight[model.config.vocab_size :], weight)
+    return model
+
+
+@every_model
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_cache": False},
+        {"do_sample": True},
+        {"num_beams": 3},
+        {"num_beams": 3, "use_cache": False},
+        {"num_beams": 3, "do_sample": True},
+        {"guidance_scale": 1.5},
+        {"prompt_lookup_num_tokens": 6},
+        {"assistant_model": None, "do_sample": True},
+    ],
+    ids=lambda options: "-".join(options) or "greedy",
+)
+def test_rows_that_pad_the_vocabulary_are_never_generated(build: Builder, options: dict) -> None:
+    ids, outputs = dna_ids(1, 20), []
+    for weight in (-1e3, 1e3):
+        model = with_padding_rows(build(), weight)
+        size = model.config.vocab_size
+        assert (model(ids).logits.argmax(-1) >= size).all() == (weight > 0)
+        if "assistant_model" in options:
+            options = {**options, "assistant_model": with_padding_rows(build(n_layer=1), weight)}
+        torch.manual_seed(0)
+        outputs.append(model.generate(ids, **{"do_sample": False, **options}, max_new_tokens=30))
+    assert torch.equal(*outputs) and outputs[1].max() < size
+
+
+@every_model
+def test_scores_of_tokens_make_up_those_of_beams(build: Builder) -> None:
+    model, options = build(), {"return_dict_in_generate": True, "output_scores": True, "do_sample": False}
+    beams = model.generate(dna_ids(), max_new_tokens=30, num_beams=3, **options)
+    scores = model.compute_transition_scores(beams.sequences, beams.scores, beams.beam_indices)
+    torch.testing.assert_close(scores.mean(dim=1), beams.sequences_scores)
+
+
 def test_a_prompt_of_embeddings_and_hidden_states() -> None:
     model, ids = tiny_hyenadna(), dna_ids(2, 20)
     embedded = model.get_input_embeddings()(ids)

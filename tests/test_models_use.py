@@ -107,7 +107,8 @@ def test_generate_continues_greedily(build) -> None:
     generated = model.generate(ids, max_new_tokens=9, do_sample=False)
     expected = ids
     for _ in range(9):
-        expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], dim=1)
+        logits = model(expected).logits[:, -1:, : model.config.vocab_size]
+        expected = torch.cat([expected, logits.argmax(-1)], dim=1)
     assert torch.equal(generated, expected)
     embedded = model.get_input_embeddings()(ids)
     assert torch.equal(model.generate(inputs_embeds=embedded, max_new_tokens=9, do_sample=False), expected[:, 12:])

@@ -105,7 +105,8 @@ class HyenaCacheLayer(CacheLayerMixin):
         Raises:
             RuntimeError: More positions than were recorded would be removed.
         """
-        length = self.get_seq_length()
+        # Some releases of transformers pass a tensor.
+        length, tokens_to_remove = self.get_seq_length(), int(tokens_to_remove)
         removed = max(0, length - tokens_to_remove) if tokens_to_remove > 0 else min(-tokens_to_remove, length)
         if self._long is None or self._short is None:
             return

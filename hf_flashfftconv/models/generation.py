@@ -1,9 +1,15 @@
 """`generate` for the causal models, with and without a cache."""
 
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 from transformers.generation import GenerationMode
 
 from .cache import HyenaCache
@@ -14,6 +20,9 @@ class HyenaGenerationMixin(GenerationMixin):
 
     With `use_cache=True`, the default, a token costs a step of one position; with `use_cache=False`, or in training
     mode, a forward pass over the whole sequence. Both give the same logits, to rounding.
+
+    Logits and scores have `config.vocab_size` columns, as transformers takes for granted in some places: the rows that
+    pad the vocabulary name no token, and none of them is ever generated.
     """
 
     @classmethod
@@ -34,6 +43,14 @@ class HyenaGenerationMixin(GenerationMixin):
         if generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION:
             cache.activate_past_recording()
 
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        processors = super()._get_logits_processor(*args, **kwargs)
+        for processor in processors:
+            # It calls the model itself, with arguments of its own.
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor) and processor.model is self:
+                processor.model = partial(self, vocab_to_keep=self.config.vocab_size)
+        return processors
+
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,
@@ -51,7 +68,7 @@ class HyenaGenerationMixin(GenerationMixin):
         if inputs_embeds is not None and is_first_iteration and input_ids.shape[1]:
             raise ValueError("A prompt is either input_ids or inputs_embeds, not both.")
         if past_key_values is not None:
-            return super().prepare_inputs_for_generation(
+            inputs = super().prepare_inputs_for_generation(
                 input_ids,
                 past_key_values=past_key_values,
                 attention_mask=attention_mask,
@@ -59,7 +76,9 @@ class HyenaGenerationMixin(GenerationMixin):
                 is_first_iteration=is_first_iteration,
                 **kwargs,
             )
-        if inputs_embeds is None:
-            return {"input_ids": input_ids, "attention_mask": attention_mask}
-        generated = self.get_input_embeddings()(input_ids)
-        return {"inputs_embeds": torch.cat([inputs_embeds, generated], dim=1), "attention_mask": attention_mask}
+        elif inputs_embeds is None:
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        else:
+            generated = self.get_input_embeddings()(input_ids)
+            inputs = {"inputs_embeds": torch.cat([inputs_embeds, generated], dim=1), "attention_mask": attention_mask}
+        return {**inputs, "vocab_to_keep": self.config.vocab_size}

@@ -234,6 +234,7 @@ class HyenaDNAForCausalLM(HyenaDNAPreTrainedModel, HyenaGenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        vocab_to_keep: int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Runs the model; see [`HyenaDNAModel.forward`] for the other arguments.
@@ -243,6 +244,8 @@ class HyenaDNAForCausalLM(HyenaDNAPreTrainedModel, HyenaGenerationMixin):
                 shifted inside, and -100 is ignored.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): Number of last positions, or the
                 positions, to compute logits for; 0 means all.
+            vocab_to_keep (`int`, *optional*): Number of first tokens to return logits of, all rows of the embedding if
+                not given. `generate` asks for `config.vocab_size`: the rows that pad the vocabulary name no token.
 
         Returns:
             [`~transformers.modeling_outputs.CausalLMOutputWithPast`]: `logits` of shape `(batch, length, padded
@@ -267,7 +270,10 @@ class HyenaDNAForCausalLM(HyenaDNAPreTrainedModel, HyenaGenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            loss=loss,
+            logits=logits[..., :vocab_to_keep],
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
         )
 
     def _loss_over_slices(
