@@ -71,7 +71,7 @@ def oracle(arguments: Arguments, causal: bool = True) -> Tensor:
 
 def check_values(y: Tensor, arguments: Arguments, causal: bool = True, reference: Tensor | None = None) -> None:
     """Output within the bounds of its dtype."""
-    size = reach(*(arguments.get(name) for name in ("u", "k", *GATES)))
+    size = reach(**arguments)
     reference = oracle(arguments, causal) if reference is None else reference
     found = violations(y, reference, BOUNDS[arguments["u"].dtype], size)
     assert not found, found
@@ -113,7 +113,7 @@ def check_against_emulator(arguments: Arguments, plan: Plan, causal: bool = True
     reference = oracle(arguments, causal)
     y = fft_conv(**arguments, causal=causal, backend="cuda")
     emulated = fft_conv_emulated(**arguments, causal=causal, radices=(plan.fft_size // 256, 16, 16))
-    size = reach(*(arguments.get(name) for name in ("u", "k", *GATES)))
+    size = reach(**arguments)
     whole = error(y, reference), error(emulated, reference)
     worst = row_errors(y, reference, size).max().item(), row_errors(emulated, reference, size).max().item()
     assert whole[0] <= EMULATOR_WHOLE * whole[1] and worst[0] <= EMULATOR_ROW * worst[1], (whole, worst)

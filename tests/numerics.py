@@ -18,12 +18,15 @@ ROUNDING = {torch.bfloat16: 1.7e-3, torch.float16: 2.1e-4, torch.float32: 3e-8, 
 # A row whose norm is below this share of |u| |k| is measured against |u| |k|: what is left of it is cancellation.
 WEAK_ROW = 1e-3
 
+# Rows of fewer values are no sample of rounding errors, and their norms are no measure of them: a row may be small by
+# cancellation, or next to the one that shares its transform. They are measured against at least a share of `reach`. Of
+# 3.6 million random rows of 1 to 15 values that the emulator computed in the three dtypes, 1,578 exceeded the bounds
+# relative to their norms, by up to 39 times; with this share none does, the largest error is 0.83 of what is allowed,
+# and half of the rows are still measured against their norms.
+FEW_VALUES, SHORT_ROW = 16, 0.4
+
 # Against the emulator's own error: the sharp check of a kernel. The kernels also round some sums half-way.
 EMULATOR_WHOLE, EMULATOR_ROW = 1.35, 1.5
-
-
-# Rows shorter than this are no sample of rounding errors.
-FEW_VALUES = 16
 
 
 @dataclass(frozen=True)
@@ -59,16 +62,33 @@ def error(actual: Tensor, reference: Tensor) -> float:
 
 def row_errors(actual: Tensor, reference: Tensor, reach: Tensor | float = 0.0) -> Tensor:
     """Relative L2 errors along the last axis; `reach` is |u| |k| of each row."""
-    norm = reference.norm(dim=-1)
-    scale = torch.where(norm < WEAK_ROW * torch.as_tensor(reach), torch.as_tensor(reach), norm)
+    norm, reach = reference.norm(dim=-1), torch.as_tensor(reach)
+    if reference.shape[-1] < FEW_VALUES:
+        scale = torch.maximum(norm, SHORT_ROW * reach)
+    else:
+        scale = torch.where(norm < WEAK_ROW * reach, reach, norm)
     difference = (actual.double() - reference).norm(dim=-1)
     return torch.where(scale > 0, difference / scale, difference)
 
 
-def reach(u: Tensor, k: Tensor, pre_gate: Tensor | None = None, post_gate: Tensor | None = None) -> Tensor:
-    """|g| |k| max|post| of each (b, h) row: the size of the terms that are summed there."""
+def reach(
+    u: Tensor,
+    k: Tensor,
+    pre_gate: Tensor | None = None,
+    post_gate: Tensor | None = None,
+    skip: Tensor | None = None,
+    k_rev: Tensor | None = None,
+) -> Tensor:
+    """|g| |k| max|post| of each (b, h) row: the size of the terms that are summed there.
+
+    For rows of few values |g| is the largest in the batch, as the row that shares their transform may have it.
+    """
     g = u.double() if pre_gate is None else u.double() * pre_gate.double()
-    size = g.norm(dim=-1) * k.double().norm(dim=-1)
+    size = g.norm(dim=-1)
+    if u.shape[-1] < FEW_VALUES:
+        size = size.amax(0, keepdim=True)
+    filters = [x for x in (k, k_rev, None if skip is None else skip[:, None]) if x is not None]
+    size = size * torch.cat([x.double()[:, : u.shape[-1]] for x in filters], dim=1).norm(dim=-1)
     return size if post_gate is None else size * post_gate.double().abs().amax(-1)
 
 
@@ -82,15 +102,18 @@ def violations(actual: Tensor, reference: Tensor, bounds: Bounds, reach: Tensor 
         return [f"got {actual.dtype} {tuple(actual.shape)}, not {bounds.dtype} {tuple(reference.shape)}"]
     rounded = reference.to(bounds.dtype)
     usual = ROUNDING[bounds.dtype]
+    # Next to a tie the least error rounds to the other neighbour, and few values do not average that out.
+    tie = torch.finfo(bounds.dtype).eps
     found = []
     whole, allowed = error(actual, reference), bounds.whole * max(1.0, error(rounded, reference) / usual)
+    if actual.numel() < FEW_VALUES:
+        allowed = max(allowed, tie)
     if not whole <= allowed:
         found.append(f"whole tensor: {whole:.2e} > {allowed:.2e}")
     rows, row_rounding = row_errors(actual, reference, reach), row_errors(rounded, reference, reach)
     allowed_rows = bounds.row * (row_rounding / usual).clamp(min=1.0)
     if actual.shape[-1] < FEW_VALUES:
-        # Next to a tie the least error rounds to the other neighbour, and few values do not average that out.
-        allowed_rows = allowed_rows.clamp(min=torch.finfo(bounds.dtype).eps)
+        allowed_rows = allowed_rows.clamp(min=tie)
     bad = ~(rows <= allowed_rows)
     if bad.any():
         worst = torch.where(bad, rows.nan_to_num(math.inf), -1.0).argmax()

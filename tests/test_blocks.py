@@ -21,7 +21,7 @@ def check(arguments: Arguments) -> None:
     leaves = {name: x.double().requires_grad_() for name, x in arguments.items()}
     expected = oracle(leaves)
     expected.backward(dy.double())
-    size = reach(*(arguments.get(name) for name in ("u", "k", *GATES)))
+    size = reach(**arguments)
     found = violations(y, expected.detach(), BOUNDS[u.dtype], size)
     for name in arguments:
         found += gradient_violations(name, actual[name], leaves[name].grad, BOUNDS[u.dtype])

@@ -85,7 +85,7 @@ def check(arguments: Arguments, causal: bool = True) -> None:
     tested = require_gradients(arguments)
     oracle = require_gradients({name: x.double() for name, x in arguments.items()})
     y, reference = fft_conv(**tested, causal=causal), fft_conv_float64(**oracle, causal=causal)
-    size = reach(*(arguments.get(name) for name in ("u", "k", "pre_gate", "post_gate")))
+    size = reach(**arguments)
     found = violations(y.detach(), reference.detach(), bounds, size)
     dy = torch.randn_like(y)
     y.backward(dy)

@@ -119,7 +119,7 @@ def test_memory_beside_the_output(length: int, batch: int, share: float) -> None
 def test_pairs_of_channels(length: int, taps: int, channels: int, cluster: int, dtype: torch.dtype) -> None:
     arguments = make(length, taps, ("skip", *GATES), dtype=dtype, batch=1, channels=channels, device="cuda")
     chosen = cuda.plan_of(arguments["u"], arguments["k"], None, True)
-    assert chosen.cluster == cluster and chosen.channel_pairs
+    assert chosen.cluster == cluster and chosen.channel_pairs == (chosen.windows <= cuda.PAIR_WINDOWS[dtype])
     check(arguments)
 
 

@@ -64,16 +64,33 @@ def test_emulator_keeps_the_promise(radices: tuple[int, ...], bounds: Bounds) ->
         fft_conv_emulated(**arguments, radices=radices),
         reference,
         bounds,
-        numerics.reach(u, arguments["k"], pre_gate, post_gate),
+        numerics.reach(**arguments),
     )
     assert not found, found
+
+
+@by_dtype
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 7, 15])
+def test_emulator_keeps_the_promise_on_few_values(length: int, bounds: Bounds) -> None:
+    u, pre_gate, post_gate = torch.randn(3, 7, 1000, length).to(bounds.dtype)
+    arguments = {"u": u, "k": torch.randn(1000, length), "k_rev": torch.randn(1000, length), "skip": torch.randn(1000)}
+    arguments |= {"pre_gate": pre_gate, "post_gate": post_gate}
+    y, reference = fft_conv_emulated(**arguments, radices=(16, 16)), fft_conv_float64(**arguments)
+    size = numerics.reach(**arguments)
+    found = numerics.violations(y, reference, bounds, size)
+    assert not found, found
+    # A wrong row among thousands is still found by itself.
+    row = int((reference.norm(dim=-1) / size).argmax())
+    y.flatten(0, 1)[row] *= 1.02
+    found = numerics.violations(y, reference, bounds, size)
+    assert found[-1:] and found[-1].startswith(f"1 rows: row {row} "), found
 
 
 @pytest.mark.parametrize("length, taps, reverse", [(9, 4, 7), (7, 9, 9), (5, 1, 1), (1, 1, 1)])
 def test_emulator_is_bidirectional(length: int, taps: int, reverse: int) -> None:
     arguments = {"u": torch.randn(2, 3, length), "k": torch.randn(3, taps), "k_rev": torch.randn(3, reverse)}
     y, reference = fft_conv_emulated(**arguments, radices=(4, 4)), fft_conv_float64(**arguments)
-    assert not numerics.violations(y, reference, FLOAT32_TF32, numerics.reach(arguments["u"], arguments["k"]))
+    assert not numerics.violations(y, reference, FLOAT32_TF32, numerics.reach(**arguments))
 
 
 def test_emulator_is_circular() -> None:
