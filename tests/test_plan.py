@@ -205,6 +205,8 @@ def test_blocks_of_channels() -> None:
     assert channel_block(256, 62, 1, 15, False) == 60
     assert channel_block(256, 62, 1, 15, True) == 60
     assert channel_block(256, 63, 4, 15, False) == 60
+    # One round less is not worth four blocks more.
+    assert channel_block(256, 48, 1, 15, True) == 48
     # Few pairs, or whole rounds whatever the block: the largest.
     assert channel_block(64, 50, 1, 1, False) == 48
     assert [channel_block(9, most, 1, 15, pairs) for most, pairs in ((3, False), (3, True), (0, False), (0, True))] == [

@@ -129,8 +129,8 @@ def _longest_at_once(cluster: int, backward: bool) -> int:
 def channel_block(count: int, most: int, pairs: int, workers: int, channel_pairs: bool) -> int:
     """Channels that go at a time if `most` of the `count` may, each with so many `pairs` of sequences.
 
-    The last of the `workers` that share the pairs is to have as much as the others: fewest rounds, and of these blocks
-    the largest.
+    The last of the `workers` that share the pairs is to have as much as the others: fewest rounds, where each block
+    costs half a round more. Of these blocks the largest.
     """
     if most >= count:
         return count
@@ -138,10 +138,11 @@ def channel_block(count: int, most: int, pairs: int, workers: int, channel_pairs
     if most < CHANNEL_STEP:
         return max(unit, most - most % unit)
 
-    def rounds(block: int) -> int:
-        return count // block * -(-block // unit * pairs // workers) + -(-(count % block) // unit * pairs // workers)
+    def cost(block: int) -> float:
+        blocks = [block] * (count // block) + [count % block] * (count % block > 0)
+        return sum(-(-channels // unit * pairs // workers) + 0.5 for channels in blocks)
 
-    return min(range(most - most % CHANNEL_STEP, 0, -CHANNEL_STEP), key=rounds)
+    return min(range(most - most % CHANNEL_STEP, 0, -CHANNEL_STEP), key=cost)
 
 
 def windows_of(length: int, taps: int, block: int = BLOCK_POSITIONS) -> int:
