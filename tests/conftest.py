@@ -17,6 +17,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="run the tests that need a CUDA device (and only those)")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Files in their order: those with few tests, which several processes would start last, have the longest ones.
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     wanted = config.getoption("--gpu")
     selected = [item for item in items if (item.get_closest_marker("gpu") is not None) == wanted]
