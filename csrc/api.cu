@@ -100,7 +100,7 @@ extern "C" int fft_conv_filter_spectrum(const fft_conv_filter_params* params, vo
     derived.log_points = log2_of(params->fft_size);
     derived.log_group = log_channel_group(params->k_stride, params->k_tap_stride, 4);
     if (params->windows > 0 && params->taps_rev > 0) return kUnsupported;
-    if (params->channel_pairs && (params->windows == 0 || params->fft_size <= 2 << kLogFilterRow << 2 || params->channels % 2 || params->work_channels % 2)) return kUnsupported;
+    if (params->channel_pairs && (params->windows == 0 || params->fft_size < 8 * 2 * kBlockPositions || params->channels % 2 || params->work_channels % 2)) return kUnsupported;
     if (params->fft_size < kColumns || params->fft_size > kLongMaximum || 1 << derived.log_points != params->fft_size) return kUnsupported;
     if (params->fft_size > kMaximumFilterPoints && !(params->work && params->partial_sums && params->work_channels > 0)) return kUnsupported;
     const int block = params->fft_size > kMaximumFilterPoints ? params->work_channels : params->channels;

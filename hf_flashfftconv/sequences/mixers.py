@@ -57,18 +57,28 @@ class SlicedMixer(PatchedMixer):
         # A view without memory: it is the length that is checked.
         return self.checked_length(u[:1, :1].expand(-1, u.shape[1] * (1 if shards is None else shards.size), -1))
 
-    def local(self, u: Tensor, projection: nn.Module, gate: int, dropout: nn.Module | None) -> tuple[Tensor, ...]:
+    def with_halo(self, u: Tensor) -> Tensor:
+        """`u` after what the short convolution sees of the rank before.
+
+        It is to come before the filters are on their way: what the ranks send each other arrives in this order, and the
+        projections are to run meanwhile.
+        """
+        shards = self._flashfftconv_slicing.shards
+        return u if shards is None else after_neighbour(u, _taps(self.short_filter) - 1, shards)
+
+    def local(
+        self, extended: Tensor, length: int, projection: nn.Module, gate: int, dropout: nn.Module | None
+    ) -> tuple[Tensor, ...]:
         """Output gate and gated input of the long convolution, `(batch, channels, length)`, by `short_filtered`."""
-        slicing = self._flashfftconv_slicing
         halo = _taps(self.short_filter) - 1
-        extended = u if slicing.shards is None else after_neighbour(u, halo, slicing.shards)
 
         def part(u: Tensor, extra: int) -> tuple[Tensor, ...]:
             g, in_gate, out_gate = self.short_filtered(projection(u).transpose(1, 2), gate, dropout)
             g = g if in_gate is None else g * in_gate
             return out_gate[..., extra:], g[..., extra:]
 
-        return over_slices(part, extended, slicing.positions, first=extended.shape[1] - u.shape[1], halo=halo, dim=-1)
+        positions = self._flashfftconv_slicing.positions
+        return over_slices(part, extended, positions, first=extended.shape[1] - length, halo=halo, dim=-1)
 
     def start_filters(self, filter_fn: nn.Module, u: Tensor, length: int, bidirectional: bool = False) -> SlicedFilters:
         """The filters of the rank's own channels, which may still be on their way, for an input such as `u`."""
@@ -115,8 +125,9 @@ class SlicedHyena(SlicedMixer, PatchedHyena):
     """HyenaDNA's operator on slices."""
 
     def mix(self, u: Tensor) -> Tensor:
-        filters = self.start_filters(self.filter_fn, u, self.whole_length(u))
-        out_gate, g = self.local(u, self.in_proj, 0, self.dropout)
+        length, extended = self.whole_length(u), self.with_halo(u)
+        filters = self.start_filters(self.filter_fn, u, length)
+        out_gate, g = self.local(extended, u.shape[1], self.in_proj, 0, self.dropout)
         return self.convolve_slices(filters, g, out_gate).transpose(1, 2)
 
     def forward(self, u: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -142,8 +153,9 @@ class SlicedMonarchMixer(SlicedMixer, PatchedMonarchMixer):
         length = self.whole_length(u)
         if additions:
             u = self.layernorm(u)
+        extended = self.with_halo(u)
         filters = self.start_filters(self.filter_fn, u, length, self.bidirectional)
-        out_gate, g = self.local(u, self.in_linear, 1, self.drop if additions else None)
+        out_gate, g = self.local(extended, u.shape[1], self.in_linear, 1, self.drop if additions else None)
         y = self.convolve_slices(filters, g, out_gate)
         if self.residual_long_conv:
             with torch.autocast(u.device.type, enabled=False):
