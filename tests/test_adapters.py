@@ -51,10 +51,12 @@ def test_m2(bidirectional: bool, residual: bool, additions: bool) -> None:
     check_mixer(build(MonarchMixerSequenceMixing, WIDTH, L_MAX, dropout=0.3, **flags))
 
 
-def test_m2_keeps_no_stacks_for_anomaly_detection() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_m2_keeps_no_stacks_for_anomaly_detection(compiled: bool) -> None:
     mixer = patch_model(build(MonarchMixerSequenceMixing, WIDTH, L_MAX, residual_long_conv=True, bidirectional=True))
+    runner = torch.compile(mixer, backend="aot_eager") if compiled else mixer
     with torch.autograd.set_detect_anomaly(True):
-        mixed = mixer(torch.randn(2, L_MAX, WIDTH))[0]
+        mixed = runner(torch.randn(2, L_MAX, WIDTH))[0]
         outside = mixed * 2
         assert torch.is_anomaly_enabled()
     nodes = [mixed.grad_fn]

@@ -8,7 +8,6 @@ so the gates are in the opposite order of Hyena's. The second term exists with `
 k_rev with `bidirectional`; `hyena_training_additions` normalise the input and drop some of g and of the sum.
 """
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +30,12 @@ FUSED_MIXERS = frozenset({"FlashMMSequenceMixing"})
 FILTERS = frozenset({"HyenaFilter"})
 
 
+# Known when a graph is traced, into which the question itself cannot go.
+@torch.compiler.assume_constant_result
+def _detects_anomalies() -> bool:
+    return torch.is_anomaly_enabled()
+
+
 class PatchedMonarchMixer(PatchedMixer):
     """The forward of M2-BERT's sequence mixing."""
 
@@ -44,9 +49,12 @@ class PatchedMonarchMixer(PatchedMixer):
     def forward(self, u: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
         if not self.covered():
             return self.original_forward(u, **kwargs)
+        if not _detects_anomalies():
+            return self.mix(u), None
         # The published layers switch anomaly detection on around this, which writes down the Python stack for every
-        # operation: most of the time of a training step. Nothing else of it reaches the backward pass.
-        with nullcontext() if torch.compiler.is_compiling() else torch.autograd.set_detect_anomaly(False):
+        # operation and weight: most of the time of a training step. Nothing else of it reaches the backward pass. When
+        # they are compiled, their switch has broken the graph already, and this one breaks it once more.
+        with torch.autograd.set_detect_anomaly(False):
             return self.mix(u), None
 
     def mix(self, u: Tensor) -> Tensor:

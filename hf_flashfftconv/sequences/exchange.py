@@ -75,8 +75,8 @@ class _Exchange(torch.autograd.Function):
         work = dist.all_to_all_single(received, sent, group=shards.group, async_op=works is not None)
         if works is not None:
             works.append(work)
-        # Along the first dimension it has been joined already, which does not read what may not be here yet.
-        return received.flatten(0, 1) if join == 0 else torch.cat(received.unbind(), join)
+        # A view for the first dimension, which does not read what may not be here yet, and for channels of one sequence.
+        return received.movedim(0, join).flatten(join, join + 1)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
