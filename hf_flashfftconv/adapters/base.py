@@ -153,7 +153,7 @@ class PatchedMixer(nn.Module):
         multiplied already; active dropout acts on that product.
         """
         conv = self.short_filter
-        if is_plain(conv, nn.Conv1d) and conv.weight.shape[-1] <= MAX_TAPS:
+        if is_plain(conv, nn.Conv1d) and conv.kernel_size[0] <= MAX_TAPS:
             backend = self._flashfftconv.backend
             out_gate, v = gated_short_conv(z, conv.weight, conv.bias, gate=gate, backend=backend)
             if dropout is not None and (dropout.training or not is_plain(dropout, nn.Dropout)):
@@ -185,12 +185,12 @@ class PatchedMixer(nn.Module):
         cache = self._flashfftconv.cache
         if not torch.is_autocast_enabled(device) or not may_cache(self) or cache.max_bytes == 0:
             return None
-        if layer.weight.dtype != torch.float32:
+        weight, bias = layer.weight, layer.bias
+        if weight.dtype != torch.float32:
             return None
         dtype = torch.get_autocast_dtype(device)
 
         def cast() -> Filters:
-            weight, bias = layer.weight, layer.bias
             return weight.to(dtype), None if bias is None else bias.to(dtype), None
 
         return cache.get(layer, (None, dtype), cast)[:2]
@@ -210,8 +210,9 @@ class PatchedMixer(nn.Module):
         state = self._flashfftconv
         k, k_rev, skip = self._filters(filter_fn, u, bidirectional)
         if not torch.compiler.is_compiling():
+            _, channels, length = u.shape
             reverse_taps = 0 if k_rev is None else k_rev.shape[1]
-            state.last = Usage(u.shape[1], u.shape[2], k.shape[1], reverse_taps, u.dtype, u.device)
+            state.last = Usage(channels, length, k.shape[1], reverse_taps, u.dtype, u.device)
             state.bypass = ""
         return fft_conv(
             u,

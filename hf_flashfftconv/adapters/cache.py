@@ -129,8 +129,9 @@ class FilterCache:
             generate (`Callable`): Computes the filters.
         """
         with self._lock:
-            entry = self._entries.get(module, {}).get(key)
-        if entry is not None and self.max_bytes > 0 and entry.stamp.holds(module):
+            entries = self._entries.get(module)
+            entry = None if entries is None else entries.get(key)
+        if entry is not None and entry.stamp.holds(module):
             return entry.filters
         if self.max_bytes == 0 or _stamp(module) is None:
             self.drop(module)

@@ -48,13 +48,13 @@ def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
 
     Layers that are wrapped, parametrized, sharded, quantised, offloaded or observed by hooks are not plain.
     """
-    weights = [weight for weight in layer._parameters.values() if weight is not None]
-    return (
-        type(layer) is kind
-        and "forward" not in layer.__dict__
-        and not has_hooks(layer)
-        and all(type(weight) in (Tensor, nn.Parameter) and not weight.is_meta for weight in weights)
-    )
+    if type(layer) is not kind or "forward" in layer.__dict__ or has_hooks(layer):
+        return False
+    # Asked in every call: a loop takes half of the time of a generator.
+    for weight in layer._parameters.values():
+        if weight is not None and (type(weight) not in (Tensor, nn.Parameter) or weight.is_meta):
+            return False
+    return True
 
 
 def check_projection(module: nn.Module, name: str, in_features: int, out_features: int) -> None:

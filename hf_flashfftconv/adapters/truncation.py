@@ -16,7 +16,7 @@ from ..ops.truncation import Truncation
 
 def cuts_itself(filter_fn: nn.Module) -> bool:
     """Whether a filter module applies a truncation of its own."""
-    return hasattr(filter_fn, "truncation")
+    return "truncation" in filter_fn.__dict__
 
 
 def truncation_of(filter_fn: Any, patched: Truncation | None) -> Truncation | None:

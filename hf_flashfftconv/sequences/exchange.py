@@ -75,7 +75,7 @@ class _Exchange(torch.autograd.Function):
         work = dist.all_to_all_single(received, sent, group=shards.group, async_op=works is not None)
         if works is not None:
             works.append(work)
-        # A view for the first dimension, which does not read what may not be here yet, and for channels of one sequence.
+        # For the first dimension a view, which reads nothing that may not be here yet, as for channels of one sequence.
         return received.movedim(0, join).flatten(join, join + 1)
 
     @staticmethod
