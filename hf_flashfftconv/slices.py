@@ -10,7 +10,13 @@ Results = tuple[Tensor, ...]
 
 
 def over_slices(
-    fn: Callable[[Tensor, int], Results], x: Tensor, size: int | None, *, first: int = 0, halo: int = 0, dim: int = 1
+    fn: Callable[[Tensor, int], Results],
+    x: Tensor,
+    size: int | None,
+    *,
+    before: Tensor | None = None,
+    halo: int = 0,
+    dim: int = 1,
 ) -> Results:
     """Applies a function to slices of a sequence and joins the results.
 
@@ -20,29 +26,37 @@ def over_slices(
     Args:
         fn (`Callable`): Gets a slice `(batch, extra + n, channels)` and `extra`, the number of positions at its start
             that are there for the others to look at; returns tensors of n positions.
-        x (`torch.Tensor` of shape `(batch, first + length, channels)`): The sequence after `first` earlier positions.
+        x (`torch.Tensor` of shape `(batch, length, channels)`): The sequence.
         size (`int`, *optional*): Positions in a slice; `None` makes one slice of all, which is not checkpointed.
-        first (`int`, *optional*, defaults to 0): Leading positions of `x` that have no results.
+        before (`torch.Tensor` of shape `(batch, halo or 0, channels)`, *optional*): The positions before the sequence.
         halo (`int`, *optional*, defaults to 0): Earlier positions that a result depends on.
         dim (`int`, *optional*, defaults to 1): Dimension of the positions in the results.
 
     Returns:
         `tuple[torch.Tensor, ...]`: The results of `fn` for all `length` positions.
     """
-    end = x.shape[1]
-    if size is None or end - first <= size:
-        return fn(x, first)
-    starts = range(first, end, size)
-    slices = [(x[:, max(start - halo, 0) : start + size], min(start, halo)) for start in starts]
+    length = x.shape[1]
+    known = 0 if before is None else before.shape[1]
+
+    def part(start: int, end: int) -> tuple[Tensor, int]:
+        extra = min(start + known, halo)
+        inside = x[:, max(start - extra, 0) : end]
+        # Only the first slices look at what is before the sequence.
+        return inside if before is None or start >= halo else torch.cat([before[:, start:], inside], 1), extra
+
+    if size is None or length <= size:
+        return fn(*part(0, length))
+    starts = range(0, length, size)
+    slices = [part(start, start + size) for start in starts]
     if torch.is_grad_enabled():
-        parts = [checkpoint(fn, part, extra, use_reentrant=False) for part, extra in slices]
+        parts = [checkpoint(fn, piece, extra, use_reentrant=False) for piece, extra in slices]
         return tuple(torch.cat(pieces, dim) for pieces in zip(*parts, strict=True))
     joined: Results = ()
-    for start, (part, extra) in zip(starts, slices, strict=True):
-        pieces = fn(part, extra)
-        joined = joined or tuple(_room_for(piece, dim, end - first) for piece in pieces)
+    for start, (own, extra) in zip(starts, slices, strict=True):
+        pieces = fn(own, extra)
+        joined = joined or tuple(_room_for(piece, dim, length) for piece in pieces)
         for whole, piece in zip(joined, pieces, strict=True):
-            whole.narrow(dim, start - first, piece.shape[dim]).copy_(piece)
+            copy_rows(whole.narrow(dim, start, piece.shape[dim]), piece)
     return joined
 
 
@@ -69,6 +83,20 @@ def over_channels(fn: Callable[..., Tensor], size: int | None, *operands: Tensor
         piece = fn(*block)
         joined.narrow(-2, start, piece.shape[-2]).copy_(piece)
     return joined
+
+
+def copy_rows(to: Tensor, x: Tensor) -> Tensor:
+    """`to.copy_(x)` for rows that are neighbours in memory only by themselves.
+
+    Where they are of whole units of 16 bytes they are copied in these, in half of the time of single elements.
+    """
+    unit = 16 // x.element_size()
+    sizes = [x.shape[-1], *(n for y in (to, x) for n in (*y.stride()[:-1], y.storage_offset()))]
+    if to.dtype == x.dtype and to.stride(-1) == x.stride(-1) == 1 and all(n % unit == 0 for n in sizes):
+        to.view(torch.complex128).copy_(x.view(torch.complex128))
+    else:
+        to.copy_(x)
+    return to
 
 
 def _room_for(piece: Tensor, dim: int, length: int) -> Tensor:

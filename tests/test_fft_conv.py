@@ -212,6 +212,21 @@ def is_smooth(n: int) -> bool:
     return n == 1
 
 
+@pytest.mark.parametrize(("dtype", "again"), [(torch.float32, 0), (torch.float64, 0), (torch.bfloat16, 1)])
+def test_outputs_before_their_gate_are_kept_in_full_precision(
+    dtype: torch.dtype, again: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    u, k, gate = torch.randn(2, 3, 40), torch.randn(3, 40), torch.randn(2, 3, 40)
+    u, k, gate = (x.to(dtype).requires_grad_() for x in (u, k, gate))
+    y = fft_conv(u, k, post_gate=gate)
+    assert y.dtype == dtype
+    inverse, calls = torch.fft.irfft, []
+    monkeypatch.setattr(torch.fft, "irfft", lambda *args, **kwargs: calls.append(args) or inverse(*args, **kwargs))
+    y.backward(torch.randn(y.shape).to(dtype))
+    # One for the gradient of u, one for that of k.
+    assert len(calls) == 2 + again
+
+
 def test_good_fft_lengths_are_the_smallest_smooth_ones() -> None:
     smooth = [n for n in range(1, 2200) if is_smooth(n)]
     for minimum in range(1, 2100):

@@ -1,6 +1,7 @@
 """Models that work on slices of a sequence: the same results, and memory that does not grow where it should not."""
 
 import copy
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from model_factory import dna_ids, tiny_hyena, tiny_hyenadna, tiny_m2bert
 from patching import assert_equal_models, relative, snapshot
 from peft import LoraConfig, get_peft_model
 from remote_style import BertConfig, BertForMaskedLM, HyenaConfig, HyenaDNAForCausalLM, build
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from hf_flashfftconv.errors import PatchError
@@ -18,7 +19,7 @@ from hf_flashfftconv.models import HyenaDNAConfig
 from hf_flashfftconv.models import HyenaDNAForCausalLM as NativeHyenaDNA
 from hf_flashfftconv.patch import patch_model, patch_report, unpatch_model
 from hf_flashfftconv.sequences import disable_long_sequences, enable_long_sequences
-from hf_flashfftconv.slices import over_channels, over_slices
+from hf_flashfftconv.slices import copy_rows, over_channels, over_slices
 from hf_flashfftconv.sparsity import sparsify_model
 
 MODELS = {
@@ -230,12 +231,36 @@ def test_memory_of_training() -> None:
     assert peak_units(4, 1 << 12, True, 4) - few == pytest.approx(2.5, abs=0.3)
 
 
-def test_slices_of_nothing_are_joined_like_any() -> None:
-    x = torch.randn(2, 9, 4, requires_grad=True)
-    (joined,) = over_slices(lambda part, extra: (part[:, extra:] * 2,), x, 4, first=1, halo=2)
-    assert torch.equal(joined, 2 * x[:, 1:])
+@pytest.mark.parametrize("size", [None, 1, 2, 4, 9])
+@pytest.mark.parametrize("known", [None, 0, 3])
+def test_slices_see_what_is_before_them(size: int | None, known: int | None) -> None:
+    """Sums over four positions, for each of which a slice must have got three more."""
+    x, halo = torch.randn(2, 9, 4, dtype=torch.float64, requires_grad=True), 3
+    before = None if known is None else torch.randn(2, known, 4, dtype=torch.float64)
+
+    def sums(part: Tensor, extra: int) -> tuple[Tensor]:
+        padded = torch.nn.functional.pad(part, (0, 0, halo - extra, 0))
+        return (padded.unfold(1, halo + 1, 1).sum(-1),)
+
+    whole = x if before is None else torch.cat([before, x], 1)
+    expected = torch.nn.functional.pad(whole, (0, 0, halo, 0)).unfold(1, halo + 1, 1).sum(-1)[:, whole.shape[1] - 9 :]
+    (joined,) = over_slices(sums, x, size, before=before, halo=halo)
+    torch.testing.assert_close(joined, expected)
     with torch.no_grad():
-        (joined,) = over_slices(lambda part, extra: (part[:, extra:] * 2,), x, 4, first=1, halo=2)
-    assert torch.equal(joined, 2 * x[:, 1:])
+        torch.testing.assert_close(over_slices(sums, x, size, before=before, halo=halo)[0], expected)
+
+
+def test_rows_are_copied_in_units_of_any_size() -> None:
+    for dtype, columns, start in itertools.product((torch.bfloat16, torch.float32), (24, 23), (0, 8, 1)):
+        x = torch.randn(4, 5, 32).to(dtype)[:, :, start : start + columns]
+        to = torch.zeros(4, 3, 5, 32, dtype=dtype)
+        copy_rows(to[:, 1, :, :columns], x)
+        assert torch.equal(to[:, 1, :, :columns], x)
+        assert to.count_nonzero() == x.count_nonzero()
+        assert torch.equal(copy_rows(torch.empty(columns, 5, 4, dtype=dtype).permute(2, 1, 0), x), x)
+
+
+def test_blocks_of_channels_are_joined_like_any() -> None:
+    x = torch.randn(2, 9, 4, requires_grad=True)
     for size in (None, 1, 2, 4):
         assert torch.equal(over_channels(lambda a, b, c: a + b, size, x, x, None), 2 * x)

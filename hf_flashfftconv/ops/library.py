@@ -196,8 +196,20 @@ def fft_conv(
     """The differentiable operator; its arguments have been checked by `hf_flashfftconv.functional.fft_conv`."""
     # The autograd machinery costs as much as the rest of the call: without gradients, go straight to the operator.
     if torch.is_grad_enabled() and _is_differentiated(u, k, skip, pre_gate, post_gate, k_rev):
+        if post_gate is not None and _keeps_ungated(u, k, k_rev, causal, backend):
+            return _FFTConv.apply(u, k, skip, pre_gate, None, k_rev, causal, backend, channel_major) * post_gate
         return _FFTConv.apply(u, k, skip, pre_gate, post_gate, k_rev, causal, backend, channel_major)
     return _fft_conv(u, k, skip, pre_gate, post_gate, k_rev, causal, backend, channel_major)
+
+
+def _keeps_ungated(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, backend: str) -> bool:
+    """Whether the output before its gate is kept for the gate's gradient, for which torch.fft would compute it again.
+
+    Not where it would be rounded once more, nor where memory is to be bounded, in blocks of a sequence.
+    """
+    if torch.compiler.is_compiling() or u.dtype != reference.compute_dtype(u.dtype) or u.numel() == 0:
+        return False
+    return not use_kernels(u, k, k_rev, causal, backend) and _windows(u, k, k_rev, causal) is None
 
 
 def _is_differentiated(*tensors: Tensor | None) -> bool:

@@ -157,7 +157,9 @@ def backward(
         dk, dk_rev = filters.tap_gradients(c_spectrum.mul_(g_spectrum.conj_physical()).sum(0), k, k_rev)
     del c_spectrum
     if skip is not None and need_skip:
-        dskip = (g * c).sum((0, 2)).to(skip.dtype)
+        # The skip connection is one more tap at lag zero, whose gradient may be there already.
+        total = dk[:, 0] if dk is not None and dk.dtype == dtype else (g * c).sum((0, 2))
+        dskip = total.to(skip.dtype, copy=True)
     if post_gate is not None and need_post:
         z = filters.inverse(g_spectrum.mul_(filters.spectrum), g)
         dpost = (dy * z).to(post_gate.dtype).contiguous()

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..slices import copy_rows
 from .shards import SequenceShards
 
 
@@ -40,15 +41,15 @@ def start_taps_to_channels(x: Tensor, shards: SequenceShards) -> Callable[[], Te
     return arrive
 
 
-def after_neighbour(u: Tensor, halo: int, shards: SequenceShards) -> Tensor:
-    """The slice `(B, L / P, C)` after the last `halo` positions of the rank before; on the first rank the slice alone.
+def from_neighbour(u: Tensor, halo: int, shards: SequenceShards) -> Tensor:
+    """The last `halo` positions of the slice `(B, L / P, C)` of the rank before; on the first rank none.
 
     Raises:
         ValueError: The slices are shorter than the halo.
     """
     if u.shape[1] < halo:
         raise ValueError(f"a rank holds {u.shape[1]} positions, fewer than the {halo} that the next one must see")
-    return _AfterNeighbour.apply(u, halo, shards) if halo else u
+    return _FromNeighbour.apply(u[:, u.shape[1] - halo :], shards)
 
 
 def from_next(x: Tensor, shards: SequenceShards, last: float) -> Tensor:
@@ -70,35 +71,31 @@ class _Exchange(torch.autograd.Function):
         ctx: Any, x: Tensor, shards: SequenceShards, split: int, join: int, works: list[Any] | None = None
     ) -> Tensor:
         ctx.shards, ctx.split, ctx.join = shards, split, join
-        sent = x.unflatten(split, (shards.size, -1)).movedim(split, 0).contiguous()
+        sent = _contiguous(x.unflatten(split, (shards.size, -1)).movedim(split, 0))
         received = torch.empty_like(sent)
         work = dist.all_to_all_single(received, sent, group=shards.group, async_op=works is not None)
         if works is not None:
             works.append(work)
         # For the first dimension a view, which reads nothing that may not be here yet, as for channels of one sequence.
-        return received.movedim(0, join).flatten(join, join + 1)
+        return _contiguous(received.movedim(0, join)).flatten(join, join + 1)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         return _Exchange.apply(dy, ctx.shards, ctx.join, ctx.split), None, None, None, None
 
 
-class _AfterNeighbour(torch.autograd.Function):
+class _FromNeighbour(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, u: Tensor, halo: int, shards: SequenceShards) -> Tensor:
-        ctx.halo, ctx.shards = halo, shards
-        received = _shift(u[:, -halo:], 1, shards)
-        return u.clone() if received is None else torch.cat([received, u], 1)
+    def forward(ctx: Any, x: Tensor, shards: SequenceShards) -> Tensor:
+        ctx.shape, ctx.shards = x.shape, shards
+        received = _shift(x, 1, shards)
+        return x.new_empty(x.shape[0], 0, x.shape[2]) if received is None else received
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        halo, shards = ctx.halo, ctx.shards
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         # All ranks take part, the first one too, though nobody looks at what it sends.
-        received = _shift(dy[:, :halo], -1, shards)
-        du = (dy[:, halo:] if shards.rank else dy).clone()
-        if received is not None:
-            du[:, -halo:] += received
-        return du, None, None
+        received = _shift(dy if ctx.shards.rank else dy.new_zeros(ctx.shape), -1, ctx.shards)
+        return dy.new_zeros(ctx.shape) if received is None else received, None
 
 
 class _Sum(torch.autograd.Function):
@@ -112,6 +109,10 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return _Sum.apply(dy, ctx.shards), None
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    return x if x.is_contiguous() else copy_rows(torch.empty_like(x, memory_format=torch.contiguous_format), x)
 
 
 def _shift(x: Tensor, step: int, shards: SequenceShards) -> Tensor | None:

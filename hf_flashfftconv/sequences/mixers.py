@@ -20,7 +20,7 @@ from ..adapters.truncation import cuts_itself
 from ..ops.truncation import kept_taps
 from ..slices import over_slices
 from .convolution import convolve
-from .exchange import after_neighbour, start_taps_to_channels
+from .exchange import from_neighbour, start_taps_to_channels
 from .shards import SequenceShards
 
 
@@ -57,17 +57,17 @@ class SlicedMixer(PatchedMixer):
         # A view without memory: it is the length that is checked.
         return self.checked_length(u[:1, :1].expand(-1, u.shape[1] * (1 if shards is None else shards.size), -1))
 
-    def with_halo(self, u: Tensor) -> Tensor:
-        """`u` after what the short convolution sees of the rank before.
+    def before(self, u: Tensor) -> Tensor | None:
+        """What the short convolution sees of the rank before.
 
         It is to come before the filters are on their way: what the ranks send each other arrives in this order, and the
         projections are to run meanwhile.
         """
-        shards = self._flashfftconv_slicing.shards
-        return u if shards is None else after_neighbour(u, _taps(self.short_filter) - 1, shards)
+        shards, halo = self._flashfftconv_slicing.shards, _taps(self.short_filter) - 1
+        return None if shards is None or halo == 0 else from_neighbour(u, halo, shards)
 
     def local(
-        self, extended: Tensor, length: int, projection: nn.Module, gate: int, dropout: nn.Module | None
+        self, u: Tensor, before: Tensor | None, projection: nn.Module, gate: int, dropout: nn.Module | None
     ) -> tuple[Tensor, ...]:
         """Output gate and gated input of the long convolution, `(batch, channels, length)`, by `short_filtered`."""
         halo = _taps(self.short_filter) - 1
@@ -78,7 +78,7 @@ class SlicedMixer(PatchedMixer):
             return out_gate[..., extra:], g[..., extra:]
 
         positions = self._flashfftconv_slicing.positions
-        return over_slices(part, extended, positions, first=extended.shape[1] - length, halo=halo, dim=-1)
+        return over_slices(part, u, positions, before=before, halo=halo, dim=-1)
 
     def start_filters(self, filter_fn: nn.Module, u: Tensor, length: int, bidirectional: bool = False) -> SlicedFilters:
         """The filters of the rank's own channels, which may still be on their way, for an input such as `u`."""
@@ -125,9 +125,9 @@ class SlicedHyena(SlicedMixer, PatchedHyena):
     """HyenaDNA's operator on slices."""
 
     def mix(self, u: Tensor) -> Tensor:
-        length, extended = self.whole_length(u), self.with_halo(u)
+        length, before = self.whole_length(u), self.before(u)
         filters = self.start_filters(self.filter_fn, u, length)
-        out_gate, g = self.local(extended, u.shape[1], self.in_proj, 0, self.dropout)
+        out_gate, g = self.local(u, before, self.in_proj, 0, self.dropout)
         return self.convolve_slices(filters, g, out_gate).transpose(1, 2)
 
     def forward(self, u: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -153,9 +153,9 @@ class SlicedMonarchMixer(SlicedMixer, PatchedMonarchMixer):
         length = self.whole_length(u)
         if additions:
             u = self.layernorm(u)
-        extended = self.with_halo(u)
+        before = self.before(u)
         filters = self.start_filters(self.filter_fn, u, length, self.bidirectional)
-        out_gate, g = self.local(extended, u.shape[1], self.in_linear, 1, self.drop if additions else None)
+        out_gate, g = self.local(u, before, self.in_linear, 1, self.drop if additions else None)
         y = self.convolve_slices(filters, g, out_gate)
         if self.residual_long_conv:
             with torch.autocast(u.device.type, enabled=False):
