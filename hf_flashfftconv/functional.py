@@ -36,6 +36,9 @@ def fft_conv(
     the kernels, forward, in blocks of 4,096 positions: work a position and memory are then those of transforms of a few
     K points, however long the sequence is.
 
+    The backward pass needs nothing but the inputs, which it transforms again; where torch.fft serves a whole sequence
+    in float32 or float64, the output before `post_gate` is kept as well.
+
     Sums are accumulated in float32 (float64 for float64 inputs) whatever the dtype of `u`. A NaN or an infinity
     spreads over its own (b, h) row or the blocks of it that it reaches, and to no other row. Under autocast `u` and the
     gates are cast to the autocast dtype, as `torch.nn.functional.conv1d` casts its inputs; `k`, `k_rev` and `skip` are

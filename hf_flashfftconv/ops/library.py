@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from ..errors import BackendError
 from . import blocks, cuda, cuda_gradients, reference
+from .reference import compute_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ _fft_conv_backward = _operators.fft_conv_backward.default
 
 
 class _FFTConv(torch.autograd.Function):
-    """Saves nothing but its inputs: the backward pass transforms them again."""
+    """Saves nothing but its inputs: the backward pass transforms them again. See also `_keeps_ungated`."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
@@ -207,7 +208,7 @@ def _keeps_ungated(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, bac
 
     Not where it would be rounded once more, nor where memory is to be bounded, in blocks of a sequence.
     """
-    if torch.compiler.is_compiling() or u.dtype != reference.compute_dtype(u.dtype) or u.numel() == 0:
+    if torch.compiler.is_compiling() or u.dtype != compute_dtype(u.dtype) or u.numel() == 0:
         return False
     return not use_kernels(u, k, k_rev, causal, backend) and _windows(u, k, k_rev, causal) is None
 

@@ -25,13 +25,19 @@ def to_positions(x: Tensor, shards: SequenceShards) -> Tensor:
     return _Exchange.apply(x, shards, 2, 1)
 
 
-def start_taps_to_channels(x: Tensor, shards: SequenceShards) -> Callable[[], Tensor]:
-    """Sends a slice of all filters `(L / P, H)` on its way; the result waits for the rank's own filters `(L, H / P)`.
+def split_taps(x: Tensor, shards: SequenceShards) -> Tensor:
+    """Taps `(1, n, H)` by the ranks that they are for, `(P, n, H / P)`."""
+    return x[0].unflatten(1, (shards.size, -1)).movedim(1, 0)
 
-    What is queued on the GPU in between does not wait. Taps of a position stay neighbours in memory.
+
+def start_taps_to_channels(x: Tensor, shards: SequenceShards) -> Callable[[], Tensor]:
+    """Sends a slice of all filters on its way, split by [`split_taps`]; the result waits for the rank's own ones.
+
+    These have the shape `(L, H / P)`: taps of a position stay neighbours in memory. What is queued on the GPU in
+    between does not wait.
     """
     works: list[Any] = []
-    taps = _Exchange.apply(x, shards, 1, 0, works)
+    taps = _Exchange.apply(x.flatten(0, 1), shards, 0, 0, works)
 
     def arrive() -> Tensor:
         while works:

@@ -20,7 +20,7 @@ from ..adapters.truncation import cuts_itself
 from ..ops.truncation import kept_taps
 from ..slices import over_slices
 from .convolution import convolve
-from .exchange import from_neighbour, start_taps_to_channels
+from .exchange import from_neighbour, split_taps, start_taps_to_channels
 from .shards import SequenceShards
 
 
@@ -114,10 +114,11 @@ class SlicedMixer(PatchedMixer):
 
         def part(numbers: Tensor, _: int) -> tuple[Tensor]:
             first, count = int(numbers[0, 0, 0]), numbers.shape[1]
-            return (getattr(_at_positions(filter_fn, first), method)(count),)
+            taps = getattr(_at_positions(filter_fn, first), method)(count)
+            return (taps if shards is None else split_taps(taps, shards),)
 
         (own,) = over_slices(part, numbers, slicing.positions)
-        arrive = (lambda: own[0]) if shards is None else start_taps_to_channels(own[0], shards)
+        arrive = (lambda: own[0]) if shards is None else start_taps_to_channels(own, shards)
         return lambda: arrive().mT
 
 
