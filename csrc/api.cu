@@ -46,7 +46,7 @@ static LaunchParams derive(const fft_conv_params& p) {
     derived.log_radix = log2_of(p.fft_size / kColumns);
     derived.pairs = divider((p.batch + 1) / 2);
     derived.blocks = divider(block_count(p));
-    const int pairs = (p.batch + 1) / 2, pairs_per_tile = tile_rows(p.fft_size / kColumns) >> derived.log_radix;
+    const int pairs = (p.batch + 1) / 2, pairs_per_tile = std::max(1, tile_rows(p.fft_size / kColumns) >> derived.log_radix);
     derived.log_sharing = std::min(log2_of(pairs), log2_of(pairs_per_tile));
     const int tiles = (pairs + (1 << derived.log_sharing) - 1) >> derived.log_sharing, channels_per_tile = pairs_per_tile >> derived.log_sharing;
     const int channel_tiles = (p.channels + channels_per_tile - 1) / channels_per_tile;

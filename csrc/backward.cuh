@@ -24,7 +24,6 @@ struct BackwardPlan {
     static constexpr int kOverlayBytes = kOverlaid && 4 * T::kStageBytes > 2 * T::kRowBytes ? 4 * T::kStageBytes : 2 * T::kRowBytes;
     static constexpr int kSharedBytes = kFixedBytes + (kStaged ? 2 * T::kRowBytes + 7 * T::kStageBytes : kOverlayBytes);
     static_assert(kSharedBytes <= kSharedLimit, "shared memory of a block");
-    static_assert(T::kParts == 1, "all rows at a time");
 };
 
 // A unit is what one block sums over: the channels of a tile and one of the splits of the batch.
@@ -296,7 +295,7 @@ struct Backward {
         block_barrier();
         if (!T::kHalf && group == 1) return;
         OuterResult<T> result;
-        result.add(group == 0 ? rows_g : rows_e, tables.outer_inverse, 0, warp, lane);
+        result.add(group == 0 ? rows_g : rows_e, tables.outer_inverse, warp, lane);
         const int column = outer_column(warp, lane), offset = group * (params.fft_size / 2), split = params.splits.remainder(unit);
         for (int n = 0; n < OuterResult<T>::kTiles; n++) {
             const int slot = 4 * n + lane % 4, pair = slots.pair(slot), channel = units.channel(params, unit, pair);
@@ -355,13 +354,13 @@ struct Backward {
                 if (Plan::kStaged) start_inputs(units.sequences(params, next_unit, next_tile, lane), turn ^ 1, next_unit < units.count);
                 if (Plan::kOverlaid) block_barrier();
 
-                outer_forward<T>(x, group == 0 ? rows_g : rows_e, tables.outer, 0, warp, lane);
+                outer_forward<T>(x, group == 0 ? rows_g : rows_e, tables.outer, warp, lane);
                 block_barrier();
                 transform_rows(sequences, sums);
                 block_barrier();
                 if (group == 0 && !params.grad_post_gate.data) continue;
                 OuterResult<T> result;
-                result.add(group == 0 ? rows_g : rows_e, tables.outer_inverse, 0, warp, lane);
+                result.add(group == 0 ? rows_g : rows_e, tables.outer_inverse, warp, lane);
                 const float scale = sequences.valid ? params.spectrum_scale[sequences.channel] * scales.up : 0.f;
                 store_gradients(result, headers[turn], sequences, scale, turn);
             }

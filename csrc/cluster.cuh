@@ -226,7 +226,7 @@ struct ClusterForward {
         // Rows four apart have their units in the same places.
         const int slot = lane % 4, there = first + slot % T::kOwnRows;
         uint4* const units = rows(buffer) + there * kRowUnits + row_unit(there, warp, lane);
-        contract<T::kSlots>(x, tables.outer, 0, T::kRows / 4, lane, [&](int n, const SingleSums (&d)[2]) {
+        contract<T::kSlots>(x, tables.outer, T::kRows / 4, lane, [&](int n, const SingleSums (&d)[2]) {
             store_in_cluster(4 * n / T::kOwnRows + slot / T::kOwnRows, rank, units + 4 * n % T::kOwnRows * kRowUnits, packed(d), came);
         });
         warp_barrier();
@@ -433,7 +433,7 @@ struct ClusterForward {
             if (const int number = done(kStoring); number > first() && params.output.data) {
                 barrier_wait(&control().returned, (number - 1) % 2);
                 Result result;
-                result.add(returned_rows(), tables.outer_inverse, 0, warp, lane);
+                result.add(returned_rows(), tables.outer_inverse, warp, lane);
                 const int stored = tile(kStoring, -1);
                 const float scale = scales(stored)[lane];
                 copy_async_wait<0>();

@@ -51,7 +51,6 @@ struct Forward {
     DEVICE TileSequences sequences(TilePlace place) const { return TileSequences::consecutive(params, first_pair(place), lane, place.start<T>(params)); }
     DEVICE int block_vector(int row) const { return row * 64 + lane; }
     DEVICE int spectrum_vector(int row) const { return block_vector(row); }
-    DEVICE int part_number(int tile, int part) const { return (tile - range.first) * T::kParts + part; }
 
     // The first group.
     DEVICE void pack() const {
@@ -114,13 +113,10 @@ struct Forward {
             start_inputs(tile + 1, next);
             if (warp == 0) scales(tile)[lane] = undo;
             if (T::kBlocked && next.step == 0) block_scales.start(pair_of(next));
-#pragma unroll 1
-            for (int part = 0; part < T::kParts; part++) {
-                const int number = part_number(tile, part), buffer = number % Plan::kBuffers;
-                if (number >= Plan::kBuffers) named_barrier<512>(kEmpty + buffer);
-                outer_forward<T>(x, rows(buffer), tables.outer, part, warp, lane);
-                named_barrier_arrive<512>(kPacked + buffer);
-            }
+            const int number = tile - range.first, buffer = number % Plan::kBuffers;
+            if (number >= Plan::kBuffers) named_barrier<512>(kEmpty + buffer);
+            outer_forward<T>(x, rows(buffer), tables.outer, warp, lane);
+            named_barrier_arrive<512>(kPacked + buffer);
         }
         if (T::kBlocked && thread_index() == 0) *misfit_count() = misfits;
     }
@@ -138,16 +134,16 @@ struct Forward {
     }
     DEVICE int* misfit_count() const { return reinterpret_cast<int*>(control() + T::kEnergyBytes + Plan::kScaleSlots * 32 * 4 + 4 * int(sizeof(TileHeader))); }
 
-    // The second group. A warp's rows, part after part and tile after tile, are its steps.
+    // The second group. A warp's rows, tile after tile, are its steps.
     DEVICE void transform() const {
         const InnerConstants constants(InnerTables{tables.inner, lane});
         const int own_unit = warp * kRowUnits + fragment_unit(warp, lane);
-        const int steps = part_number(range.last, 0) * Plan::kRowsPerWarp;
+        const int tiles = range.last - range.first, steps = tiles * Plan::kRowsPerWarp;
         uint4* const operands = reinterpret_cast<uint4*>(memory + Plan::kBuffers * T::kRowBytes) + warp * Plan::kAhead * Plan::kOperandVectors;
         // Every lane copies what it will read itself: nothing but its own wait is needed.
         auto start_operands = [&](int step) {
-            const int number = step / Plan::kRowsPerWarp, row = number % T::kParts * T::kRows + warp + step % Plan::kRowsPerWarp * T::kWarps;
-            const int channel = row_channel(number / T::kParts, row), k1 = row & (radix - 1), before = step - Plan::kAhead;
+            const int row = warp + step % Plan::kRowsPerWarp * T::kWarps;
+            const int channel = row_channel(step / Plan::kRowsPerWarp, row), k1 = row & (radix - 1), before = step - Plan::kAhead;
             const bool kept = Plan::kWide && before >= 0 && row_channel(before / Plan::kRowsPerWarp, row) == channel;
             if (step < steps && !kept) {
                 uint4* const to = operands + step % Plan::kAhead * Plan::kOperandVectors + lane;
@@ -159,7 +155,7 @@ struct Forward {
         };
         for (int step = 0; step < Plan::kAhead; step++) start_operands(step);
 #pragma unroll 1
-        for (int number = 0; number < part_number(range.last, 0); number++) {
+        for (int number = 0; number < tiles; number++) {
             const int buffer = number % Plan::kBuffers;
             uint4* const units = rows(buffer) + own_unit;
             named_barrier<512>(kPacked + buffer);
@@ -294,7 +290,7 @@ struct Forward {
         return channel < params.channels ? channel : 0;
     }
     DEVICE int row_channel(int tile, int row) const {
-        return channel_of((range.first + tile) * (T::kAllRows >> params.log_radix) + (T::kMaxPairs == 1 ? 0 : row >> params.log_radix));
+        return channel_of((range.first + tile) * (T::kRows >> params.log_radix) + (T::kMaxPairs == 1 ? 0 : row >> params.log_radix));
     }
 
     // The third group.
@@ -312,17 +308,13 @@ struct Forward {
         start_gate(kPostGate, range.first, place);
         for (int tile = range.first; tile < range.last; tile++, place = next) {
             next = place.next<T>(params);
+            const int buffer = (tile - range.first) % Plan::kBuffers;
+            named_barrier<512>(kTransformed + buffer);
+            if constexpr (T::kBlocked) transform_back(rows(buffer));
             Result result;
-            float scale = 0.f;
-#pragma unroll 1
-            for (int part = 0; part < T::kParts; part++) {
-                const int number = part_number(tile, part), buffer = number % Plan::kBuffers;
-                named_barrier<512>(kTransformed + buffer);
-                if constexpr (T::kBlocked) transform_back(rows(buffer));
-                result.add(rows(buffer), tables.outer_inverse, part, warp, lane);
-                scale = scales(tile)[lane];
-                if (number + Plan::kBuffers < part_number(range.last, 0)) named_barrier_arrive<512>(kEmpty + buffer);
-            }
+            result.add(rows(buffer), tables.outer_inverse, warp, lane);
+            const float scale = scales(tile)[lane];
+            if (tile + Plan::kBuffers < range.last) named_barrier_arrive<512>(kEmpty + buffer);
             copy_async_wait<0>();
             named_barrier<256>(kStore);
             fill_header(1, tile + 1, next);

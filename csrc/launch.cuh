@@ -74,11 +74,10 @@ int Launcher<T>::forward(const LaunchParams& params, void* stream) {
 
 template <class T>
 int Launcher<T>::backward(const LaunchParams& params, void* stream) {
-    using B = BackwardTile<T>;
-    using Plan = BackwardPlan<B>;
+    using Plan = BackwardPlan<T>;
     static Prepared prepared;
-    const int64_t units = std::min(BackwardUnits<B>(params).count, kMaximumBackwardBlocks);
-    return launch(backward_kernel<B>, prepared, {units, 1, Plan::kThreads, Plan::kSharedBytes, Plan::kSharedBytes}, params, stream);
+    const int64_t units = std::min(BackwardUnits<T>(params).count, kMaximumBackwardBlocks);
+    return launch(backward_kernel<T>, prepared, {units, 1, Plan::kThreads, Plan::kSharedBytes, Plan::kSharedBytes}, params, stream);
 }
 
 template <class Element, int kSlots>

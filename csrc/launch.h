@@ -10,22 +10,18 @@
 #include "long_forward.cuh"
 #include "long_taps.cuh"
 
-// The tile of a backward pass, which works on all rows at a time.
-template <class T>
-using BackwardTile = Tile<typename T::Element, T::kAllRows, T::kHalf, T::kMaxPairs>;
-
 template <class T>
 struct Launcher {
     static int forward(const LaunchParams& params, void* stream);
     static int backward(const LaunchParams& params, void* stream);
-    static constexpr int kForwardSharedBytes = ForwardPlan<T>::kSharedBytes, kBackwardSharedBytes = BackwardPlan<BackwardTile<T>>::kSharedBytes;
-    static constexpr int kSumBytes = BackwardPlan<BackwardTile<T>>::kSumBytes;
+    static constexpr int kForwardSharedBytes = ForwardPlan<T>::kSharedBytes, kBackwardSharedBytes = BackwardPlan<T>::kSharedBytes;
+    static constexpr int kSumBytes = BackwardPlan<T>::kSumBytes;
 };
 
 // Transforms that a cluster of blocks shares, of whole sequences or of their blocks.
 template <class Element, int kBlocks, bool kBlocked = false>
 struct ClusterLauncher {
-    using T = Tile<Element, 32, true, 1, 1, kBlocked, kBlocks>;
+    using T = Tile<Element, 32, true, 1, kBlocked, kBlocks>;
     static int forward(const LaunchParams& params, void* stream);
     // That run at a time on the current device; zero or less where it has none.
     static int clusters();
@@ -57,10 +53,10 @@ inline int common_alignment(const fft_conv_tensor& t, int element_bytes) {
 }
 
 // Rows of the tile for a transform: those of hf_flashfftconv/ops/tables.py.
-inline int tile_rows(int radix) { return radix == 1 ? 16 : radix < 32 ? 32 : radix; }
+inline int tile_rows(int radix) { return radix == 1 ? 16 : 32; }
 
 template <class Element>
-using BlockedTile = Tile<Element, 32, true, 1, 1, true>;
+using BlockedTile = Tile<Element, 32, true, 1, true>;
 
 // Calls function(Tile<...>{}) with the tile for a transform.
 template <class Element, bool kHalf, class Function>
@@ -68,11 +64,7 @@ int with_rows(int radix, Function function) {
     if constexpr (!kHalf)
         if (radix == 1) return function(Tile<Element, 16, kHalf, 16>{});
     if (radix > 1 && radix < 32) return function(Tile<Element, 32, kHalf, 16>{});
-    if (radix == 32) return function(Tile<Element, 32, kHalf, 1>{});
-    // A full transform of this size leaves no room for its inputs.
-    if constexpr (kHalf)
-        if (radix == 64) return function(Tile<Element, 32, kHalf, 1, 2>{});
-    return kUnsupported;
+    return radix == 32 ? function(Tile<Element, 32, kHalf, 1>{}) : kUnsupported;
 }
 
 // The same for blocked sequences.

@@ -79,7 +79,7 @@ DEVICE void outer_pass(const ColumnTile& tile, const Sequence& first, const Sequ
                 x[j][2 * half] = pack(v.x, w.x), x[j][2 * half + 1] = pack(v.y, w.y);
             }
         }
-        contract<kSlots>(x, matrix, 0, tiles, tile.lane, [&](int n, const SingleSums (&d)[2]) {
+        contract<kSlots>(x, matrix, tiles, tile.lane, [&](int n, const SingleSums (&d)[2]) {
             const int row = 4 * n + q;
             if (row >= tile.outer_radix) return;
             if (tile.middle_radix == 1)
@@ -99,7 +99,7 @@ DEVICE void middle_pass(const ColumnTile& tile, const uint4* matrix) {
         u32 x[kRadix / 4][4];
 #pragma unroll
         for (int j = 0; j < kRadix / 4; j++) spread_unit(x[j], tile.exchanged(outer, 4 * j + q, unit));
-        contract<kRadix>(x, matrix, 0, kRadix / 4, tile.lane, [&](int n, const SingleSums (&d)[2]) {
+        contract<kRadix>(x, matrix, kRadix / 4, tile.lane, [&](int n, const SingleSums (&d)[2]) {
             store_for_blocks(tile.in_sheet(outer * kRadix + 4 * n + q, unit), unit_of(d));
         });
     });
@@ -114,7 +114,7 @@ DEVICE void middle_pass_back(const ColumnTile& tile, const uint4* matrix) {
         u32 x[kRadix / 4][4];
 #pragma unroll
         for (int j = 0; j < kRadix / 4; j++) spread_unit(x[j], load_shared_by_blocks(tile.in_sheet(outer * kRadix + 4 * j + q, unit)));
-        contract<kRadix>(x, matrix, 0, kRadix / 4, tile.lane, [&](int n, const SingleSums (&d)[2]) {
+        contract<kRadix>(x, matrix, kRadix / 4, tile.lane, [&](int n, const SingleSums (&d)[2]) {
             const int middle = 4 * n + q;
             tile.exchanged(outer, middle, unit) = unit_of(d, tile.twist(outer, middle));
         });

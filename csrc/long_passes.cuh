@@ -198,12 +198,12 @@ struct LongPasses {
         u32 x[8][4];
 #pragma unroll
         for (int j = 0; j < 8; j++) spread_unit(x[j], stage[(j * 8 + warp) * 32 + lane]);
-        outer_forward<T>(x, rows, tables.outer, 0, warp, lane);
+        outer_forward<T>(x, rows, tables.outer, warp, lane);
     }
 
     DEVICE void rows_to(uint4* points, const uint4* rows) const {
         OuterResult<T> result;
-        result.add(rows, tables.outer_inverse, 0, warp, lane);
+        result.add(rows, tables.outer_inverse, warp, lane);
         for (int n = 0; n < OuterResult<T>::kTiles; n++) store_for_blocks(points + row_unit_of_lane() + (4 * n + lane % 4) * 64, unit_of(result.value[n]));
     }
 };

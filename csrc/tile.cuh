@@ -12,13 +12,11 @@ constexpr int kColumns = 256;       // points of the inner transform, done by on
 constexpr int kRowUnits = 64;       // of 16 bytes, each of a row's points a, a + 1, a + 128 and a + 129
 constexpr int kSharedLimit = 232448;
 
-template <typename Element_, int kRows_, bool kHalf_, int kMaxPairs_, int kParts_ = 1, bool kBlocked_ = false, int kCluster_ = 1>
+template <typename Element_, int kRows_, bool kHalf_, int kMaxPairs_, bool kBlocked_ = false, int kCluster_ = 1>
 struct Tile {
     using Element = Element_;
     static constexpr int kRows = kRows_;
-    static constexpr int kParts = kParts_;                       // the rows of a transform are worked on in so many parts of kRows each
-    static constexpr int kAllRows = kRows * kParts;
-    static constexpr int kSlots = kHalf_ ? kAllRows / 2 : kAllRows;     // rows of 256 positions that are read and written
+    static constexpr int kSlots = kHalf_ ? kRows / 2 : kRows;    // rows of 256 positions that are read and written
     static constexpr bool kHalf = kHalf_, kBlocked = kBlocked_;
     static constexpr int kCluster = kCluster_, kOwnRows = kRows / kCluster;     // of each block, as rows pass through the cluster
     static constexpr bool kTwoOutputs = kBlocked || kCluster > 1;       // if wanted, of one result by two gates
@@ -29,7 +27,7 @@ struct Tile {
     static constexpr int kStageBytes = 2 * kSlots * kSegment;    // one tensor of a tile
     static constexpr int kRowBytes = kRows * kRowUnits * 16;
     static constexpr int kEnergyBytes = 2 * kMaxPairs * 8 * 4;   // partial energies of the sequences
-    static_assert(kRows == 16 || kRows == 32 || kRows == 64, "rows of a tile");
+    static_assert(kRows == 16 || kRows == 32, "rows of a tile");
     static_assert(kMaxPairs == 1 || kMaxPairs == 16, "pairs of a tile");
 };
 
@@ -71,7 +69,7 @@ DEVICE WorkRange work_range(int tiles, int cluster = 1) {
 // Pairs run over the batch first, then over the channels; a tile holds consecutive ones.
 template <class T>
 HOST_DEVICE int tile_count(const LaunchParams& params) {
-    const int pairs = (params.batch + 1) / 2 * params.channels, per_tile = T::kMaxPairs == 1 ? 1 : T::kAllRows >> params.log_radix;
+    const int pairs = (params.batch + 1) / 2 * params.channels, per_tile = T::kMaxPairs == 1 ? 1 : T::kRows >> params.log_radix;
     return T::kBlocked ? pairs * params.blocks.divisor : (pairs + per_tile - 1) / per_tile;
 }
 
@@ -103,7 +101,7 @@ struct TilePlace {
     }
     template <class T>
     DEVICE int first_pair(const LaunchParams& params, const OwnPairs<T>& pairs) const {
-        return T::kBlocked ? pairs[index] : T::kMaxPairs == 1 ? index : index * (T::kAllRows >> params.log_radix);
+        return T::kBlocked ? pairs[index] : T::kMaxPairs == 1 ? index : index * (T::kRows >> params.log_radix);
     }
     template <class T>
     DEVICE int start(const LaunchParams& params) const {
@@ -147,7 +145,7 @@ struct RegularSequences {
     // Consecutive pairs, as in TileSequences.
     template <class T>
     DEVICE static RegularSequences consecutive(const LaunchParams& params, int first_pair) {
-        const int count = T::kMaxPairs == 1 ? 1 : T::kAllRows >> params.log_radix, in_channel = params.pairs.divisor;
+        const int count = T::kMaxPairs == 1 ? 1 : T::kRows >> params.log_radix, in_channel = params.pairs.divisor;
         const int channel = params.pairs.divide(first_pair), pair = first_pair - channel * in_channel;
         const bool across = in_channel == 1;
         const int last_pair = across ? 0 : pair + count - 1, last_channel = across ? channel + count - 1 : channel;

@@ -262,14 +262,14 @@ DEVICE int fragment_unit(int row, int lane) { return row_unit(row, lane % 4, lan
 // Contracts kSlots values of each of a warp's 32 columns to 4 `tiles` outputs: lane (r, q) holds the columns a, a + 1, a + 128, a + 129 with
 // a = 16 warp + 2 r, and x[j][c] is (re, im) of slot 4 j + q at column c. emit(n, d) gets output 4 n + q.
 template <int kSlots, class Emit>
-DEVICE void contract(const u32 (&x)[kSlots / 4][4], const uint4* table, int first, int tiles, int lane, Emit emit) {
+DEVICE void contract(const u32 (&x)[kSlots / 4][4], const uint4* table, int tiles, int lane, Emit emit) {
     constexpr int kSteps = kSlots / 8;
 #pragma unroll 4
     for (int n = 0; n < tiles; n += 2) {
         SingleSums d[2][2];
 #pragma unroll
         for (int s = 0; s < kSteps; s++) {
-            const uint4 b = table[((first + n) / 2 * kSteps + s) * 32 + lane];
+            const uint4 b = table[(n / 2 * kSteps + s) * 32 + lane];
 #pragma unroll
             for (int t = 0; t < 2; t++) {
                 matrix_multiply_add(d[0][t].d, x[2 * s][t], x[2 * s][2 + t], x[2 * s + 1][t], x[2 * s + 1][2 + t], b.x, b.y);
@@ -277,7 +277,7 @@ DEVICE void contract(const u32 (&x)[kSlots / 4][4], const uint4* table, int firs
             }
         }
 #pragma unroll
-        for (int i = 0; i < 2; i++) emit(first + n + i, d[i]);
+        for (int i = 0; i < 2; i++) emit(n + i, d[i]);
     }
 }
 
@@ -306,14 +306,11 @@ DEVICE uint4 packed(const SingleSums (&d)[2]) {
     return make_uint4(pack(d[0].re(0), d[0].re(1)), pack(d[0].im(0), d[0].im(1)), pack(d[1].re(0), d[1].re(1)), pack(d[1].im(0), d[1].im(1)));
 }
 
-// The outer stage: writes the rows of one part.
+// The outer stage: writes the rows.
 template <class T>
-DEVICE void outer_forward(const u32 (&x)[T::kSlots / 4][4], uint4* rows, const uint4* table, int part, int warp, int lane) {
-    constexpr int kTiles = T::kRows / 4;
+DEVICE void outer_forward(const u32 (&x)[T::kSlots / 4][4], uint4* rows, const uint4* table, int warp, int lane) {
     uint4* const words = rows + lane % 4 * kRowUnits + row_unit(lane, warp, lane);
-    contract<T::kSlots>(x, table, part * kTiles, kTiles, lane, [&](int n, const SingleSums (&d)[2]) {
-        words[4 * (n - part * kTiles) * kRowUnits] = packed(d);
-    });
+    contract<T::kSlots>(x, table, T::kRows / 4, lane, [&](int n, const SingleSums (&d)[2]) { words[4 * n * kRowUnits] = packed(d); });
 }
 
 // The inverse outer stage: value[n][t] belongs to slot 4 n + q.
@@ -322,10 +319,9 @@ struct OuterResult {
     static constexpr int kTiles = T::kSlots / 4;
     Sums value[kTiles][2];
 
-    // What the rows of one part contribute.
-    DEVICE void add(const uint4* rows, const uint4* table, int part, int warp, int lane) {
+    DEVICE void add(const uint4* rows, const uint4* table, int warp, int lane) {
         const uint4* const words = rows + lane % 4 * kRowUnits + row_unit(lane, warp, lane);
-        contract_steps(value, table + part * (T::kRows / 8) * (T::kSlots / 8) * 32, T::kSlots / 8, T::kRows / 8, lane, [&](int s, u32 (&a)[2][4]) {
+        contract_steps(value, table, T::kSlots / 8, T::kRows / 8, lane, [&](int s, u32 (&a)[2][4]) {
             const uint4 v = words[8 * s * kRowUnits], w = words[(8 * s + 4) * kRowUnits];
             a[0][0] = join_low(v.x, v.y), a[0][1] = join_high(v.x, v.y), a[0][2] = join_low(w.x, w.y), a[0][3] = join_high(w.x, w.y);
             a[1][0] = join_low(v.z, v.w), a[1][1] = join_high(v.z, v.w), a[1][2] = join_low(w.z, w.w), a[1][3] = join_high(w.z, w.w);
@@ -350,9 +346,9 @@ DEVICE int cluster_row(int rank, int own) {
 // them where there is room and else stay in global memory and the L1 cache.
 template <class T, bool kSharedTwiddles>
 struct Tables {
-    static constexpr int kOuterVectors = T::kAllRows / 8 * (T::kSlots / 8) * 32;
+    static constexpr int kOuterVectors = T::kRows / 8 * (T::kSlots / 8) * 32;
     static constexpr int kFixedVectors = kInnerConstantVectors + 2 * kOuterVectors;
-    static constexpr int kMaxRadix = T::kMaxPairs == 1 ? T::kAllRows : T::kRows == 16 ? 1 : T::kRows / 2;
+    static constexpr int kMaxRadix = T::kMaxPairs == 1 ? T::kRows : T::kRows == 16 ? 1 : T::kRows / 2;
     static constexpr int kSharedBytes = (kFixedVectors + (kSharedTwiddles ? kMaxRadix * 64 : 0)) * 16;
     const uint4 *inner, *outer, *outer_inverse, *twiddle;
 

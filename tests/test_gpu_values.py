@@ -24,13 +24,12 @@ from numerics import all_pass_filter, impulses, tones
 from torch import Tensor
 
 from hf_flashfftconv import fft_conv
-from hf_flashfftconv.ops.plan import MAX_FULL_TILE_FFT_SIZE, MAX_TILE_FFT_SIZE, Plan, choose
+from hf_flashfftconv.ops.plan import MAX_TILE_FFT_SIZE, Plan, choose
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("without_clusters")]
 
 SIZES = [256 << n for n in range((MAX_TILE_FFT_SIZE // 256).bit_length())]
-FULL_SIZES = [size for size in SIZES if size <= MAX_FULL_TILE_FFT_SIZE]
-PLANS = [Plan(size, False) for size in FULL_SIZES] + [Plan(size, True) for size in SIZES[1:]]
+PLANS = [Plan(size, False) for size in SIZES] + [Plan(size, True) for size in SIZES[1:]]
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +50,7 @@ def test_every_transform(plan: Plan, dtype: torch.dtype, options: tuple[str, ...
     check(make(**lengths, options=options, dtype=dtype, batch=5, channels=67, device="cuda"))
 
 
-@pytest.mark.parametrize("size", FULL_SIZES)
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_circular(size: int, dtype: torch.dtype) -> None:
     check(make(size, size, (*GATES, "skip"), dtype=dtype, batch=4, channels=33, device="cuda"), causal=False)
@@ -103,7 +102,7 @@ def test_against_the_emulator(plan: Plan, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("basis", [impulses, tones])
-@pytest.mark.parametrize("size", [size for size in FULL_SIZES if size <= 8192])
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_basis_input(basis: Callable[[int], Tensor], size: int, dtype: torch.dtype) -> None:
     with torch.device("cuda"):

@@ -3,10 +3,10 @@
 It checks index maps, synchronisation and rounding, not what only hardware shows. See tests/simt.
 """
 
+import fcntl
 import hashlib
 import itertools
 import math
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -46,9 +46,12 @@ def build(folder: Path) -> Path:
     files = sorted(path for directory in directories for path in directory.iterdir() if path.is_file())
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
     library = folder / f"emulated_{digest}.so"
-    if not library.exists():
-        # Several processes may be at it.
-        unfinished = library.with_suffix(f".part{os.getpid()}")
+    with open(folder / "lock", "w") as lock:
+        # Of several processes one compiles, and the others wait.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if library.exists():
+            return library
+        unfinished = library.with_suffix(".part")
         # Fibers are switched by jumps that a fortified libc takes for an error.
         command = ["g++", "-std=c++17", "-O1", "-march=native", "-U_FORTIFY_SOURCE", "-w", "-shared", "-fPIC"]
         # What a GPU calls a misaligned address is a trap here too.

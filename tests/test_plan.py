@@ -112,14 +112,16 @@ def test_what_takes_several_passes() -> None:
     assert choose(4000, 4097, 0, True) == Plan(8192, True)
     assert choose(5000, 3, 0, True) == Plan(8192, False)
     assert choose(12000, 3, 2, True) == choose(12000, 3, 0, True, in_blocks=False) == Plan(16384, False)
-    assert choose(8000, 8000, 0, True, in_clusters=False) == Plan(16384, True)
-    long = [Plan(16384, False), Plan(32768, True), Plan(MAX_FFT_SIZE, True)]
+    assert choose(8000, 8000, 1, True, in_clusters=False) == Plan(16384, True)
+    long = [Plan(16384, False), Plan(16384, True), Plan(32768, True), Plan(MAX_FFT_SIZE, True)]
     assert all(plan.is_long for plan in long)
-    assert not any(plan.is_long for plan in (Plan(16384, True), Plan(8192, False), Plan(32768, True, 0, 4)))
+    assert not any(plan.is_long for plan in (Plan(8192, True), Plan(8192, False), Plan(16384, True, 0, 2)))
 
 
 def test_windows_of_causal_filters_of_longer_sequences() -> None:
     for length, taps, windows in [
+        (4097, 4097, 2),
+        (8000, 8000, 2),
         (8193, 1, 1),
         (8193, 2, 2),
         (8193, 4097, 2),

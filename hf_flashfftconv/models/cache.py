@@ -9,9 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..streaming import BLOCK_SIZE, StreamingConv
 from .hyena import HyenaFilter, HyenaOperator
+
+# The name of a cache among a model's outputs and the arguments that `generate` passes. The models take both.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class HyenaCacheLayer(CacheLayerMixin):
@@ -154,10 +158,11 @@ class HyenaCacheLayer(CacheLayerMixin):
 class HyenaCache(Cache):
     """Cache of [`HyenaDNAForCausalLM`] and [`HyenaLMForCausalLM`]; `generate` makes one unless `use_cache=False`.
 
-    Passed as `past_key_values`, it lets a model go on from the positions that it holds, with one token or many, exactly
-    as if it saw the whole sequence. A prompt costs one forward pass, a token after it O(log^2 L) in the length L so
-    far: see [`StreamingConv`]. `copy.deepcopy` keeps a state to come back to. A cache is for evaluation: a model in
-    training mode makes none, and no gradients flow through it.
+    Passed as `past_key_values`, or as `cache`, the name that transformers has for it from 5.24 on, it lets a model go
+    on from the positions that it holds, with one token or many, exactly as if it saw the whole sequence. A prompt costs
+    one forward pass, a token after it O(log^2 L) in the length L so far: see [`StreamingConv`]. `copy.deepcopy` keeps a
+    state to come back to. A cache is for evaluation: a model in training mode makes none, and no gradients flow through
+    it.
 
     With B sequences of width D, a layer has room for L positions, a power of two above their number (at least 256, at
     most `max_seq_len` unless filters are cut): B D L elements of the model's dtype, at most B D L float32, and 12 D L

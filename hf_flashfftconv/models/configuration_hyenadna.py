@@ -47,7 +47,7 @@ class HyenaDNAConfig(PreTrainedConfig):
 
     model_type = "hyenadna"
     # A cache is no prediction: Trainer would gather it.
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "d_model",
         "intermediate_size": "d_inner",

@@ -12,7 +12,7 @@ from transformers import (
 )
 from transformers.generation import GenerationMode
 
-from .cache import HyenaCache
+from .cache import CACHE, HyenaCache
 
 
 class HyenaGenerationMixin(GenerationMixin):
@@ -33,13 +33,13 @@ class HyenaGenerationMixin(GenerationMixin):
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any
     ) -> None:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if cache is None:
             # A copy of the user's configuration, which the decoding loop reads next.
             generation_config.use_cache = generation_config.use_cache is not False and not self.training
             if not generation_config.use_cache:
                 return
-            cache = model_kwargs["past_key_values"] = HyenaCache(self.config)
+            cache = model_kwargs[CACHE] = HyenaCache(self.config)
         if generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION:
             cache.activate_past_recording()
 
@@ -58,6 +58,7 @@ class HyenaGenerationMixin(GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         is_first_iteration: bool | None = False,
+        cache: HyenaCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Passes the new tokens with a cache, the whole sequence without. A prompt is `input_ids` or `inputs_embeds`.
@@ -67,13 +68,14 @@ class HyenaGenerationMixin(GenerationMixin):
         """
         if inputs_embeds is not None and is_first_iteration and input_ids.shape[1]:
             raise ValueError("A prompt is either input_ids or inputs_embeds, not both.")
-        if past_key_values is not None:
+        past = cache if past_key_values is None else past_key_values
+        if past is not None:
             inputs = super().prepare_inputs_for_generation(
                 input_ids,
-                past_key_values=past_key_values,
                 attention_mask=attention_mask,
                 inputs_embeds=inputs_embeds,
                 is_first_iteration=is_first_iteration,
+                **{CACHE: past},
                 **kwargs,
             )
         elif inputs_embeds is None:

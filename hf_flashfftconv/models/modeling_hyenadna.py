@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from ..slices import over_slices
-from .cache import HyenaCache, HyenaCacheLayer
+from .cache import CACHE, HyenaCache, HyenaCacheLayer
 from .configuration_hyenadna import HyenaDNAConfig
 from .generation import HyenaGenerationMixin
 from .hyena import HyenaFilter, HyenaOperator
@@ -159,6 +159,7 @@ class HyenaDNAModel(HyenaDNAPreTrainedModel):
         past_key_values: HyenaCache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: HyenaCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Runs the model.
@@ -174,6 +175,7 @@ class HyenaDNAModel(HyenaDNAPreTrainedModel):
                 training mode makes none.
             output_hidden_states (`bool`, *optional*): Whether to return all hidden states: the embedding, the output
                 of each layer, and the normalised last one, `n_layer + 2` in all as in the Hub's code.
+            cache ([`HyenaCache`], *optional*): What transformers calls `past_key_values` from 5.24 on.
             return_dict (`bool`, *optional*): `False` returns a tuple.
 
         Raises:
@@ -181,14 +183,14 @@ class HyenaDNAModel(HyenaDNAPreTrainedModel):
                 model or cannot be used in training mode.
         """
         check_inputs(input_ids, inputs_embeds)
-        past = self._past(past_key_values, use_cache)
+        past = self._past(cache if past_key_values is None else past_key_values, use_cache)
         _warn_if_padded_before_tokens(attention_mask, past)
         if inputs_embeds is None:
             inputs_embeds = self.backbone.embeddings(input_ids)
         wanted = bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
         states = self.backbone(inputs_embeds, past, wanted)
         return BaseModelOutputWithPast(
-            last_hidden_state=states[-1], past_key_values=past, hidden_states=states if wanted else None
+            last_hidden_state=states[-1], hidden_states=states if wanted else None, **{CACHE: past}
         )
 
     def _past(self, given: HyenaCache | None, use_cache: bool | None) -> HyenaCache | None:
@@ -235,6 +237,7 @@ class HyenaDNAForCausalLM(HyenaDNAPreTrainedModel, HyenaGenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         vocab_to_keep: int | None = None,
+        cache: HyenaCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Runs the model; see [`HyenaDNAModel.forward`] for the other arguments.
@@ -259,6 +262,7 @@ class HyenaDNAForCausalLM(HyenaDNAPreTrainedModel, HyenaGenerationMixin):
             past_key_values,
             use_cache,
             output_hidden_states=output_hidden_states,
+            cache=cache,
             return_dict=True,
         )
         if labels is not None and self.slice_size is not None:
@@ -272,8 +276,8 @@ class HyenaDNAForCausalLM(HyenaDNAPreTrainedModel, HyenaGenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits[..., :vocab_to_keep],
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def _loss_over_slices(

@@ -5,9 +5,8 @@ from typing import NamedTuple
 
 from .tables import COLUMNS
 
-# What one thread block transforms in shared memory, where a full transform leaves less room for its inputs.
-MAX_TILE_FFT_SIZE = 16384
-MAX_FULL_TILE_FFT_SIZE = 8192
+# What one thread block transforms in shared memory.
+MAX_TILE_FFT_SIZE = 8192
 # Causal sequences that are longer may go block by block through transforms of two blocks: the work on the transforms of
 # earlier blocks grows with the filter's windows.
 BLOCK_POSITIONS = 4096
@@ -67,7 +66,7 @@ class Plan(NamedTuple):
     @property
     def is_long(self) -> bool:
         """Whether it takes the kernels of csrc/long.cuh."""
-        return not self.cluster and self.fft_size > (MAX_TILE_FFT_SIZE if self.half else MAX_FULL_TILE_FFT_SIZE)
+        return not self.cluster and self.fft_size > MAX_TILE_FFT_SIZE
 
 
 @lru_cache(maxsize=1024)
@@ -104,8 +103,8 @@ def choose(
         for cluster, most, pairs in kinds if blocked else ():
             block = BLOCK_POSITIONS * max(1, cluster)
             windows = windows_of(length, taps, block)
-            fits = length > _longest_at_once(cluster, backward) and windows <= most
-            if fits and (in_clusters or not cluster):
+            wanted = _wants_blocks(cluster, length, size, backward) and windows <= most
+            if wanted and (in_clusters or not cluster):
                 return Plan(2 * block, True, windows, cluster, pairs)
     else:
         size, half = length, False
@@ -118,11 +117,11 @@ def choose(
     return Plan(size, half)
 
 
-def _longest_at_once(cluster: int, backward: bool) -> int:
-    """Longer sequences may go in blocks; gradients gain by those of one thread block as soon as there are two."""
+def _wants_blocks(cluster: int, length: int, size: int, backward: bool) -> bool:
+    """Whether a sequence may go in blocks; gradients gain by those of one thread block as soon as there are two."""
     if cluster:
-        return max(CLUSTERS) * CLUSTER_POINTS // 2
-    return BLOCK_POSITIONS if backward else MAX_TILE_FFT_SIZE // 2
+        return length > max(CLUSTERS) * CLUSTER_POINTS // 2
+    return length > BLOCK_POSITIONS if backward else size > MAX_TILE_FFT_SIZE
 
 
 @lru_cache(maxsize=1024)

@@ -20,7 +20,7 @@ _R, _Q = _LANE // 4, _LANE % 4
 
 def tile_rows(fft_size: int) -> int:
     """Rows of 256 points that one thread block holds: one pair of sequences, or several pairs of short ones."""
-    return 16 if fft_size == COLUMNS else max(32, fft_size // COLUMNS)
+    return 16 if fft_size == COLUMNS else 32
 
 
 def words(low: Tensor, high: Tensor) -> Tensor:

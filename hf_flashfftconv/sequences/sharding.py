@@ -175,7 +175,8 @@ def _agree(shards: SequenceShards, signature: inspect.Signature, values: dict[st
     tensors = {name: value if isinstance(value := values.get(name), Tensor) else None for name in names}
     kept = values.get("logits_to_keep", 0)
     # A model in training mode makes no cache.
-    cached = values.get("past_key_values") is not None or (bool(values.get("use_cache")) and not training)
+    given = any(values.get(name) is not None for name in ("past_key_values", "cache"))
+    cached = given or (bool(values.get("use_cache")) and not training)
     decoding = isinstance(kept, Tensor) or kept != 0 or cached
     flags = {"gradients": torch.is_grad_enabled(), "training": training, "logits_to_keep or a cache": decoding}
     shards.agree(tensors, **{name: int(value) for name, value in flags.items()})

@@ -9,8 +9,7 @@ int Launcher<T>::forward(const LaunchParams& params, void*) {
 
 template <class T>
 int Launcher<T>::backward(const LaunchParams& params, void*) {
-    using B = BackwardTile<T>;
-    simt::launch(2, BackwardPlan<B>::kThreads, BackwardPlan<B>::kSharedBytes, [&] { Backward<B>(params).run(); });
+    simt::launch(2, BackwardPlan<T>::kThreads, BackwardPlan<T>::kSharedBytes, [&] { Backward<T>(params).run(); });
     return 0;
 }
 

@@ -4,6 +4,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -46,6 +47,8 @@ struct Fiber {
     std::unique_ptr<char[]> stack{new char[kStackBytes]};   // left as it is: only what is touched costs memory
     int index = 0;
     bool done = false;
+    const long* waits_for = nullptr;        // a generation that is to change
+    long generation = 0;
     std::deque<std::vector<Copy>> groups{1};
 };
 
@@ -56,7 +59,7 @@ struct Rendezvous {
 
 struct Warp {
     Rendezvous meet;
-    alignas(16) unsigned char slots[32][64];
+    alignas(16) unsigned char slots[2][32][64];     // of every other meeting: who is at the next has read these
 };
 
 // What is on its way to the shared memory of a block lands when that waits for it.
@@ -106,7 +109,9 @@ inline void arrive(Rendezvous& r, int participants) {
 inline void meet(Rendezvous& r, int participants) {
     const long generation = r.generation;
     arrive(r, participants);
+    block->current->waits_for = &r.generation, block->current->generation = generation;
     while (r.generation == generation) yield();
+    block->current->waits_for = nullptr;
 }
 
 inline void entry() {
@@ -143,7 +148,7 @@ inline void launch(int blocks, int threads, int shared_bytes, std::function<void
                 block = &cluster[at / threads];
                 Fiber* fiber = block->fibers[at % threads].get();
                 if (fiber->done) continue;
-                resume(fiber);
+                if (!fiber->waits_for || *fiber->waits_for != fiber->generation) resume(fiber);
                 running += !fiber->done;
             }
         }
@@ -162,14 +167,21 @@ inline void complete(TransactionBarrier& barrier) {
     if (barrier.missing == 0 && barrier.bytes == 0) barrier.missing = barrier.count, barrier.generation++;
 }
 
+// What all lanes of a warp pass, for as long as the caller is at no other meeting.
 template <class X>
-void exchange(const X& mine, X (&all)[32]) {
-    static_assert(sizeof(X) <= 64);
+struct Exchanged {
+    const unsigned char (*slots)[64];
+    const X& operator[](int lane) const { return *reinterpret_cast<const X*>(slots[lane]); }
+};
+
+template <class X>
+Exchanged<X> exchange(const X& mine) {
+    static_assert(sizeof(X) <= 64 && alignof(X) <= 16);
     Warp& warp = block->warps[block->current->index / 32];
-    std::memcpy(warp.slots[block->current->index % 32], &mine, sizeof(X));
+    auto& slots = warp.slots[warp.meet.generation % 2];
+    new (slots[block->current->index % 32]) X(mine);
     meet(warp.meet, 32);
-    for (int i = 0; i < 32; i++) std::memcpy(&all[i], warp.slots[i], sizeof(X));
-    meet(warp.meet, 32);
+    return {slots};
 }
 
 }  // namespace simt
@@ -266,17 +278,14 @@ inline u32 join_low(u32 a, u32 b) { return (a & 0xffffu) | b << 16; }
 inline u32 join_high(u32 a, u32 b) { return a >> 16 | (b & 0xffff0000u); }
 
 inline void matrix_multiply_add(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    struct Operands { u32 a[4], b[2]; };
-    Operands all[32];
-    simt::exchange(Operands{{a0, a1, a2, a3}, {b0, b1}}, all);
+    struct Operands { float a[4][2], b[2][2]; };
+    const auto all = simt::exchange(Operands{{{low_half(a0), high_half(a0)}, {low_half(a1), high_half(a1)}, {low_half(a2), high_half(a2)}, {low_half(a3), high_half(a3)}},
+                                             {{low_half(b0), high_half(b0)}, {low_half(b1), high_half(b1)}}});
     const int lane = thread_index() % 32;
     for (int i = 0; i < 4; i++) {
         const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
         float sum = 0.f;
-        for (int k = 0; k < 16; k++) {
-            const u32 a = all[row % 8 * 4 + k % 8 / 2].a[row / 8 + 2 * (k / 8)], b = all[column * 4 + k % 8 / 2].b[k / 8];
-            sum += (k % 2 ? high_half(a) : low_half(a)) * (k % 2 ? high_half(b) : low_half(b));
-        }
+        for (int k = 0; k < 16; k++) sum += all[row % 8 * 4 + k % 8 / 2].a[row / 8 + 2 * (k / 8)][k % 2] * all[column * 4 + k % 8 / 2].b[k / 8][k % 2];
         d[i] += sum;
     }
 }
@@ -288,26 +297,26 @@ inline void matrix_multiply_add(u32 (&d)[2], u32 a0, u32 a1, u32 a2, u32 a3, u32
 }
 
 template <class X>
-X shuffle(X x, int lane) { X all[32]; simt::exchange(x, all); return all[lane & 31]; }
+X shuffle(X x, int lane) { return simt::exchange(x)[lane & 31]; }
 template <class X>
 X shuffle_xor(X x, int mask) { return shuffle(x, (thread_index() % 32) ^ mask); }
 inline u32 high_product(u32 a, u32 b) { return u32(uint64_t(a) * b >> 32); }
 inline bool warp_any(bool x) {
-    bool all[32];
-    simt::exchange(x, all);
-    for (bool b : all) if (b) return true;
-    return false;
+    const auto all = simt::exchange(x);
+    bool any = false;
+    for (int i = 0; i < 32; i++) any |= all[i];
+    return any;
 }
 inline u32 warp_maximum(u32 x) {
-    u32 all[32], largest = 0;
-    simt::exchange(x, all);
-    for (u32 v : all) largest = v > largest ? v : largest;
+    const auto all = simt::exchange(x);
+    u32 largest = 0;
+    for (int i = 0; i < 32; i++) largest = std::max(largest, all[i]);
     return largest;
 }
 inline u32 warp_sum(u32 x) {
-    u32 all[32], sum = 0;
-    simt::exchange(x, all);
-    for (u32 v : all) sum += v;
+    const auto all = simt::exchange(x);
+    u32 sum = 0;
+    for (int i = 0; i < 32; i++) sum += all[i];
     return sum;
 }
 inline void atomic_maximum(u32* shared, u32 x) { if (x > *shared) *shared = x; }
