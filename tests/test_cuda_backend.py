@@ -134,25 +134,27 @@ def test_what_is_served_and_why_the_rest_is_not(gpu: SimpleNamespace) -> None:
     assert why_not(on_gpu(1, batch=1 << 20, channels=1 << 11), 1) is None
 
 
-@pytest.mark.parametrize("switch", ["allow_tf32", "set_float32_matmul_precision", "backends", "matmul"])
-def test_float32_needs_permission_for_tf32(gpu: SimpleNamespace, switch: str) -> None:
-    code = {
-        "allow_tf32": "torch.backends.cuda.matmul.allow_tf32 = True",
-        "set_float32_matmul_precision": "torch.set_float32_matmul_precision('high')",
-        "backends": "torch.backends.fp32_precision = 'tf32'",
-        "matmul": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
-    }[switch]
-    # In a process of its own: the settings are global, and the two generations of them do not mix.
-    script = f"""
-import torch
+def test_float32_needs_permission_for_tf32() -> None:
+    # In processes of their own: the settings are global, and the two generations of them do not mix.
+    script = """
+import os, torch
 from types import SimpleNamespace
 from hf_flashfftconv.ops import cuda
 cuda._verdict = cuda._lacks_memory = lambda *_: None
 u = SimpleNamespace(shape=(2, 3, 100), dtype=torch.float32, is_cuda=True, device=torch.device("cuda", 0))
-answers = [cuda.unsupported(u, torch.empty(3, 100), None, True)]
-{code}
-answers.append(cuda.unsupported(u, torch.empty(3, 100), None, True))
-raise SystemExit(0 if "TF32" in answers[0] and answers[1] is None else repr(answers))
+reason = lambda: cuda.unsupported(u, torch.empty(3, 100), None, True)
+for switch in (
+    "torch.backends.cuda.matmul.allow_tf32 = True",
+    "torch.set_float32_matmul_precision('high')",
+    "torch.backends.fp32_precision = 'tf32'",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+):
+    if (child := os.fork()) == 0:
+        assert "TF32" in reason()
+        exec(switch)
+        assert reason() is None, reason()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, switch
 """
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
