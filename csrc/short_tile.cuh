@@ -23,9 +23,10 @@ struct ShortParams : fft_conv_short_params {
 };
 
 // A warp works on eight words of channels and four runs, so that either layout is read and written in whole sectors. More warps along the
-// channels read longer pieces of what has neighbouring channels, more along the time longer pieces of what has neighbouring positions.
+// channels read longer pieces of what has neighbouring channels, more along the time longer pieces of what has neighbouring positions, whose
+// neighbours the L1 cache still has; two each are the fastest, as measured.
 constexpr int kShortThreads = 128, kShortRun = 8, kShortRuns = 4, kShortWords = 32 / kShortRuns;
-constexpr int kShortChannelWarps = 4, kShortTimeWarps = kShortThreads / 32 / kShortChannelWarps;
+constexpr int kShortChannelWarps = 2, kShortTimeWarps = kShortThreads / 32 / kShortChannelWarps;
 constexpr int kShortTimes = kShortRun * kShortRuns * kShortTimeWarps;
 // Nearly all models have three taps.
 constexpr int kShortFewTaps = 3, kShortMaxTaps = 7;
