@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hf_flashfftconv import patch_model, sparsify_model
 from hf_flashfftconv.models import HyenaCache, modeling_hyenadna
+from hf_flashfftconv.models.cache import CACHE
 
 BUILDERS = [tiny_hyenadna, tiny_hyena]
 every_model = pytest.mark.parametrize("build", BUILDERS)
@@ -292,6 +293,17 @@ def test_nothing_is_cached_unless_asked_for() -> None:
     assert model.train()(ids, use_cache=True).past_key_values is None
     with pytest.raises(ValueError, match=r"training mode cannot use past_key_values: call model.eval\(\)"):
         model(ids, past_key_values=HyenaCache(model.config))
+
+
+@torch.no_grad()
+def test_a_cache_goes_by_both_names() -> None:
+    model, ids = tiny_hyenadna().eval(), dna_ids(2, 60)
+    expected = model(ids).logits[:, 20:]
+    for name in ("past_key_values", "cache"):
+        cache = HyenaCache(model.config)
+        start = model(ids[:, :20], **{name: cache})
+        assert start[CACHE] is cache
+        torch.testing.assert_close(model(ids[:, 20:], **{name: cache}).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_training_with_checkpointing_does_as_it_did() -> None:
