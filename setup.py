@@ -26,7 +26,7 @@ from setuptools.errors import CompileError, SetupError
 PACKAGE = "hf_flashfftconv"
 LIBRARY = f"lib{PACKAGE}.so"
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
-COMPILE_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xptxas", "-v", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC")
+COMPILE_FLAGS = ("-std=c++17", "-O3", "-Xptxas", "-v", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC")
 LINK_FLAGS = ("-shared", "-cudart", "static")
 
 

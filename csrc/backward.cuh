@@ -105,9 +105,7 @@ struct Backward {
     DEVICE void start_inputs(const TileSequences& sequences, int turn, bool any) const {
         if ((Plan::kStaged || Plan::kOverlaid) && any) {
             const TensorIndex operand = group == 0 ? kU : kGradOutput, gate = group == 0 ? kPreGate : kPostGate;
-            auto all = [&] { return sequences; };
-            stager.start(stage(operand, turn), operand, headers[turn], all);
-            if (stage(gate, turn)) stager.start(stage(gate, turn), gate, headers[turn], all);
+            stager.start(headers[turn], [&] { return sequences; }, stage(operand, turn), operand, stage(gate, turn), gate);
         }
         copy_async_commit();
     }

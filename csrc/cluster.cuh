@@ -52,8 +52,9 @@ struct ClusterForward {
     DEVICE char* control_memory() const { return memory + (Plan::kBuffers + 1) * T::kRowBytes + Plan::kOperandBytes; }
     DEVICE Control& control() const { return *reinterpret_cast<Control*>(control_memory()); }
     DEVICE Stage<T> stage(int tensor) const { return {control_memory() + Plan::kControlBytes + tensor * T::kStageBytes}; }
+    DEVICE Stager<T> stager() const { return {params, slots, fresh_thread_index()}; }
     DEVICE float* scales(int tile) const { return control().scales[tile % Plan::kScaleSlots]; }
-    DEVICE TileHeader& header(int group, int tile) const { return control().headers[group][tile % 2]; }
+    DEVICE TileHeader& header(int group, int tile) const { return control().headers[group][tile % 2u]; }
     // The block's tiles, and how many of them a group has done. They stay in shared memory: what registers have no room for the compiler would park in
     // local memory, as far as the L2 cache.
     DEVICE volatile const WorkRange& range() const { return control().range; }
@@ -100,12 +101,8 @@ struct ClusterForward {
     DEVICE void pack() {
         const Stage<T> u = stage(0), pre{params.pre_gate.data ? stage(1).memory : nullptr};
         auto start_inputs = [&](int ahead) {
-            auto all = [&] { return sequences(tile(kPacking, ahead)); };
-            const Stager<T> stager{params, slots, fresh_thread_index()};
-            if (const int next = tile(kPacking, ahead); Plan::kStaged && next < range().last) {
-                stager.start(u, kU, header(0, next), all);
-                if (pre) stager.start(pre, kPreGate, header(0, tile(kPacking, ahead)), all);
-            }
+            if (const int next = tile(kPacking, ahead); Plan::kStaged && next < range().last)
+                stager().start(header(0, next), [&] { return sequences(tile(kPacking, ahead)); }, u, kU, pre, kPreGate);
             copy_async_commit();
         };
         done(kPacking) = first();
@@ -221,7 +218,7 @@ struct ClusterForward {
     DEVICE void send(const u32 (&x)[T::kSlots / 4][4], int number) const {
         const int buffer = number % Plan::kBuffers, round = number / Plan::kBuffers;
         TransactionBarrier* const came = control().rows_came + buffer;
-        if (round > 0) barrier_wait(control().rows_free + buffer, (round - 1) % 2);
+        if (round > 0) barrier_wait(control().rows_free + buffer, (round - 1) % 2u);
         const int first = rank * T::kOwnRows;       // where they have this block's rows
         // Rows four apart have their units in the same places.
         const int slot = lane % 4, there = first + slot % T::kOwnRows;
@@ -242,9 +239,10 @@ struct ClusterForward {
     template <class Function>
     DEVICE void across(uint4* rows, Function function) const {
         constexpr int kPairs = int(sizeof(Vector)) / 8;
-#pragma unroll 1
-        for (int i = warp * 32 + lane; i < T::kOwnRows * kVectors; i += T::kThreads) {
-            const int own = i / kVectors, at = i % kVectors;
+        const int first = warp * 32 + lane, at = first % kVectors;
+#pragma unroll 2
+        for (int i = 0; i < T::kOwnRows * kVectors / T::kThreads; i++) {
+            const int own = first / kVectors + i * (T::kThreads / kVectors);
             PlanarPair x[kPairs][T::kCluster];
 #pragma unroll
             for (int b = 0; b < T::kCluster; b++) unpack(*vector_of(rows, b * T::kOwnRows + own, at), x, b);
@@ -403,7 +401,7 @@ struct ClusterForward {
         const int buffer = number % Plan::kBuffers;
         named_barrier<512>(kTransformed + buffer);
         if (params.output.data) {
-            if (number > 0) barrier_wait(&control().return_free, (number - 1) % 2);
+            if (number > 0) barrier_wait(&control().return_free, (number - 1) % 2u);
             across(rows(buffer), [&](int b, int own, int at, Vector v) {
                 store_in_cluster(b, rank, vector_of(returned_rows(), rank * T::kOwnRows + own, at), v, &control().returned);
             });
@@ -417,32 +415,40 @@ struct ClusterForward {
     // The third group: while the second works on a pair, stores the one before.
     DEVICE void store() {
         const Stage<T> post{Plan::kStaged && params.post_gate.data ? stage(2).memory : nullptr};
-        auto all = [&] { return sequences(tile(kStoring, -1)); };
-        auto start_gate = [&](TensorIndex gate, int ahead) {
-            const Stager<T> stager{params, slots, fresh_thread_index()};
-            if (const int next = tile(kStoring, ahead); post && next < range().last)
-                stager.start(post, gate, header(1, next), [&] { return sequences(tile(kStoring, ahead)); });
+        auto start_gate = [&] {
+            if (const int next = tile(kStoring); post && next < range().last) stager().start(header(1, next), [&] { return sequences(tile(kStoring)); }, post, kPostGate);
             copy_async_commit();
         };
         done(kStoring) = first();
         fill_header(1, range().first + first());
         named_barrier<256>(kStore);
-        start_gate(kPostGate, 0);
+        start_gate();
 #pragma unroll 1
         for (;;) {
             if (const int number = done(kStoring); number > first() && params.output.data) {
-                barrier_wait(&control().returned, (number - 1) % 2);
+                barrier_wait(&control().returned, (number - 1) % 2u);
                 Result result;
                 result.add(returned_rows(), tables.outer_inverse, warp, lane);
                 const int stored = tile(kStoring, -1);
                 const float scale = scales(stored)[lane];
                 copy_async_wait<0>();
                 named_barrier<256>(kStore);
-                if (warp == 0 && lane < T::kCluster) barrier_arrive(lane, &control().return_free);
+                auto all = [&] { return sequences(tile(kStoring, -1)); };
+                auto leave_rows = [&] {
+                    if (warp == 0 && lane < T::kCluster) barrier_arrive(lane, &control().return_free);
+                };
+                // The second gate comes to where the rows were.
+                const Stage<T> second{Plan::kStaged && params.second_output.data ? reinterpret_cast<char*>(returned_rows()) : nullptr};
+                if (second)
+                    stager().start(header(1, stored), all, second, kSecondGate);
+                else
+                    leave_rows();
+                copy_async_commit();
                 fill_header(1, stored + 1);
                 const TileStore<T, Result> output{params, slots, warp, lane};
-                output.store(result, header(1, stored), post, scale, kStore, [&] { start_gate(kSecondGate, -1); }, all);
-                start_gate(kPostGate, 0);
+                output.store(result, header(1, stored), post, second, scale, kStore, [] {}, all);
+                if (second) leave_rows();
+                start_gate();
             }
             if (tile(kStoring) >= range().last) break;
             return_rows(done(kStoring));
@@ -458,7 +464,7 @@ struct ClusterForward {
             else
                 control().range = work_range(tile_count<T>(params), T::kCluster);
             control().scale_words.start();
-            for (int i = 0; i < Plan::kBuffers; i++) barrier_start(control().rows_came + i, T::kWarps), barrier_start(control().rows_free + i, T::kCluster);
+            for (u32 i = 0; i < Plan::kBuffers; i++) barrier_start(control().rows_came + i, T::kWarps), barrier_start(control().rows_free + i, T::kCluster);
             barrier_start(&control().returned, T::kWarps), barrier_start(&control().return_free, T::kCluster);
         }
         copy_async_wait<0>();

@@ -6,12 +6,12 @@
 // Two words from each block of a cluster to all blocks, again and again.
 template <int kBlocks>
 struct BlockWords {
-    static constexpr int kPlaces = 2;   // a block may be one exchange ahead
+    static constexpr u32 kPlaces = 2;   // a block may be one exchange ahead
     uint2 words[kPlaces][kBlocks];
     TransactionBarrier came[kPlaces];
 
     DEVICE void start() {
-        for (int i = 0; i < kPlaces; i++) barrier_start(came + i, 1);
+        for (u32 i = 0; i < kPlaces; i++) barrier_start(came + i, 1);
     }
     // All lanes of a warp know this block's words.
     DEVICE void send(int number, uint2 own, int lane) {
@@ -47,8 +47,8 @@ private:
 template <class T>
 struct ClusterPlan {
     static constexpr int kThreads = 3 * T::kThreads;
-    static constexpr int kBuffers = 2;          // of rows that come; there is one for rows that return
-    static constexpr int kScaleSlots = 4;       // tiles under way between the first and the third group
+    static constexpr u32 kBuffers = 2;          // of rows that come; there is one for rows that return
+    static constexpr u32 kScaleSlots = 4;       // tiles under way between the first and the third group
     static constexpr int kRowsPerWarp = T::kRows / T::kWarps;
     // What a warp of the second group has before it comes to it: the spectra of its rows or, of blocked sequences, the operands of its next products.
     static constexpr int kAhead = T::kBlocked ? 2 : kRowsPerWarp, kOperandVectors = T::kBlocked ? 128 : 64;
@@ -72,7 +72,7 @@ struct ClusterPlan {
         TransactionBarrier rows_came[kBuffers], rows_free[kBuffers], returned, return_free;
     };
     static constexpr int kControlBytes = (int(sizeof(Control)) + 127) / 128 * 128;
-    static constexpr int kFixedBytes = Tables<T, true>::kSharedBytes + (kBuffers + 1) * T::kRowBytes + kOperandBytes + kControlBytes;
+    static constexpr int kFixedBytes = Tables<T, true>::kSharedBytes + int(kBuffers + 1) * T::kRowBytes + kOperandBytes + kControlBytes;
     static constexpr bool kStaged = kFixedBytes + 3 * T::kStageBytes <= kSharedLimit;   // else inputs come from global memory
     static constexpr int kSharedBytes = kFixedBytes + (kStaged ? 3 * T::kStageBytes : 0);
     static_assert(kSharedBytes <= kSharedLimit, "shared memory of a block");

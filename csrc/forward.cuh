@@ -49,20 +49,16 @@ struct Forward {
         if (warp == 0) header(group, tile).template fill<Element>(params, RegularSequences::consecutive<T>(params, first_pair(place)), lane, place.start<T>(params));
     }
     DEVICE TileSequences sequences(TilePlace place) const { return TileSequences::consecutive(params, first_pair(place), lane, place.start<T>(params)); }
+    DEVICE Stager<T> stager() const { return {params, slots, fresh_thread_index()}; }
     DEVICE int block_vector(int row) const { return row * 64 + lane; }
     DEVICE int spectrum_vector(int row) const { return block_vector(row); }
 
     // The first group.
     DEVICE void pack() const {
-        const Stager<T> stager{params, slots, thread_index()};
         const Stage<T> u = stage(0), pre{params.pre_gate.data ? stage(1).memory : nullptr};
         SequenceScales<T> sequence_scales{reinterpret_cast<float*>(control()), slots, 0, warp, lane};
         auto start_inputs = [&](int tile, TilePlace place) {
-            auto all = [&] { return sequences(place); };
-            if (Plan::kStaged && tile < range.last) {
-                stager.start(u, kU, header(0, tile), all);
-                if (pre) stager.start(pre, kPreGate, header(0, tile), all);
-            }
+            if (Plan::kStaged && tile < range.last) stager().start(header(0, tile), [&] { return sequences(place); }, u, kU, pre, kPreGate);
             copy_async_commit();
         };
         // Of blocked sequences: their scale, what undoes it and the filter's, the largest mean square of their blocks so far, the pairs that it
@@ -295,11 +291,10 @@ struct Forward {
 
     // The third group.
     DEVICE void store() const {
-        const Stager<T> stager{params, slots, thread_index()};
         const TileStore<T, Result> output{params, slots, warp, lane};
         const Stage<T> post{Plan::kStaged && params.post_gate.data ? stage(2).memory : nullptr};
         auto start_gate = [&](TensorIndex gate, int tile, TilePlace place) {
-            if (post && tile < range.last) stager.start(post, gate, header(1, tile), [&] { return sequences(place); });
+            if (post && tile < range.last) stager().start(header(1, tile), [&] { return sequences(place); }, post, gate);
             copy_async_commit();
         };
         TilePlace place{range.first, 0}, next;
@@ -318,7 +313,11 @@ struct Forward {
             copy_async_wait<0>();
             named_barrier<256>(kStore);
             fill_header(1, tile + 1, next);
-            output.store(result, header(1, tile), post, scale, kStore, [&] { start_gate(kSecondGate, tile, place); }, [&] { return sequences(place); });
+            auto start_second_gate = [&] {      // where the first was
+                named_barrier<256>(kStore);
+                start_gate(kSecondGate, tile, place);
+            };
+            output.store(result, header(1, tile), post, post, scale, kStore, start_second_gate, [&] { return sequences(place); });
             start_gate(kPostGate, tile + 1, next);
         }
     }

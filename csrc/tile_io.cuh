@@ -51,13 +51,15 @@ struct Stager {
     SlotMap<T> slots;
     int thread;
 
-    // sequences() tells of tiles that are not regular.
+    // One or two tensors, each to a stage of its own; none where there is no stage. sequences() tells of tiles that are not regular.
     template <class Sequences>
-    DEVICE void start(Stage<T> stage, TensorIndex index, const TileHeader& header, Sequences sequences) const {
-        if (header.regular)
-            copy_units(stage, index, header);
-        else
-            copy_any(params, slots, stage, index, sequences());
+    DEVICE void start(const TileHeader& header, Sequences sequences, Stage<T> stage, TensorIndex index, Stage<T> other_stage = {nullptr}, TensorIndex other = kU) const {
+        if (header.regular) {
+            copy_units(header, stage, index, other_stage, other);
+        } else {
+            if (stage) copy_any(params, slots, stage, index, sequences());
+            if (other_stage) copy_any(params, slots, other_stage, other, sequences());
+        }
     }
 
 private:
@@ -68,26 +70,42 @@ private:
         else
             copy_async<16>(to, from, bytes);
     }
+    // The same address. ptxas of CUDA 13.0 puts a wrong register into such a copy with a cache policy, an illegal instruction, where it finds that a part of
+    // the address is the same in all threads; after a shuffle it does not.
+    DEVICE static char* address_of_thread(char* to) {
+        return T::kBlocked ? reinterpret_cast<char*>(shuffle_xor(reinterpret_cast<uintptr_t>(to), 0)) : to;
+    }
 
-    DEVICE void copy_units(Stage<T> stage, TensorIndex index, const TileHeader& header) const {
-        constexpr int kUnit = 16 / int(sizeof(Element));
-        const int length = header.length;
-        const int warp = thread / 32 % T::kWarps, at = thread % 32 * kUnit;
-        const int64_t second = (&params.u)[index].batch_stride * int(sizeof(Element));
-        const char* const first = header.first[index] + at * int(sizeof(Element));
+    DEVICE void copy_units(const TileHeader& header, Stage<T> stage, TensorIndex index, Stage<T> other_stage, TensorIndex other) const {
+        constexpr int kSize = int(sizeof(Element)), kUnit = 16 / kSize, kParts = kColumns / (32 * kUnit), kSteps = (T::kSlots + T::kWarps - 1) / T::kWarps;
+        const int warp = int(u32(thread) / 32 % T::kWarps), at = int(u32(thread) % 32) * kUnit;
+        int bytes[2][kSteps][kParts];
 #pragma unroll
-        for (int i = 0; i < (T::kSlots + T::kWarps - 1) / T::kWarps; i++) {
-            const int slot = warp + i * T::kWarps, position = slots.position(slot);
-            if (T::kSlots % T::kWarps != 0 && slot >= T::kSlots) break;
-            const char* from = first + position * int(sizeof(Element));
-            if (T::kMaxPairs > 1) from += slots.pair(slot) * header.pair_stride[index];
+        for (int i = 0; i < kSteps; i++)
 #pragma unroll
-            for (int part = 0; part < kColumns; part += 32 * kUnit) {
-                const int bytes = position + at + part < length ? 16 : 0, offset = part * int(sizeof(Element));
-                copy(stage.at(0, slot / 4, warp % 4, at + part), from + offset, bytes);
-                copy(stage.at(1, slot / 4, warp % 4, at + part), from + second + offset, header.second ? bytes : 0);
+            for (int part = 0; part < kParts; part++) {
+                bytes[0][i][part] = slots.position(warp + i * T::kWarps) + at + part * 32 * kUnit < header.length ? 16 : 0;
+                bytes[1][i][part] = header.second ? bytes[0][i][part] : 0;
             }
-        }
+        auto copy_tensor = [&](Stage<T> stage, TensorIndex index) {
+            char* const to = address_of_thread(stage.at(0, warp / 4, warp % 4, at));
+#pragma unroll
+            for (int sequence = 0; sequence < 2; sequence++) {
+                const char* const first = header.first[index] + (sequence * (&params.u)[index].batch_stride + at) * kSize;
+#pragma unroll
+                for (int i = 0; i < kSteps; i++) {
+                    const int slot = warp + i * T::kWarps;
+                    if (T::kSlots % T::kWarps != 0 && slot >= T::kSlots) break;
+                    const char* from = first + slots.position(slot) * kSize;
+                    if (T::kMaxPairs > 1) from += slots.pair(slot) * header.pair_stride[index];
+#pragma unroll
+                    for (int part = 0; part < kParts; part++)
+                        copy(to + (sequence * T::kSlots + i * T::kWarps) * T::kSegment + part * 512, from + part * 512, bytes[sequence][i][part]);
+                }
+            }
+        };
+        if (stage) copy_tensor(stage, index);
+        if (other_stage) copy_tensor(other_stage, other);
     }
 
     RARE void copy_any(const LaunchParams& params, SlotMap<T> slots, Stage<T> stage, TensorIndex index, TileSequences sequences) {

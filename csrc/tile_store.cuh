@@ -11,17 +11,17 @@ struct TileStore {
     int warp, lane;
 
     // Gates and stores a tile. `stage` holds the gate if there is one and it is staged; `scale` undoes the scales of the sequence that a lane knows;
-    // the second sequence of a pair comes out conjugated. Where there is a second output, start_second_gate() sends for its gate, which comes to the
-    // place of the first. All warps of a group, which has passed its `barrier` at the end; sequences() tells of tiles that are not regular.
+    // the second sequence of a pair comes out conjugated. Where there is a second output, its gate is on its way to `second_stage` after
+    // start_second_gate(). All warps of a group, which has passed its `barrier` at the end; sequences() tells of tiles that are not regular.
     template <class Start, class Sequences>
-    DEVICE void store(const Result& result, const TileHeader& header, const Stage<T>& stage, float scale, int barrier, Start start_second_gate, Sequences sequences) const {
+    DEVICE void store(const Result& result, const TileHeader& header, const Stage<T>& stage, const Stage<T>& second_stage, float scale, int barrier, Start start_second_gate,
+                      Sequences sequences) const {
         store_one(result, header, kOutput, kPostGate, stage, scale, sequences);
         if (T::kTwoOutputs && params.second_output.data) {
-            named_barrier<256>(barrier);
             start_second_gate();
             copy_async_wait<0>();
             named_barrier<256>(barrier);
-            store_one(result, header, kSecondOutput, kSecondGate, stage, scale, sequences);
+            store_one(result, header, kSecondOutput, kSecondGate, second_stage, scale, sequences);
         }
         named_barrier<256>(barrier);
     }

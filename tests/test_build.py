@@ -244,7 +244,7 @@ SPILL_LIMITS = {
     r"tap_(gradient|rows|columns)_kernel": 0,
     r"14forward_kernel.*Li32ELb1ELi(1|16)ELb0E": 256,
     r"14forward_kernel.*(bfloat16|half)Li32ELb1ELi1ELb1E": 1950,
-    r"14cluster_kernel.*(bfloat16|half)Li32ELb1ELi1ELb0E": 600,
+    r"14cluster_kernel.*(bfloat16|half)Li32ELb1ELi1ELb0E": 640,
     r"14cluster_kernel.*(bfloat16|half)Li32ELb1ELi1ELb1E": 1600,
     r"15backward_kernel.*Li32ELb1": 600,
     r"long_forward_kernel.*(bfloat16|half)Li8E": 320,
