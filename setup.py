@@ -6,6 +6,7 @@ whatever torch is installed. Environment variables (the README has the table):
     HF_FLASHFFTCONV_CUDA        0: Python only; 1: a missing nvcc is an error; unset: build where nvcc is found
     HF_FLASHFFTCONV_CUDA_ARCHS  native (default), all, or a list such as "80;90"
     MAX_JOBS                    nvcc processes side by side (default: one per core)
+    NVCC_APPEND_FLAGS           more flags for nvcc, such as -lineinfo for profilers
 """
 
 import hashlib
@@ -90,7 +91,9 @@ def build_library(nvcc: str, sources: list[Path], target: Path, cache: Path) -> 
     gencode = gencode_flags(os.environ.get("HF_FLASHFFTCONV_CUDA_ARCHS", "") or "native")
     flags = [*COMPILE_FLAGS, *gencode]
     headers = sorted(path for folder in {source.parent for source in sources} for path in folder.glob("*.*h"))
-    common = [nvcc_command(nvcc, "--version"), " ".join(flags), *(path.read_text() for path in headers)]
+    # nvcc reads these from the environment by itself.
+    appended = os.environ.get("NVCC_APPEND_FLAGS", "")
+    common = [nvcc_command(nvcc, "--version"), " ".join(flags) + appended, *(path.read_text() for path in headers)]
     cache.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: Path) -> tuple[Path, str]:

@@ -1,7 +1,10 @@
 """Marker handling: GPU tests run with --gpu and then fail, never skip, on a machine without a device."""
 
+import shutil
 from collections.abc import Iterator
+from threading import Thread
 
+import emulation
 import pytest
 import torch
 import transformers.dynamic_module_utils
@@ -20,6 +23,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # Files in their order: those with few tests, which several processes would start last, have the longest ones.
     config.option.loadscopereorder = False
+    # Where several processes run all tests, none is to wait a minute for the emulation of the kernels to be compiled.
+    several = getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput")
+    if several and config.args_source != config.ArgsSource.ARGS and not config.option.gpu and shutil.which("g++"):
+        Thread(target=emulation.build, args=[config.cache.mkdir("kernels")], daemon=True).start()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

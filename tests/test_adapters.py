@@ -14,6 +14,8 @@ from hf_flashfftconv.adapters.base import Adapter, PatchedMixer
 from hf_flashfftconv.errors import PatchError
 from hf_flashfftconv.patch import patch_model, patch_report
 
+pytestmark = pytest.mark.no_cover
+
 WIDTH, L_MAX = 8, 66
 LENGTHS = (1, 2, 37, 65, 66)
 

@@ -12,6 +12,8 @@ from torch import nn
 from hf_flashfftconv.errors import PatchError
 from hf_flashfftconv.patch import patch_model, patch_report, unpatch_model
 
+pytestmark = pytest.mark.no_cover
+
 WIDTH = 8
 # Below half, about half of, below, at and beyond the filters' 40 taps.
 LENGTHS = (1, 2, 20, 21, 39, 40)

@@ -165,6 +165,8 @@ def test_only_what_changed_is_compiled(build, monkeypatch, tmp_path, sources, fa
     assert compiled() == {"large.cu", "small.cu"}
     monkeypatch.setenv("HF_FLASHFFTCONV_CUDA_ARCHS", "80")
     assert compiled() == {"large.cu", "small.cu"}
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-lineinfo")
+    assert compiled() == {"large.cu", "small.cu"}
     assert len(list((tmp_path / "cache").glob("*.o"))) == 2, "objects of earlier builds are removed"
 
 

@@ -19,6 +19,8 @@ from hf_flashfftconv import patch_model, sparsify_model
 from hf_flashfftconv.models import HyenaCache, modeling_hyenadna
 from hf_flashfftconv.models.cache import CACHE
 
+pytestmark = pytest.mark.no_cover
+
 BUILDERS = [tiny_hyenadna, tiny_hyena]
 every_model = pytest.mark.parametrize("build", BUILDERS)
 Builder = Callable[..., PreTrainedModel]

@@ -3,18 +3,16 @@
 It checks index maps, synchronisation and rounding, not what only hardware shows. See tests/simt.
 """
 
-import fcntl
-import hashlib
 import itertools
 import math
 import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from emulation import build
 from kernel_cases import (
     ALL,
     DTYPES,
@@ -35,31 +33,8 @@ from hf_flashfftconv.errors import BackendError
 from hf_flashfftconv.ops import cuda, extension, filters
 from hf_flashfftconv.ops.plan import Plan
 
-ROOT = Path(__file__).resolve().parent.parent
 SIZES = [256, 512, 1024, 2048, 4096, 8192]
 PLANS = [Plan(size, half) for size in SIZES for half in (True, False) if size > 256 or not half]
-
-
-def build(folder: Path) -> Path:
-    """Compiles the emulation, or finds it compiled from the same sources."""
-    directories = (ROOT / "csrc", ROOT / "tests" / "simt")
-    files = sorted(path for directory in directories for path in directory.iterdir() if path.is_file())
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
-    library = folder / f"emulated_{digest}.so"
-    with open(folder / "lock", "w") as lock:
-        # Of several processes one compiles, and the others wait.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if library.exists():
-            return library
-        unfinished = library.with_suffix(".part")
-        # Fibers are switched by jumps that a fortified libc takes for an error.
-        command = ["g++", "-std=c++17", "-O1", "-march=native", "-U_FORTIFY_SOURCE", "-w", "-shared", "-fPIC"]
-        # What a GPU calls a misaligned address is a trap here too.
-        command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
-        command += [*(f"-I{path}" for path in directories), "-x", "c++", str(ROOT / "tests" / "simt" / "emulate.cpp")]
-        subprocess.run([*command, "-o", str(unfinished)], check=True)
-        unfinished.rename(library)
-    return library
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from hf_flashfftconv import patch as patching_module
 from hf_flashfftconv.errors import PatchError
 from hf_flashfftconv.patch import PatchReport, patch_model, patch_report, unpatch_model
 
-pytestmark = pytest.mark.usefixtures("transforms_pay")
+pytestmark = [pytest.mark.no_cover, pytest.mark.usefixtures("transforms_pay")]
 
 
 @families()

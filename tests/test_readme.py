@@ -82,7 +82,7 @@ def test_shell_commands_are_understood() -> None:
 def test_environment_variables_are_those_of_the_build() -> None:
     table = set(re.findall(r"^\| `([A-Z_]+)` \|", README, re.MULTILINE))
     build = (ROOT / "setup.py").read_text()
-    assert table == set(re.findall(r"HF_FLASHFFTCONV_\w+", build)) | {"MAX_JOBS"}
+    assert table == set(re.findall(r"HF_FLASHFFTCONV_\w+", build)) | {"MAX_JOBS", "NVCC_APPEND_FLAGS"}
     [architectures] = re.findall(r"^ARCHITECTURES = \((.*)\)$", build, re.MULTILINE)
     *numbers, last = re.findall(r"\d+", architectures)
     assert f"sm_{', '.join(numbers)} and {last}" in README

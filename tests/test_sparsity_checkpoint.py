@@ -115,9 +115,7 @@ def test_version_1_entries_stay_readable(edit: Callable[[Any], Path]) -> None:
 @pytest.mark.parametrize("wish", [{"keep": 0.3}, {"keep": 0.6, "by": "energy", "layers": ["*.1.*"], "block": 3}])
 def test_dense_checkpoint_is_sparsified_while_it_loads(wish: dict, tmp_path: Path) -> None:
     tiny_hyenadna().save_pretrained(tmp_path / "dense")
-    loaded = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "dense", quantization_config=FlashFFTSparseConfig(**wish)
-    )
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=FlashFFTSparseConfig(**wish))
     expected = sparsify_model(tiny_hyenadna(), wish["keep"], **{k: v for k, v in wish.items() if k != "keep"})
     assert torch.equal(logits(loaded), logits(expected))
     loaded.save_pretrained(tmp_path / "sparse")

@@ -103,9 +103,7 @@ def _measure(name: str, problem: Problem, backward: bool, stopwatch: Stopwatch, 
     return replace(result, ms=seconds * scale * 1e3, extra_bytes=int(extra_bytes * scale), error=error, note=note)
 
 
-def _numbers(
-    forward: Forward, problem: Problem, backward: bool, stopwatch: Stopwatch
-) -> tuple[float, int, float]:
+def _numbers(forward: Forward, problem: Problem, backward: bool, stopwatch: Stopwatch) -> tuple[float, int, float]:
     operands = problem.operands()
     if not backward:
         with torch.no_grad():
