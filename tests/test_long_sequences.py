@@ -22,6 +22,8 @@ from hf_flashfftconv.sequences import disable_long_sequences, enable_long_sequen
 from hf_flashfftconv.slices import copy_rows, over_channels, over_slices
 from hf_flashfftconv.sparsity import sparsify_model
 
+pytestmark = pytest.mark.no_cover
+
 MODELS = {
     "hyenadna": tiny_hyenadna,
     "hyena": tiny_hyena,

@@ -18,6 +18,8 @@ from hf_flashfftconv.models import (
     modeling_hyenadna,
 )
 
+pytestmark = pytest.mark.no_cover
+
 BUILDERS = [tiny_hyenadna, tiny_hyenadna_classifier, tiny_hyena, tiny_m2bert]
 
 

@@ -28,6 +28,8 @@ from hf_flashfftconv.sparsity import FlashFFTSparseConfig, FrequencyMask, densif
 from hf_flashfftconv.sparsity.filters import find_filters
 from hf_flashfftconv.sparsity.quantizer import FlashFFTSparseQuantizer, register
 
+pytestmark = pytest.mark.no_cover
+
 FILTER = "backbone.layers.0.mixer.filter_fn"
 MASK = {"fft_size": 260, "ranges": [[0, 20], [30, 40]]}
 
