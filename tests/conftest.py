@@ -25,7 +25,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False
     # Where several processes run all tests, none is to wait a minute for the emulation of the kernels to be compiled.
     several = getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput")
-    if several and config.args_source != config.ArgsSource.ARGS and not config.option.gpu and shutil.which("g++"):
+    all_tests = config.args_source != config.ArgsSource.ARGS and not config.option.gpu
+    if several and all_tests and shutil.which("g++") and config.pluginmanager.has_plugin("cacheprovider"):
         Thread(target=emulation.build, args=[config.cache.mkdir("kernels")], daemon=True).start()
 
 
