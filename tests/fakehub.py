@@ -1,7 +1,7 @@
 """A Hugging Face Hub on the loopback interface, with the endpoints that pushing and loading models take.
 
-with LoopbackHub() as hub:
-    subprocess.run(..., env={**os.environ, **hub.environment(cache)})
+    with LoopbackHub() as hub:
+        subprocess.run(..., env={**os.environ, **hub.environment(cache)})
 """
 
 import base64

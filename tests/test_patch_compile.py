@@ -12,7 +12,6 @@ from patching import assert_equal_models, relative
 from hf_flashfftconv.adapters.swap import is_patched
 from hf_flashfftconv.patch import patch_model, patch_report, unpatch_model
 
-# Tracing them for coverage takes half as long again; other tests cover what they run.
 pytestmark = [pytest.mark.no_cover, pytest.mark.usefixtures("transforms_pay")]
 
 

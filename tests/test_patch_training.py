@@ -14,7 +14,6 @@ from transformers import Trainer, TrainingArguments
 
 from hf_flashfftconv.patch import patch_model, patch_report
 
-# Tracing them for coverage takes half as long again; other tests cover what they run.
 pytestmark = [pytest.mark.no_cover, pytest.mark.usefixtures("transforms_pay", "_nothing_old_to_collect")]
 
 # Of losses in 16 bits, each of which is off by its own rounding.

@@ -18,7 +18,6 @@ from torch import nn
 from hf_flashfftconv.patch import patch_model, patch_report, unpatch_model
 from hf_flashfftconv.sparsity import densify_model, sparsify_model
 
-# Tracing them for coverage takes half as long again; other tests cover what they run.
 pytestmark = [pytest.mark.no_cover, pytest.mark.usefixtures("transforms_pay")]
 
 SPARSE = [FAMILIES[name] for name in ("native-hyenadna", "native-m2", "hyenadna", "m2")]
