@@ -59,28 +59,19 @@ static LaunchParams derive(const fft_conv_params& p) {
 static bool valid_long(const fft_conv_params& p) {
     const int radix = p.fft_size / kLongPoints, slots = p.half ? p.outer_radix / 2 : p.outer_radix, rest = radix / std::max(p.outer_radix, 1);
     const bool shapes = radix * kLongPoints == p.fft_size && (p.fft_size & (p.fft_size - 1)) == 0 && p.fft_size <= kLongMaximum && rest * p.outer_radix == radix;
-    return shapes && (rest == 1 || rest == 8 || rest == 16 || rest == 32) && p.outer_radix >= 2 && slots <= 32 && p.outer_radix <= (slots <= 8 ? 16 : 64) && p.batch > 0 &&
-           p.channels > 0 && p.length > 0 && p.length <= (p.half ? p.fft_size / 2 : p.fft_size) && p.group_pairs > 0 && p.group_channels > 0 && p.channel_splits > 0 && p.ring > 0 && p.period > 0 &&
-           p.row_steps > 0 && int64_t(p.column_items) * kLongItemPoints == p.fft_size;
-}
-
-static LongParams derive_long(const fft_conv_params& p, int operands) {
-    LongParams derived;
-    static_cast<LaunchParams&>(derived) = derive(p);
-    derived.radix = p.fft_size / kLongPoints;
-    derived.outer_slots = p.half ? p.outer_radix / 2 : p.outer_radix;
-    derived.operands = operands;
-    const int inner = 2 * stage_exponent(16) + stage_exponent(32), middle = stage_exponent(derived.middle_radix());
-    derived.spectrum_unit = float(1 << (inner + middle + stage_exponent(p.outer_radix)));
-    derived.pair_count = (p.batch + 1) / 2 * p.channels;
-    derived.groups = p.channel_splits > 1 ? p.channels * p.channel_splits : (derived.pair_count + p.group_pairs - 1) / p.group_pairs;
-    return derived;
+    const bool stages = (rest == 1 || rest == 8 || rest == 32) && p.outer_radix >= 2 && (slots <= 8 ? radix <= 512 : slots <= 32);
+    return shapes && stages && p.batch > 0 && p.channels > 0 && p.length > 0 && p.length <= (p.half ? p.fft_size / 2 : p.fft_size) && p.group_pairs > 0 && p.ring > 0 &&
+           p.period == p.group_pairs * (2 * p.column_items + radix + p.part_count) && int64_t(p.part_count) * kPartPositions >= p.length && int64_t(p.column_items) * kLongItemPoints == p.fft_size;
 }
 
 extern "C" int fft_conv_long_forward(const fft_conv_params* params, void* stream) {
     if (!valid_long(*params)) return kUnsupported;
-    const LongParams derived = derive_long(*params, 1);
-    return with_long(*params, derived.outer_slots, [&](auto launcher) { return decltype(launcher)::forward(derived, stream); });
+    LongParams derived;
+    static_cast<LaunchParams&>(derived) = derive(*params);
+    derived.radix = params->fft_size / kLongPoints;
+    derived.pair_count = (params->batch + 1) / 2 * params->channels;
+    derived.groups = (derived.pair_count + params->group_pairs - 1) / params->group_pairs;
+    return with_long(*params, [&](auto launcher) { return decltype(launcher)::forward(derived, stream); });
 }
 
 extern "C" int fft_conv_forward(const fft_conv_params* params, void* stream) {
@@ -127,12 +118,6 @@ extern "C" int fft_conv_tap_gradient(const fft_conv_tap_params* params, void* st
     return sizes && params->fft_size >= kTapPoints && params->fft_size <= kLongMaximum && 1 << derived.log_points == params->fft_size ? launch_taps(derived, stream) : kUnsupported;
 }
 
-extern "C" int fft_conv_long_backward(const fft_conv_params* params, void* stream) {
-    if (!valid_long(*params)) return kUnsupported;
-    const LongParams derived = derive_long(*params, 2);
-    return with_long(*params, derived.outer_slots, [&](auto launcher) { return decltype(launcher)::backward(derived, stream); });
-}
-
 extern "C" int fft_conv_backward(const fft_conv_params* params, void* stream) {
     if (!valid(*params)) return kUnsupported;
     const LaunchParams derived = derive(*params);
@@ -162,10 +147,7 @@ extern "C" int fft_conv_clusters(const fft_conv_params* params) {
 
 extern "C" int fft_conv_shared_bytes(const fft_conv_params* params, int backward) {
     auto bytes_of = [&](auto launcher) { return backward ? decltype(launcher)::kBackwardSharedBytes : decltype(launcher)::kForwardSharedBytes; };
-    if (params->outer_radix > 0)
-        return with_long(*params, params->half ? params->outer_radix / 2 : params->outer_radix, [&](auto launcher) {
-            return backward ? decltype(launcher)::kBackwardSharedBytes : decltype(launcher)::forward_shared_bytes(params->fft_size / kLongPoints > params->outer_radix);
-        });
+    if (params->outer_radix > 0) return with_long(*params, [](auto launcher) { return decltype(launcher)::kForwardSharedBytes; });
     auto bytes_of_tile = [&](auto tile) { return bytes_of(Launcher<decltype(tile)>{}); };
     if (params->cluster > 0) return with_cluster(*params, [](auto launcher) { return decltype(launcher)::kForwardSharedBytes; });
     const int bytes = params->windows > 0 ? with_blocked_tile(*params, bytes_of_tile) : with_tile(*params, bytes_of_tile);
@@ -233,4 +215,4 @@ extern "C" int fft_conv_short_splits(const fft_conv_short_params* params) {
     return with_short(*params, [&](auto launcher) { return derive(*params, launcher.kBackwardUnits).splits * kShortTimeWarps; });
 }
 
-extern "C" int fft_conv_version() { return 9; }
+extern "C" int fft_conv_version() { return 10; }

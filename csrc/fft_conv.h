@@ -18,35 +18,33 @@ enum fft_conv_element { FFT_CONV_BFLOAT16 = 0, FFT_CONV_FLOAT16 = 1, FFT_CONV_FL
 // y = post_gate * conv(pre_gate * u, k) with the filter k given by its spectrum of fft_size points (hf_flashfftconv/ops/filters.py).
 // cluster > 1: so many blocks share a transform, of 8,192 points for each; half is set.
 // half: inputs and outputs lie in the first half of the transform (causal and bidirectional convolution).
-// windows > 0: causal convolution of sequences of any length in blocks of fft_size / 2, of one thread block or in a cluster of 8 or 16; output may be
-// absent; k is given by the spectra of so many windows (fft_conv_filter_params), enough for its taps or for all blocks. reverse: the convolution is
-// transposed, anticausal.
+// windows > 0: causal convolution of sequences of any length in blocks of fft_size / 2, of one thread block or in a cluster of 8 or 16; k is given by the
+// spectra of so many windows (fft_conv_filter_params), enough for its taps or for all blocks.
+// Of all but those of one block: output may be absent; reverse: the convolution is transposed.
 // channel_pairs, of sequences in blocks of clusters: batch is 2, and the two sequences of a channel have filters of their own, as neighbouring channels of
 // a batch of one have that share a transform: `spectrum` and `spectrum_scale` are those of (channels, 2) filters, made for it; nothing is kept.
 struct fft_conv_params {
     fft_conv_tensor u, pre_gate, post_gate, grad_output;
     fft_conv_tensor output, grad_u, grad_pre_gate, grad_post_gate;
-    fft_conv_tensor second_gate, second_output;     // of blocked sequences: another gate of the convolution, and its product
+    fft_conv_tensor second_gate, second_output;     // of all but those of one block: another gate of the convolution, and its product
     const uint32_t* tables;         // hf_flashfftconv/ops/tables.py
     const uint32_t* spectrum;       // (channels, fft_size) complex half precision in kernel order, conjugated where stated
     const float* spectrum_scale;    // (channels,) what the spectrum was divided by
     float* grad_filter;             // (fft_conv_backward_splits, channels, fft_size) partial sums of the gradient of the taps
     void* scratch;                  // fft_conv_backward_scratch bytes; of blocked sequences, fft_conv_blocked_scratch
-    // Of the fft_conv_long functions (hf_flashfftconv/ops/long_plan.py): how the work is laid out, and memory that it needs besides `scratch`.
-    const uint32_t* schedule;       // (period,) kind, delay in groups and index of each ticket
+    // Of fft_conv_long_forward (hf_flashfftconv/ops/long_plan.py): how the work is laid out, and memory that it needs besides `scratch`.
     uint32_t* counters;             // all zero
-    void* energies;                 // (pairs, operands, 2, part_count) of eight bytes
-    void* sums;                     // of the backward pass
+    void* energies;                 // (pairs,) of sixteen bytes, and (pairs, 2, part_count) of eight
     int32_t batch, channels, length, fft_size, element, half;
-    int32_t outer_radix, group_pairs, ring, part_count, column_items, row_steps, period, tickets;
-    int32_t group_channels, channel_splits, tap_halves;
+    int32_t outer_radix, group_pairs, ring, part_count, column_items, period, tickets;
+    int32_t outer_delay, row_delay, inverse_delay;      // periods from the energies of a group to these passes
     int32_t windows, reverse, cluster, channel_pairs;
-    // Of blocked sequences, where fft_conv_tap_gradient is to follow, else null: what it asks for. Both sequences of a pair then have one scale.
-    void* transforms;               // (channels, pairs, blocks, fft_size) of all blocks in the order in which they are worked on
+    // Where fft_conv_tap_gradient is to follow, else null: what it asks for. Both sequences of a pair then have one scale.
+    void* transforms;               // (channels, pairs, blocks, fft_size) of all blocks in the order in which they are worked on, or of whole sequences
     float* pair_scales;             // (channels, pairs) what undoes their scales
 };
 
-// Gradients of the taps of sequences in blocks or clusters, from the transforms that two calls of fft_conv_forward have kept: of pre_gate * u, and in
+// Gradients of the taps of all but those of one block, from the transforms that two calls of fft_conv_forward have kept: of pre_gate * u, and in
 // reverse of post_gate * grad_output. Taps as in fft_conv_filter_params; no sequence of windows has taps_rev.
 struct fft_conv_tap_params {
     const void *transforms, *reverse_transforms;
@@ -99,7 +97,6 @@ int fft_conv_forward(const struct fft_conv_params* params, void* stream);
 int fft_conv_long_forward(const struct fft_conv_params* params, void* stream);
 int fft_conv_backward(const struct fft_conv_params* params, void* stream);
 int fft_conv_tap_gradient(const struct fft_conv_tap_params* params, void* stream);
-int fft_conv_long_backward(const struct fft_conv_params* params, void* stream);
 int fft_conv_backward_splits(const struct fft_conv_params* params);
 // Clusters of the forward kernel that a device runs at a time; zero where it has none.
 int fft_conv_clusters(const struct fft_conv_params* params);

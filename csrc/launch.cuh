@@ -21,13 +21,8 @@ __global__ void __launch_bounds__(BackwardPlan<T>::kThreads, 1) backward_kernel(
 }
 
 template <class Element, int kSlots>
-__global__ void __launch_bounds__(LongForwardPlan<Element, kSlots>::kThreads, 2) long_forward_kernel(const __grid_constant__ LongParams params) {
+__global__ void __launch_bounds__(LongPlan<Element, kSlots>::kThreads, 1) long_forward_kernel(const __grid_constant__ LongParams params) {
     LongForward<Element, kSlots>(params).run();
-}
-
-template <class Element, int kSlots>
-__global__ void __launch_bounds__(LongBackwardPlan<Element, kSlots>::kThreads, 1) long_backward_kernel(const __grid_constant__ LongParams params) {
-    LongBackward<Element, kSlots>(params).run();
 }
 
 // What is asked or set once, for each of the first devices: the calls cost as much as a launch. Threads that race write the same.
@@ -82,20 +77,16 @@ int Launcher<T>::backward(const LaunchParams& params, void* stream) {
 
 template <class Element, int kSlots>
 int LongLauncher<Element, kSlots>::forward(const LongParams& params, void* stream) {
-    using Plan = LongForwardPlan<Element, kSlots>;
+    using Plan = LongPlan<Element, kSlots>;
     static Prepared prepared;
-    const int bytes = Plan::shared_bytes(params.has_middle());
-    // Blocks beyond those that fit at a time find no tickets left.
-    const Grid grid{params.tickets, Plan::kBlocks, Plan::kThreads, bytes, Plan::shared_bytes(true)};
+    int device = 0;
+    const int error = cudaGetDevice(&device), limit = fft_conv_shared_limit(device);
+    if (error) return error;
+    int teams = Plan::kTeams;
+    while (teams > 1 && Plan::shared_bytes(teams) > limit) teams--;
+    // Teams beyond those that fit at a time find no tickets left.
+    const Grid grid{(params.tickets + teams - 1) / teams, 1, teams * kTeamThreads, Plan::shared_bytes(teams), Plan::shared_bytes(teams)};
     return launch(long_forward_kernel<Element, kSlots>, prepared, grid, params, stream);
-}
-
-template <class Element, int kSlots>
-int LongLauncher<Element, kSlots>::backward(const LongParams& params, void* stream) {
-    using Plan = LongBackwardPlan<Element, kSlots>;
-    static Prepared prepared;
-    const Grid grid{params.tickets, 1, Plan::kThreads, Plan::kSharedBytes, Plan::kSharedBytes};
-    return launch(long_backward_kernel<Element, kSlots>, prepared, grid, params, stream);
 }
 
 // A launch of clusters, of as many as asked for.

@@ -6,7 +6,6 @@
 #include "cluster.cuh"
 #include "filter.cuh"
 #include "forward.cuh"
-#include "long_backward.cuh"
 #include "long_forward.cuh"
 #include "long_taps.cuh"
 
@@ -37,9 +36,7 @@ int processor_count(int device, int* error);
 template <class Element, int kSlots>
 struct LongLauncher {
     static int forward(const LongParams& params, void* stream);
-    static int backward(const LongParams& params, void* stream);
-    static constexpr int forward_shared_bytes(bool has_middle) { return LongForwardPlan<Element, kSlots>::shared_bytes(has_middle); }
-    static constexpr int kBackwardSharedBytes = LongBackwardPlan<Element, kSlots>::kSharedBytes;
+    static constexpr int kForwardSharedBytes = LongPlan<Element, kSlots>::shared_bytes(1);
 };
 
 constexpr int kUnsupported = -1;
@@ -113,7 +110,8 @@ int with_cluster(const fft_conv_params& p, Function function) {
 
 // Calls function(LongLauncher<...>{}) with the one for an outer pass of so many slots.
 template <class Function>
-int with_long(const fft_conv_params& p, int slots, Function function) {
+int with_long(const fft_conv_params& p, Function function) {
+    const int slots = p.half ? p.outer_radix / 2 : p.outer_radix;
     auto with_element = [&](auto element) {
         using Element = decltype(element);
         return slots <= 8 ? function(LongLauncher<Element, 8>{}) : function(LongLauncher<Element, 32>{});

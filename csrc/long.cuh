@@ -1,7 +1,7 @@
 // Convolutions whose transform does not fit into one block's shared memory: N = R 8192 points with R = Ra or Ra Rb, in passes over an
-// intermediate in global memory that stays in the L2 cache.
+// intermediate in global memory that stays in the L2 cache as far as it can.
 //
-//   n = n0 8192 + p,  f = k0 + R f'        with n0 = n0a Rb + n0b and k0 = k0a + Ra k0b, Rb being 8, 16 or 32
+//   n = n0 8192 + p,  f = k0 + R f'        with n0 = n0a Rb + n0b and k0 = k0a + Ra k0b, Rb being 8 or 32
 //
 // The outer pass contracts n0: n0a and, where R = Ra Rb, after the twist w_R^(n0b k0a) also n0b, which passes through shared memory. The row pass
 // transforms the 8,192 points of each k0, multiplies by the filter's spectrum and transforms back, and the inverse pass returns to positions. The
@@ -9,41 +9,27 @@
 // w_(32 R)^(n (k0 + R k)), which holds that of its slots, and what is left, w_N^(c k0) by the columns of the innermost 256 points, is a factor of
 // the row twiddles.
 //
-// One launch does it all. Blocks take tickets; a period of tickets, which hf_flashfftconv/ops/long_plan.py lays out, advances a group of pairs by
-// one group, each pass some groups behind the one before. An item waits for the counters of the items that it needs, all of which have smaller
-// tickets: some block always goes on, however few are resident.
+// One launch does it all. Teams of eight warps, several in a block, which share its constants, take tickets; a period of tickets, which
+// hf_flashfftconv/ops/long_plan.py lays out, advances a group of pairs by one group, each pass some groups behind the one before. An item waits for
+// the counters of the items that it needs, all of which have smaller tickets: some team always goes on, however few are resident.
 #pragma once
 #include "tile_io.cuh"
 #include "transform.cuh"
 
 constexpr int kLongPoints = 8192, kLongMaximum = 1 << 24;
-constexpr int kLongItemPoints = 16384;     // of an item of the outer passes
+constexpr int kLongItemPoints = 16384;      // of an item of the outer passes
 constexpr int kPartPositions = 16384;       // positions of a sequence whose energy one item sums up
+constexpr int kTeamThreads = 256;
 
-enum LongKind { kScale, kOuter, kRows, kInverse, kTaps };
+enum LongKind { kScale, kOuter, kRows, kInverse, kLongKinds, kEnd = kLongKinds };
 
 struct LongParams : LaunchParams {
     int radix;          // R
-    int outer_slots;    // slots of the outer pass that carry data
-    int operands;       // of the passes to frequencies: pre_gate * u, in the backward pass also post_gate * grad_output
     int pair_count, groups;
-
-    float spectrum_unit;    // what a transform as the passes scale it has to be multiplied by to be one
 
     HOST_DEVICE bool has_middle() const { return radix > outer_radix; }
     HOST_DEVICE int middle_radix() const { return radix / outer_radix; }
-    // Units of four columns (long_columns.cuh) that an item of the outer passes works on.
-    HOST_DEVICE int item_units() const { return kLongPoints / 4 / column_items; }
     HOST_DEVICE int natural_k0(int row) const { return row / middle_radix() + outer_radix * (row % middle_radix()); }
-    // A sheet is the intermediate of one transform: first those of the group's pairs, then those of the gradients of its channels' taps.
-    HOST_DEVICE int pair_sheets() const { return group_pairs * operands; }
-    HOST_DEVICE int sheets() const { return pair_sheets() + (operands == 2 ? group_channels : 0); }
-    // Items of the row pass. Forward: of row_steps rows, each of one k0 and one pair, over the group's pairs first. Backward: of one k0 and row_steps
-    // pairs of a channel.
-    HOST_DEVICE int row_splits() const { return (group_pairs / group_channels + row_steps - 1) / row_steps; }
-    HOST_DEVICE int row_items() const {
-        return operands == 2 ? radix * group_channels * row_splits() : (radix * group_pairs + row_steps - 1) / row_steps;
-    }
 };
 
 // The transform of 8,192 points that the row pass does on chip.
@@ -56,88 +42,103 @@ struct Constant {
     static constexpr int value = kValue;
 };
 
-// One ticket: a part of a pass over a group of pairs.
-struct LongItem {
-    int kind, group, index;
+struct Team {
+    const int index, thread, warp, lane;
 
-    DEVICE LongItem(int period, u32 entry) : kind(entry & 15), group(period - int(entry >> 4 & 15)), index(entry >> 8) {}
+    DEVICE explicit Team(int thread) : index(thread / kTeamThreads), thread(thread % kTeamThreads), warp(thread / 32 % (kTeamThreads / 32)), lane(thread % 32) {}
+    DEVICE void barrier() const { named_barrier<kTeamThreads>(1 + index); }
 };
 
-// How many items of each pass over a group are done, after the ticket counter.
+// One ticket: a part of a pass over one pair of a group, in the order of hf_flashfftconv/ops/long_plan.py.
+struct LongItem {
+    int kind, group, pair, part;
+
+    DEVICE LongItem(const LongParams& params, u32 ticket) {
+        const int step = ticket / u32(params.period);
+        const int index = ticket - step * params.period;
+        part = index / params.group_pairs, pair = index - part * params.group_pairs;
+        auto is = [&](int of_kind, int delay, int parts) {
+            kind = of_kind, group = step - delay;
+            if (part < parts) return true;
+            part -= parts;
+            return false;
+        };
+        is(kInverse, params.inverse_delay, params.column_items) || is(kRows, params.row_delay, params.radix) || is(kOuter, params.outer_delay, params.column_items) ||
+            is(kScale, 0, params.part_count);
+        if (ticket >= u32(params.tickets)) kind = kEnd;
+        if (group >= params.groups) group = -1;
+    }
+};
+
+// What is done: after the ticket counter, items of each pass over a group, then for each pair the parts whose energies are known.
 struct LongCounters {
     const LongParams& params;
 
     DEVICE u32* ticket() const { return params.counters; }
-    DEVICE u32* done(int group, int kind) const { return params.counters + 1 + int64_t(group) * 5 + kind; }
+    DEVICE u32* done(int group, int kind) const { return params.counters + 1 + int64_t(group) * kLongKinds + kind; }
+    DEVICE u32* parts_done(int pair) const { return done(params.groups, 0) + pair; }
 
-    // All threads of the block wait until the group has passed.
-    DEVICE void wait(int group, int kind) const { wait(group, kind, group, kind); }
-    // The same for two groups, which are asked for at the same time; numbers below zero mean none.
-    DEVICE void wait(int group, int kind, int other_group, int other_kind) const {
-        const int thread = thread_index();
-        if (thread == 1) group = other_group, kind = other_kind;
-        if (thread < 2 && group >= 0) wait_acquire(done(group, kind), count(kind));
-        block_barrier();
+    // The groups that must have passed before an item, negative where there is none: its own the pass before, and an earlier one that must have left
+    // its place of the ring.
+    DEVICE int needed(const LongItem& item, int i) const {
+        if (item.kind == kScale || item.kind == kEnd) return -1;
+        return i == 0 ? item.group : item.kind == kOuter ? item.group - params.ring : -1;
+    }
+    DEVICE int needed_kind(const LongItem& item, int i) const { return i == 0 ? item.kind - 1 : int(kInverse); }
+    // How far these are now, and whether that is enough.
+    DEVICE u32 seen(const LongItem& item, int i) const { return needed(item, i) >= 0 ? load_relaxed(done(needed(item, i), needed_kind(item, i))) : ~0u; }
+    DEVICE bool enough(const LongItem& item, int i, u32 seen) const { return seen >= count(needed_kind(item, i)); }
+    // The team waits until an item may begin.
+    DEVICE void wait(const Team& team, const LongItem& item, bool ready) const {
+        if (!ready && team.thread < 2 && needed(item, team.thread) >= 0) wait_acquire(done(needed(item, team.thread), needed_kind(item, team.thread)), count(needed_kind(item, team.thread)));
+        team.barrier();
     }
 
 private:
-    // Items of a group.
-    DEVICE u32 count(int kind) const {
-        switch (kind) {
-            case kScale: return params.pair_sheets() * params.part_count;
-            case kOuter: return params.pair_sheets() * params.column_items;
-            case kRows: return params.row_items();
-            case kInverse: return params.sheets() * params.column_items;
-            default: return params.radix * params.group_channels;
-        }
-    }
+    // What a counter of a group comes to. Scales are counted by pairs.
+    DEVICE u32 count(int kind) const { return params.group_pairs * (kind == kScale ? 1 : kind == kRows ? params.radix : params.column_items); }
 };
 
-// Calls work(item) for each ticket that the block gets; it returns the counter to raise, or null. Tickets and their entries in the schedule are
-// fetched ahead: nothing waits for them.
+// What a team works on and what comes next, in turn, and whether what that needs has been seen done.
+struct LongTurns {
+    LongItem items[2];
+    int ready[2];
+};
+
+// Calls work(item, ready) for each ticket that the team gets; it returns the counter to raise, or null. Tickets are taken ahead, and what they need is
+// asked for ahead: nothing waits for the answers.
 template <class Work>
-DEVICE void for_each_ticket(const LongParams& params, u32* shared_words, Work work) {
+DEVICE void for_each_ticket(const LongParams& params, const Team& team, LongTurns& turns, Work work) {
     const LongCounters counters{params};
-    constexpr u32 kEnd = ~0u;
-    const bool first_thread = thread_index() == 0;
-    auto entry_of = [&](u32 ticket) { return ticket < u32(params.tickets) ? params.schedule[ticket % u32(params.period)] : kEnd; };
+    const bool first_thread = team.thread == 0;
     u32 next = 0;
     if (first_thread) {
-        const u32 ticket = take_ticket(counters.ticket());
+        turns.items[0] = LongItem(params, take_ticket(counters.ticket())), turns.ready[0] = false;
         next = take_ticket(counters.ticket());
-        shared_words[0] = ticket / u32(params.period), shared_words[1] = entry_of(ticket);
     }
-    block_barrier();
-    for (int turn = 0;; turn ^= 2) {
-        const u32 period = shared_words[turn], entry = shared_words[turn + 1];
-        if (entry == kEnd) return;
-        u32 later = 0, next_entry = 0;
-        if (first_thread) later = take_ticket(counters.ticket()), next_entry = entry_of(next);
-        const LongItem item(int(period), entry);
-        u32* const done = item.group >= 0 && item.group < params.groups ? work(item) : nullptr;
-        if (first_thread) shared_words[turn ^ 2] = next / u32(params.period), shared_words[(turn ^ 2) + 1] = next_entry;
+    team.barrier();
+    for (int turn = 0;; turn ^= 1) {
+        const LongItem item = turns.items[turn], &upcoming = turns.items[turn ^ 1];
+        if (item.kind == kEnd) return;
+        u32 seen[2] = {}, later = 0;
+        if (first_thread) {
+            turns.items[turn ^ 1] = LongItem(params, next);
+            for (int i = 0; i < 2; i++) seen[i] = counters.seen(upcoming, i);
+            later = take_ticket(counters.ticket());
+        }
+        u32* const done = item.group >= 0 ? work(item, turns.ready[turn]) : nullptr;
+        if (first_thread) turns.ready[turn ^ 1] = counters.enough(upcoming, 0, seen[0]) && counters.enough(upcoming, 1, seen[1]);
         next = later;
-        block_barrier();
-        if (done && first_thread) add_release(done);
+        team.barrier();
+        // What this thread has seen done comes before what the others do after their next barrier.
+        if (first_thread) done ? add_release(done) : fence();
     }
 }
 
-// A B operand in shared memory for `contract` and `contract_steps`; strides count units of 32 vectors.
-struct MatrixOperand {
-    u32* words;
-    int pair_stride, step_stride;
-
-    DEVICE void set(int input, int output, float re, float im) const {
-        const int unit = output / 8 * pair_stride + input / 8 * step_stride, lane = output % 4 * 8 + input % 4;
-        u32* word = words + (unit * 32 + lane) * 4 + output / 4 % 2 * 2 + input / 4 % 2;
-        word[0] = pack(re, -im), word[16] = pack(im, re);
-    }
-};
-
-// exp(-2 pi i index / order) for a power of two up to 2^24
+// exp(-2 pi i index / order) for a power of two up to 2^24. Its error is that of single precision, absolute: nothing beside half precision's.
 DEVICE void root_of_unity(int index, int order, float* re, float* im) {
-    sine_cosine_pi(2.f * float(index & (order - 1)) / float(order), *im, *re);
-    *im = -*im;
+    const int turned = index & (order - 1), near = turned > order / 2 ? turned - order : turned;
+    fast_sine_cosine(float(near) * (-6.2831853071795865f / float(order)), *im, *re);
 }
 
 // Stages are scaled by powers of two, the way there and back by 1 / radix together: 1 / sqrt(radix) is mostly no half-precision number, and its
@@ -148,31 +149,64 @@ HOST_DEVICE int stage_exponent(int radix) {
     return exponent;
 }
 
-// The stage of `radix` with `slots` slots in use after stages of radix `previous` that left the index `offset`, or its transpose, the stage back.
-// Both are padded with zeros, to kInputs slots and at least eight outputs. A thread's outputs are some steps apart: from the first,
-// w_(radix previous)^(slot (offset + previous output)), the others differ by powers of w_radix^(slot step).
-template <int kInputs>
-DEVICE void fill_stage(MatrixOperand matrix, int slots, int radix, int previous, int offset, bool back) {
-    const float down = power_of_two(-stage_exponent(radix)), scale = back ? 1.f / (float(radix) * down) : down;
-    const int slot = thread_index() % kInputs, step = block_size() / kInputs, first = thread_index() / kInputs;
-    const bool used = slot < slots && first < radix;
-    float re = 0.f, im = 0.f, turn_re = 1.f, turn_im = 0.f;
-    if (used) root_of_unity(slot * (offset + previous * first), radix * previous, &re, &im);
-    if (used && first + step < radix) root_of_unity(slot * step, radix, &turn_re, &turn_im);
-    for (int output = first; output < (radix < 8 ? 8 : radix); output += step) {
-        const float kept = used && output < radix ? scale : 0.f;
-        back ? matrix.set(output, slot, re * kept, im * kept) : matrix.set(slot, output, re * kept, im * kept);
-        const float turned = re * turn_re - im * turn_im;
-        im = re * turn_im + im * turn_re, re = turned;
+// A B operand in shared memory for `contract` and `contract_steps`; strides count units of 32 vectors.
+struct MatrixOperand {
+    uint4* vectors;
+    int pair_stride, step_stride;
+
+    DEVICE void set(int input, int output, float re, float im) const {
+        const int unit = output / 8 * pair_stride + input / 8 * step_stride, lane = output % 4 * 8 + input % 4;
+        u32* word = reinterpret_cast<u32*>(vectors + unit * 32 + lane) + output / 4 % 2 * 2 + input / 4 % 2;
+        word[0] = pack(re, -im), word[16] = pack(im, re);
+    }
+
+    // The stage of a radix from some inputs to some outputs of it, by all threads of a block; what lies beyond the radix is zero.
+    DEVICE void fill(int radix, int inputs, int outputs, float scale) const {
+        for (int i = thread_index(); i < inputs * outputs; i += block_size()) {
+            const int input = i % inputs, output = i / inputs;
+            float re, im;
+            root_of_unity(input * output, radix, &re, &im);
+            const float kept = input < radix && output < radix ? scale : 0.f;
+            set(input, output, re * kept, im * kept);
+        }
+    }
+};
+
+// The first stages of the rows of k0, there and back, as vectors for `contract`: w_(32 R)^(n (k0 + R k)) from slots n to k, and from k to n. Half of
+// a team each. A thread has one column of vectors, in which k goes in steps of eight, that is of turns by (-i)^n.
+DEVICE void fill_row_stages(const Team& team, uint4* there, uint4* back, int radix, int k0) {
+    const bool returns = team.thread >= kTeamThreads / 2;
+    const int step = team.warp % 4, r = team.lane / 4, q = team.lane % 4;
+    const float scale = power_of_two(returns ? stage_exponent(32) - 5 : -stage_exponent(32));
+    u32 plain[4], turned[4];        // (re, -im) of each word, and the same a turn on: (im, re)
+#pragma unroll
+    for (int word = 0; word < 4; word++) {
+        const int input = q + word % 2 * 4, output = r / 2 + word / 2 * 4;
+        const int n = 8 * step + (returns ? output : input), k = returns ? input : output;
+        float re, im;
+        root_of_unity(n * (k0 + radix * k), 32 * radix, &re, &im);
+        plain[word] = pack(re * scale, -im * scale), turned[word] = pack(im * scale, re * scale);
+    }
+    const int turn = returns ? r / 2 : q;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        // Odd r is the imaginary part of an output, which is (im, re) of the inputs: a turn more.
+        const int turns = r % 2 + i * turn;
+        const u32 sign = turns & 2 ? 0x80008000u : 0;
+        auto word = [&](int w) { return (turns & 1 ? turned[w] : plain[w]) ^ sign; };
+        (returns ? back + (step * 4 + i) * 32 : there + (i * 4 + step) * 32)[team.lane] = make_uint4(word(0), word(1), word(2), word(3));
     }
 }
 
-// w_N^(c k0) for the columns c of the innermost 256 points, as a row of twiddles.
-DEVICE void fill_column_twiddles(u32* words, int k0, int fft_size) {
-    const int i = thread_index(), lane = i % 32, s = i / 32 % 2, t = i / 64;
-    if (i >= 128) return;
-    float re[2], im[2];
-    for (int half = 0; half < 2; half++) root_of_unity(k0 * (16 * (lane % 4 + 4 * s + 8 * half) + 2 * (lane / 4) + t), fft_size, re + half, im + half);
-    u32* word = words + (32 * s + lane) * 4 + 2 * t;
-    word[0] = pack(re[0], re[1]), word[1] = pack(im[0], im[1]);
+// w_N^(c (k0 + 8 R i)) for the columns c of the innermost 256 points, as row twiddles, i = 0 to 3.
+DEVICE void fill_column_twiddles(const Team& team, uint4* vectors, int radix, int k0, int fft_size) {
+    const int lane = team.lane, s = team.warp % 2, t = team.warp / 2 % 2;
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        const int i = 2 * j + team.warp / 4;
+        float re[2], im[2];
+        for (int half = 0; half < 2; half++)
+            root_of_unity((k0 + 8 * radix * i) * (16 * (lane % 4 + 4 * s + 8 * half) + 2 * (lane / 4) + t), fft_size, re + half, im + half);
+        reinterpret_cast<uint2*>(vectors + 64 * i + 32 * s + lane)[t] = make_uint2(pack(re[0], re[1]), pack(im[0], im[1]));
+    }
 }

@@ -1,8 +1,7 @@
-// The passes of a long transform outside of its rows: each contracts n0 or k0, for some columns of a sheet.
-// In the intermediate a lane's four columns (a, a + 1, a + 128, a + 129) of a chunk of 256 are one 16-byte unit of (re, im) words. A warp contracts
-// eight units at a time, lane / 4 being the number of the unit, four columns of each slot or output.
+// The passes of a long transform outside of its rows: each contracts n0 or k0, for some columns of a sheet, which is the intermediate of one pair.
+// There a lane's four columns (a, a + 1, a + 128, a + 129) of a chunk of 256 are one 16-byte unit, as in the rows of a tile. A warp contracts eight
+// units at a time, lane / 4 being the number of the unit, four columns of each slot or output.
 #pragma once
-#include "filter.cuh"
 #include "long_scale.cuh"
 
 // The units of a sheet's rows.
@@ -11,136 +10,148 @@ constexpr int kLongUnits = kLongPoints / 4;
 // The first column of a unit.
 DEVICE int unit_column(int unit) { return unit / 64 * kColumns + unit % 64 * 2; }
 
-DEVICE uint4 unit_of(const SingleSums (&d)[2]) { return make_uint4(pack(d[0].re(0), d[0].im(0)), pack(d[1].re(0), d[1].im(0)), pack(d[0].re(1), d[0].im(1)), pack(d[1].re(1), d[1].im(1))); }
-
-// The same, multiplied before it is rounded.
-DEVICE uint4 unit_of(const SingleSums (&d)[2], Complex w) {
-    auto product = [&](int t, int half) {
-        const Complex z = Complex{d[t].re(half), d[t].im(half)} * w;
-        return pack(z.re, z.im);
-    };
-    return make_uint4(product(0, 0), product(1, 0), product(0, 1), product(1, 1));
+// The four columns of an output, multiplied before they are rounded.
+DEVICE uint4 packed(const SingleSums (&d)[2], Complex w) {
+    auto product = [&](int t, int half) { return Complex{d[t].re(half), d[t].im(half)} * w; };
+    const Complex a = product(0, 0), b = product(0, 1), c = product(1, 0), e = product(1, 1);
+    return make_uint4(pack(a.re, b.re), pack(a.im, b.im), pack(c.re, e.re), pack(c.im, e.im));
 }
 
-DEVICE void spread_unit(u32 (&x)[4], uint4 v) { x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w; }
+// A unit as operand of `contract`.
+DEVICE void spread_unit(u32 (&x)[4], uint4 v) {
+    x[0] = join_low(v.x, v.y), x[1] = join_low(v.z, v.w), x[2] = join_high(v.x, v.y), x[3] = join_high(v.z, v.w);
+}
 
 // What an item of the outer passes works on: neighbouring units of all rows of a sheet, and where there are two stages a place for them in shared
 // memory, in between. Units there are rotated by their row, so that neither stage meets a bank twice.
 struct ColumnTile {
-    uint4* sheet;       // at the first unit
-    uint4* exchange;
-    Complex* roots;     // w_R^i
-    int log_units, outer_radix, middle_radix, lane;
+    const LongParams& params;
+    const Team& team;
+    uint4 *const sheet, *const exchange;
+    const Complex* const roots;     // w_R^i
+    const int first_unit, log_units;
 
-    DEVICE int units() const { return 1 << log_units; }
-    // Eight units at a time: task t has those with the numbers 8 t + lane / 4, the unit in the tile first, then the index that is not contracted.
-    DEVICE int number(int task) const { return 8 * task + lane / 4; }
-    DEVICE int unit(int number) const { return number & (units() - 1); }
-    DEVICE int outer_tasks() const { return (middle_radix << log_units) / 8; }
-    DEVICE int middle_tasks() const { return (outer_radix << log_units) / 8; }
+    DEVICE ColumnTile(const LongParams& params, const Team& team, uint4* sheet, uint4* exchange, const Complex* roots, int part)
+        : params(params), team(team), sheet(sheet), exchange(exchange), roots(roots), first_unit(part << log_units_of(params)), log_units(log_units_of(params)) {}
 
-    DEVICE uint4* in_sheet(int row, int unit) const { return sheet + int64_t(row) * kLongUnits + unit; }
+    // Of a quarter of the item's points R 2^log_units.
+    DEVICE static int log_units_of(const LongParams& params) { return 17 - params.log_radix; }
+    // Calls work(unit, index) for a warp's tasks, which go over the units of the tile first, then over so many indices.
+    template <class Work>
+    DEVICE void for_each_task(int indices, Work work) const {
+#pragma unroll 1
+        for (int number = 8 * team.warp + team.lane / 4; number < indices << log_units; number += kTeamThreads / 4) work(number & ((1 << log_units) - 1), number >> log_units);
+    }
+
+    DEVICE uint4* in_sheet(int row, int unit) const { return sheet + int64_t(row) * kLongUnits + first_unit + unit; }
     // The point of the indices k0a and n0b.
     DEVICE uint4& exchanged(int outer, int middle, int unit) const {
-        const int place = ((outer * middle_radix + middle) << log_units) + unit;
+        const int place = ((outer * params.middle_radix() + middle) << log_units) + unit;
         return exchange[log_units < 3 ? place : place ^ ((outer ^ middle) & 3) << 1];
     }
     DEVICE Complex twist(int outer, int middle) const { return roots[outer * middle]; }
+    // The distance of neighbouring slots, and the first position of a lane's unit of slot lane % 4.
+    DEVICE int slot_stride() const { return params.middle_radix() * kLongPoints; }
+    DEVICE int position(int middle, int unit) const { return team.lane % 4 * slot_stride() + middle * kLongPoints + unit_column(first_unit + unit); }
 
-    DEVICE void fill_roots() const {
-        const int radix = outer_radix * middle_radix;
-        for (int i = thread_index(); i < radix; i += block_size()) root_of_unity(i, radix, &roots[i].re, &roots[i].im);
-    }
-};
-
-// Calls work(number) for a warp's tasks.
-template <class Work>
-DEVICE void for_each_task(const ColumnTile& tile, int tasks, Work work) {
-#pragma unroll 1
-    for (int task = thread_index() / 32; task < tasks; task += block_size() / 32) work(tile.number(task));
-}
-
-// From a pair of sequences, whose position of the tile's first unit is `column`, to the sheet or, with a middle stage, to shared memory.
-template <int kSlots, class Sequence>
-DEVICE void outer_pass(const ColumnTile& tile, const Sequence& first, const Sequence& second, const PairScales& scales, const uint4* matrix,
-                       int first_unit) {
-    const int q = tile.lane % 4, tiles = tile.outer_radix < 8 ? 2 : tile.outer_radix / 4;
-    for_each_task(tile, tile.outer_tasks(), [&](int number) {
-        const int unit = tile.unit(number), middle = number >> tile.log_units, column = middle * kLongPoints + unit_column(first_unit + unit);
-        u32 x[kSlots / 4][4];
-#pragma unroll
-        for (int j = 0; j < kSlots / 4; j++) {
-            const int slot = 4 * j + q, position = slot * tile.middle_radix * kLongPoints + column;
+    // From a pair of sequences to the sheet or, with a middle stage, to shared memory. Slots that are not there lie beyond the sequences. Where registers
+    // have room for them, the elements of a task come while the one before is worked on.
+    template <int kSlots, class Sequence>
+    DEVICE void from_sequences(const Sequence& first, const Sequence& second, const PairScales& scales, const uint4* matrix) const {
+        constexpr bool kAhead = kSlots == 8 && Sequence::kNarrow;
+        const int q = team.lane % 4, tiles = params.outer_radix < 8 ? 2 : params.outer_radix / 4, step = kTeamThreads / 4;
+        typename Sequence::Words v[kSlots / 4][2], w[kSlots / 4][2];
+        auto load = [&](int start, int j) __attribute__((always_inline)) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                // Slots that are not there lie beyond the sequence.
-                Pair v = first.load(position + 128 * half), w = second.load(position + 128 * half);
-                v = PairScales::apply(v, scales.down[0]), w = PairScales::apply(w, scales.down[1]);
-                x[j][2 * half] = pack(v.x, w.x), x[j][2 * half + 1] = pack(v.y, w.y);
+                const int at = start + 4 * j * slot_stride() + 128 * half;
+                v[j][half] = first.load_words(at), w[j][half] = second.load_words(at);
             }
-        }
-        contract<kSlots>(x, matrix, tiles, tile.lane, [&](int n, const SingleSums (&d)[2]) {
-            const int row = 4 * n + q;
-            if (row >= tile.outer_radix) return;
-            if (tile.middle_radix == 1)
-                store_for_blocks(tile.in_sheet(row, unit), unit_of(d));
-            else
-                tile.exchanged(row, middle, unit) = unit_of(d, tile.twist(row, middle));
-        });
-    });
-}
-
-// From shared memory to the sheet.
-template <int kRadix>
-DEVICE void middle_pass(const ColumnTile& tile, const uint4* matrix) {
-    const int q = tile.lane % 4;
-    for_each_task(tile, tile.middle_tasks(), [&](int number) {
-        const int unit = tile.unit(number), outer = number >> tile.log_units;
-        u32 x[kRadix / 4][4];
+        };
+        auto load_ahead = [&](int number) __attribute__((always_inline)) {
+            const int start = position(number >> log_units, number & ((1 << log_units) - 1));
 #pragma unroll
-        for (int j = 0; j < kRadix / 4; j++) spread_unit(x[j], tile.exchanged(outer, 4 * j + q, unit));
-        contract<kRadix>(x, matrix, kRadix / 4, tile.lane, [&](int n, const SingleSums (&d)[2]) {
-            store_for_blocks(tile.in_sheet(outer * kRadix + 4 * n + q, unit), unit_of(d));
-        });
-    });
-}
-
-// From the sheet to shared memory.
-template <int kRadix>
-DEVICE void middle_pass_back(const ColumnTile& tile, const uint4* matrix) {
-    const int q = tile.lane % 4;
-    for_each_task(tile, tile.middle_tasks(), [&](int number) {
-        const int unit = tile.unit(number), outer = number >> tile.log_units;
-        u32 x[kRadix / 4][4];
+            for (int j = 0; j < kSlots / 4; j++) load(start, j);
+        };
+        if (kAhead) load_ahead(8 * team.warp + team.lane / 4);
+        for_each_task(params.middle_radix(), [&](int unit, int middle) __attribute__((always_inline)) {
+            u32 x[kSlots / 4][4];
 #pragma unroll
-        for (int j = 0; j < kRadix / 4; j++) spread_unit(x[j], load_shared_by_blocks(tile.in_sheet(outer * kRadix + 4 * j + q, unit)));
-        contract<kRadix>(x, matrix, kRadix / 4, tile.lane, [&](int n, const SingleSums (&d)[2]) {
-            const int middle = 4 * n + q;
-            tile.exchanged(outer, middle, unit) = unit_of(d, tile.twist(outer, middle));
-        });
-    });
-}
-
-// From there, or from the sheet, to positions: calls store(value, position) with the results of the slots 4 n + lane % 4, whose positions follow
-// `position` at distances of Rb 8192. Half transforms have those of the second half by the shift theorem: `flip` = 0x80008000 changes the signs
-// of odd outer rows.
-template <int kSlots, class Store>
-DEVICE void inverse_pass(const ColumnTile& tile, const uint4* matrix, int first_unit, u32 flip, Store store) {
-    const int q = tile.lane % 4;
-    for_each_task(tile, tile.outer_tasks(), [&](int number) {
-        const int unit = tile.unit(number), middle = number >> tile.log_units;
-        const u32 sign = tile.lane % 2 ? flip : 0;
-        SingleSums value[kSlots / 4][2];
-        contract_steps(value, matrix, kSlots / 8, (tile.outer_radix + 7) / 8, tile.lane, [&](int s, u32 (&a)[2][4]) {
+            for (int j = 0; j < kSlots / 4; j++) {
+                if (!kAhead) load(position(middle, unit), j);
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const int row = 8 * s + 4 * i + q;
-                uint4 v = make_uint4(0, 0, 0, 0);
-                // Outputs of the stage beyond its radix are not there.
-                if (row < tile.outer_radix) v = tile.middle_radix == 1 ? load_shared_by_blocks(tile.in_sheet(row, unit)) : tile.exchanged(row, middle, unit);
-                a[0][2 * i] = v.x ^ sign, a[0][2 * i + 1] = v.z ^ sign, a[1][2 * i] = v.y ^ sign, a[1][2 * i + 1] = v.w ^ sign;
+                for (int half = 0; half < 2; half++) {
+                    const Pair a = first.product(v[j][half]), b = second.product(w[j][half]);
+                    x[j][2 * half] = pack(a.x * scales.down[0], b.x * scales.down[1]), x[j][2 * half + 1] = pack(a.y * scales.down[0], b.y * scales.down[1]);
+                }
             }
+            const int next = (middle << log_units) + unit + step;
+            if (kAhead && next < params.middle_radix() << log_units) load_ahead(next);
+            contract<kSlots>(x, matrix, tiles, team.lane, [&](int n, const SingleSums (&d)[2]) __attribute__((always_inline)) {
+                const int row = 4 * n + q;
+                if (row >= params.outer_radix) return;
+                if (params.has_middle())
+                    exchanged(row, middle, unit) = packed(d, twist(row, middle));
+                else
+                    store_for_blocks(in_sheet(row, unit), packed(d));
+            });
         });
-        store(value, middle * kLongPoints + unit_column(first_unit + unit));
-    });
-}
+    }
+
+    // From shared memory to the sheet.
+    template <int kRadix>
+    DEVICE void middle_there(const uint4* matrix) const {
+        const int q = team.lane % 4;
+        for_each_task(params.outer_radix, [&](int unit, int outer) __attribute__((always_inline)) {
+            u32 x[kRadix / 4][4];
+#pragma unroll
+            for (int j = 0; j < kRadix / 4; j++) spread_unit(x[j], exchanged(outer, 4 * j + q, unit));
+            uint4* const to = in_sheet(outer * kRadix + q, unit);
+            contract<kRadix, 2>(x, matrix, kRadix / 4, team.lane, [&](int n, const SingleSums (&d)[2]) __attribute__((always_inline)) { store_for_blocks(to + 4 * n * kLongUnits, packed(d)); });
+        });
+    }
+
+    // Back, the units come to the places which the lane that has asked for them fills again.
+    template <int kRadix>
+    DEVICE void middle_back(const uint4* matrix) const {
+        const int q = team.lane % 4;
+        for_each_task(params.outer_radix, [&](int unit, int outer) __attribute__((always_inline)) {
+            const uint4* const from = in_sheet(outer * kRadix + q, unit);
+#pragma unroll
+            for (int j = 0; j < kRadix / 4; j++) copy_async<16>(&exchanged(outer, 4 * j + q, unit), from + 4 * j * kLongUnits);
+        });
+        copy_async_commit();
+        copy_async_wait<0>();
+        for_each_task(params.outer_radix, [&](int unit, int outer) __attribute__((always_inline)) {
+            u32 x[kRadix / 4][4];
+#pragma unroll
+            for (int j = 0; j < kRadix / 4; j++) spread_unit(x[j], exchanged(outer, 4 * j + q, unit));
+            contract<kRadix, 2>(x, matrix, kRadix / 4, team.lane, [&](int n, const SingleSums (&d)[2]) __attribute__((always_inline)) {
+                const int middle = 4 * n + q;
+                exchanged(outer, middle, unit) = packed(d, twist(outer, middle));
+            });
+        });
+    }
+
+    // From there, or from the sheet, to positions: calls start(position), and store(value, position) with the results of the slots 4 n + lane % 4, whose
+    // positions follow `position` at distances of four slots.
+    template <int kSlots, class Start, class Store>
+    DEVICE void to_positions(const uint4* matrix, Start start, Store store) const {
+        const int q = team.lane % 4;
+        for_each_task(params.middle_radix(), [&](int unit, int middle) __attribute__((always_inline)) {
+            start(position(middle, unit));
+            SingleSums value[kSlots / 4][2];
+            contract_steps(value, matrix, kSlots / 8, kSlots / 4, team.lane, [&](int s, u32 (&a)[2][4]) __attribute__((always_inline)) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const int row = 8 * s + 4 * i + q;
+                    uint4 v = make_uint4(0, 0, 0, 0);
+                    // Outputs of the stage beyond its radix are not there.
+                    if (row < params.outer_radix) v = params.has_middle() ? exchanged(row, middle, unit) : load_shared_by_blocks(in_sheet(row, unit));
+                    a[0][2 * i] = join_low(v.x, v.y), a[0][2 * i + 1] = join_high(v.x, v.y), a[1][2 * i] = join_low(v.z, v.w), a[1][2 * i + 1] = join_high(v.z, v.w);
+                }
+            });
+            store(value, position(middle, unit));
+        });
+    }
+};

@@ -203,8 +203,20 @@ DEVICE void store_for_blocks(uint4* p, uint4 v) {
 
 // Counters by which the blocks of a launch wait for each other's results.
 DEVICE u32 take_ticket(u32* counter) { return atomicAdd(counter, 1u); }
+// The same after all that the thread has written or, at a barrier before, seen written, and before all that it reads.
+DEVICE u32 take_ticket_in_order(u32* counter) {
+    u32 ticket;
+    asm volatile("fence.acq_rel.gpu; atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(ticket) : "l"(counter) : "memory");
+    return ticket;
+}
 DEVICE void add_release(u32* counter) {
     asm volatile("fence.acq_rel.gpu; red.release.gpu.global.add.u32 [%0], 1;" :: "l"(counter) : "memory");
+}
+DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+DEVICE u32 load_relaxed(const u32* counter) {
+    u32 v;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(counter) : "memory");
+    return v;
 }
 DEVICE void wait_acquire(const u32* counter, u32 count) {
     for (;;) {
@@ -220,6 +232,8 @@ DEVICE u32 bits_from_float(float x) { return __float_as_uint(x); }
 
 DEVICE float square_root(float x) { return sqrtf(x); }
 DEVICE void sine_cosine_pi(float x, float& sine, float& cosine) { sincospif(x, &sine, &cosine); }
+// Of an angle from -pi to pi, to a few 2^-22.
+DEVICE void fast_sine_cosine(float x, float& sine, float& cosine) { sine = __sinf(x), cosine = __cosf(x); }
 DEVICE float power_of_two(int exponent) { return __uint_as_float(u32(exponent + 127) << 23); }
 
 struct Pair { float x, y; };
@@ -241,6 +255,18 @@ DEVICE uint2 load_streaming(const uint2* p) {
     return v;
 }
 
+// The same where there is something, zero elsewhere, by predicated instructions.
+DEVICE u32 load_streaming_if(bool really, const u32* p) {
+    u32 v;
+    asm("{ .reg .pred p; setp.ne.u32 p, %1, 0; mov.u32 %0, 0; @p ld.global.nc.L1::no_allocate.u32 %0, [%2]; }" : "=r"(v) : "r"(u32(really)), "l"(p));
+    return v;
+}
+DEVICE uint2 load_streaming_if(bool really, const uint2* p) {
+    uint2 v;
+    asm("{ .reg .pred p; setp.ne.u32 p, %2, 0; mov.u32 %0, 0; mov.u32 %1, 0; @p ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%3]; }"
+        : "=r"(v.x), "=r"(v.y) : "r"(u32(really)), "l"(p));
+    return v;
+}
 DEVICE uint4 load_streaming(const uint4* p) {
     uint4 v;
     asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));

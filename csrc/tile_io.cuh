@@ -159,27 +159,26 @@ DEVICE void store_global(Element* sequence, int position, int length, bool align
 // One sequence of a tile in global memory. kAligned: pairs may be moved as words, so that a pair lies inside the sequence or beyond it.
 template <class Element, bool kAligned>
 struct GlobalSequence {
+    using Word = typename PairWord<typename RemoveConst<Element>::type>::type;
     Element* data;
     int length;     // zero if the sequence or the tensor is absent
 
     DEVICE GlobalSequence(const fft_conv_tensor& tensor, const LaunchParams& params, const TileSequences& sequences, int owner)
         : data(sequences.address<Element>(tensor, owner)), length(shuffle(int(sequences.valid), owner) && tensor.data ? sequences.length : 0) {}
+    DEVICE GlobalSequence(Element* data, int length) : data(data), length(length) {}
 
     // Without branches where it can be, so that many loads are under way at a time.
-    DEVICE Pair load(int position) const {
-        if constexpr (kAligned) {
-            using Word = typename PairWord<typename RemoveConst<Element>::type>::type;
-            const Word word = load_streaming(reinterpret_cast<const Word*>(data + (position < length ? position : 0)));
-            const Pair pair = widen(static_cast<const typename RemoveConst<Element>::type*>(nullptr), word);
-            return {position < length ? pair.x : 0.f, position < length ? pair.y : 0.f};
-        } else {
-            return load_global(data, position, length, false);
-        }
+    DEVICE Word load_word(int position) const {
+        if constexpr (kAligned)
+            return load_streaming_if(position < length, reinterpret_cast<const Word*>(data + position));
+        else
+            return narrow(data, position < length ? widen_one(data[position]) : 0.f, position + 1 < length ? widen_one(data[position + 1]) : 0.f);
     }
+    DEVICE Pair load(int position) const { return widen(data, load_word(position)); }
 
     DEVICE void store(int position, float x, float y) const {
         if constexpr (kAligned) {
-            if (position < length) narrow_two(data + position, x, y);
+            narrow_two_if<true>(position < length, data + position, x, y);
         } else {
             store_global(data, position, length, false, x, y);
         }

@@ -260,11 +260,12 @@ DEVICE int row_unit(int row, int warp, int lane) { return warp % 8 * 8 + (lane /
 DEVICE int fragment_unit(int row, int lane) { return row_unit(row, lane % 4, lane); }
 
 // Contracts kSlots values of each of a warp's 32 columns to 4 `tiles` outputs: lane (r, q) holds the columns a, a + 1, a + 128, a + 129 with
-// a = 16 warp + 2 r, and x[j][c] is (re, im) of slot 4 j + q at column c. emit(n, d) gets output 4 n + q.
-template <int kSlots, class Emit>
+// a = 16 warp + 2 r, and x[j][c] is (re, im) of slot 4 j + q at column c. emit(n, d) gets output 4 n + q. The fewer pairs of outputs are unrolled, the fewer
+// registers it takes.
+template <int kSlots, int kUnrolled = 4, class Emit>
 DEVICE void contract(const u32 (&x)[kSlots / 4][4], const uint4* table, int tiles, int lane, Emit emit) {
     constexpr int kSteps = kSlots / 8;
-#pragma unroll 4
+#pragma unroll kUnrolled
     for (int n = 0; n < tiles; n += 2) {
         SingleSums d[2][2];
 #pragma unroll
@@ -307,10 +308,10 @@ DEVICE uint4 packed(const SingleSums (&d)[2]) {
 }
 
 // The outer stage: writes the rows.
-template <class T>
+template <class T, int kUnrolled = 4>
 DEVICE void outer_forward(const u32 (&x)[T::kSlots / 4][4], uint4* rows, const uint4* table, int warp, int lane) {
     uint4* const words = rows + lane % 4 * kRowUnits + row_unit(lane, warp, lane);
-    contract<T::kSlots>(x, table, T::kRows / 4, lane, [&](int n, const SingleSums (&d)[2]) { words[4 * n * kRowUnits] = packed(d); });
+    contract<T::kSlots, kUnrolled>(x, table, T::kRows / 4, lane, [&](int n, const SingleSums (&d)[2]) { words[4 * n * kRowUnits] = packed(d); });
 }
 
 // The inverse outer stage: value[n][t] belongs to slot 4 n + q.

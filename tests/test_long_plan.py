@@ -5,7 +5,9 @@ from collections import Counter
 import pytest
 
 from hf_flashfftconv.ops import long_plan
-from hf_flashfftconv.ops.long_plan import INVERSE, OUTER, ROW_POINTS, ROWS, SCALE, TAPS, LongPlan, lay_out, schedule
+from hf_flashfftconv.ops.long_plan import ROW_POINTS, LongPlan, lay_out
+
+SCALE, OUTER, ROWS, INVERSE = range(4)
 
 # FFT size, half, length, batch, channels
 CASES = [
@@ -20,90 +22,75 @@ CASES = [
 
 
 class Launch:
-    """The rules of csrc/long.cuh: what an item needs, and what it counts for."""
+    """The rules of csrc/long.cuh: what a ticket stands for, what an item needs, and what a group has."""
 
-    def __init__(self, fft_size: int, plan: LongPlan, backward: bool) -> None:
-        self.plan, self.backward = plan, backward
-        self.radix = fft_size // ROW_POINTS
-        self.pair_sheets = plan.group_pairs * (2 if backward else 1)
-        self.sheets = self.pair_sheets + (plan.group_channels if backward else 0)
+    def __init__(self, fft_size: int, plan: LongPlan) -> None:
+        self.plan, self.groups = plan, plan.tickets // plan.period - plan.inverse_delay
+        self.passes = [
+            (INVERSE, plan.column_items, plan.inverse_delay),
+            (ROWS, fft_size // ROW_POINTS, plan.row_delay),
+            (OUTER, plan.column_items, plan.outer_delay),
+            (SCALE, plan.part_count, 0),
+        ]
+        self.counts = {kind: plan.group_pairs * parts for kind, parts, _ in self.passes}
         self.done: Counter[tuple[int, int]] = Counter()
+        self.items: Counter[tuple[int, int, int, int]] = Counter()
 
-    def count(self, kind: int) -> int:
-        """Items of a group."""
-        plan = self.plan
-        splits = plan.group_channels * -(-plan.group_pairs // plan.group_channels // plan.row_steps)
-        return {
-            SCALE: self.pair_sheets * plan.part_count,
-            OUTER: self.pair_sheets * plan.column_items,
-            ROWS: self.radix * splits if self.backward else -(-self.radix * plan.group_pairs // plan.row_steps),
-            INVERSE: self.sheets * plan.column_items,
-            TAPS: plan.group_channels * self.radix if self.backward else 0,
-        }[kind]
+    def item(self, ticket: int) -> tuple[int, int, int, int]:
+        """Kind, group, pair and part."""
+        step, index = divmod(ticket, self.plan.period)
+        part, pair = divmod(index, self.plan.group_pairs)
+        for kind, parts, delay in self.passes:
+            if part < parts:
+                return kind, step - delay, pair, part
+            part -= parts
+        raise AssertionError(ticket)
 
-    def needs(self, kind: int, group: int, index: int) -> list[tuple[int, int]]:
-        if kind == OUTER:
-            earlier = group - self.plan.ring
-            return [(SCALE, group)] + ([(INVERSE, earlier)] if earlier >= 0 else [])
-        if kind == ROWS:
-            chained = self.plan.channel_splits > 1 and group > 0
-            return [(OUTER, group)] + ([(ROWS, group - 1)] if chained and self.backward else [])
-        if kind == TAPS:
-            return [(ROWS, group)]
-        if kind == INVERSE:
-            return [(TAPS if index // self.plan.column_items >= self.pair_sheets else ROWS, group)]
-        return []
+    def needs(self, kind: int, group: int) -> list[tuple[int, int]]:
+        before = [] if kind == SCALE else [(kind - 1, group)]
+        return before + ([(INVERSE, group - self.plan.ring)] if kind == OUTER and group >= self.plan.ring else [])
 
-    def run(self, kind: int, group: int, index: int) -> None:
-        for of, earlier in self.needs(kind, group, index):
-            found, wanted = self.done[of, earlier], self.count(of)
-            assert found == wanted, (kind, group, index, of, earlier, found, wanted)
+    def run(self, ticket: int) -> None:
+        kind, group, pair, part = self.item(ticket)
+        if not 0 <= group < self.groups:
+            return
+        for of, earlier in self.needs(kind, group):
+            found, wanted = self.done[of, earlier], self.counts[of]
+            assert found == wanted, (kind, group, of, earlier, found, wanted)
         self.done[kind, group] += 1
+        self.items[kind, group, pair, part] += 1
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_item_comes_once_and_after_what_it_needs(case: tuple[int, bool, int, int, int], backward: bool) -> None:
+def test_every_item_comes_once_and_after_what_it_needs(case: tuple[int, bool, int, int, int]) -> None:
     fft_size, _, _, batch, channels = case
-    plan = lay_out(*case, backward)
-    period = schedule(fft_size, plan, backward)
-    depth = max(delay for _, delay, _ in period)
-    assert len(set(period)) == len(period) and depth < 16
-    launch = Launch(fft_size, plan, backward)
-    groups = plan.tickets // len(period) - depth
-    assert groups * plan.group_pairs >= (batch + 1) // 2 * channels
-    for step in range(groups + depth):
-        for kind, delay, index in period:
-            if 0 <= step - delay < groups:
-                launch.run(kind, step - delay, index)
-    for kind in range(5):
-        items = [index for of, _, index in period if of == kind]
-        assert sorted(items) == list(range(launch.count(kind))), kind
-        assert all(launch.done[kind, group] == launch.count(kind) for group in range(groups) if items)
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_groups_are_those_of_channels(case: tuple[int, bool, int, int, int]) -> None:
-    plan, pairs = lay_out(*case, True), (case[3] + 1) // 2
-    if plan.channel_splits == 1:
-        assert plan.group_pairs == plan.group_channels * pairs
-    else:
-        assert plan.group_channels == 1 and plan.group_pairs * plan.channel_splits >= pairs
-        assert plan.group_pairs * (plan.channel_splits - 1) < pairs
+    plan = lay_out(*case)
+    launch = Launch(fft_size, plan)
+    assert launch.groups * plan.group_pairs >= (batch + 1) // 2 * channels
+    for ticket in range(plan.tickets):
+        launch.run(ticket)
+    assert len(launch.items) == launch.groups * plan.period and set(launch.items.values()) == {1}
+    assert all(
+        launch.done[kind, group] == count for kind, count in launch.counts.items() for group in range(launch.groups)
+    )
 
 
 @pytest.mark.parametrize("log", range(14, 24))
 def test_memory_is_bounded(log: int) -> None:
     length, fft_size = 1 << log - 1, 1 << log
     output = 2 * 64 * 768 * length
-    for backward in (False, True):
-        plan = lay_out(fft_size, True, length, 64, 768, backward)
-        assert plan.scratch_bytes <= max((96 if backward else 48) << 20, (3 if backward else 1) * 7 * 4 * fft_size)
-        assert plan.scratch_bytes + plan.sums_bytes + plan.energy_bytes + plan.counter_bytes <= output // 8
-    alone = lay_out(fft_size, True, length, 1, 1, False)
+    plan = lay_out(fft_size, True, length, 64, 768)
+    assert plan.scratch_bytes <= max(40 << 20, 5 * 4 * fft_size)
+    assert plan.scratch_bytes + plan.energy_bytes + plan.counter_bytes <= output // 8
+    alone = lay_out(fft_size, True, length, 1, 1)
     assert alone.ring == alone.group_pairs == 1 and alone.scratch_bytes == 4 * fft_size
 
 
-def test_the_longest() -> None:
-    assert long_plan.outer_radix(1 << 24, True) * long_plan.MAX_MIDDLE_RADIX * ROW_POINTS == 1 << 24
-    assert long_plan.outer_radix(1 << 23, False) == 32
+@pytest.mark.parametrize("half", [False, True])
+def test_stages_fit_the_kernels(half: bool) -> None:
+    """What csrc/api.cu checks: a radix of 512 for eight slots, of 2,048 for 32."""
+    for log in range(15 if half else 14, 25 if half else 24):
+        radix, outer = (1 << log) // ROW_POINTS, long_plan.outer_radix(1 << log, half)
+        slots = outer // 2 if half else outer
+        assert outer >= 2 and radix // outer in (1, *long_plan.MIDDLE_RADICES)
+        assert slots <= 32 and radix <= (512 if slots <= 8 else 2048)

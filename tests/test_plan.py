@@ -178,8 +178,8 @@ def test_longer_sequences_in_blocks_of_a_cluster() -> None:
         assert not choose(length, taps, 0, True, in_clusters=False).cluster
         assert choose(length, taps, 1, True).is_long
     # Many windows pay in a backward pass alone, too many not even there.
-    assert choose(655361, 655361, 0, True).is_long and choose(1 << 20, 1 << 20, 0, True, backward=True).windows == 16
-    assert choose((1 << 20) + 1, 1 << 21, 0, True, backward=True).is_long
+    assert choose(655361, 655361, 0, True).is_long and choose(786432, 786432, 0, True, backward=True).windows == 12
+    assert choose(786433, 1 << 21, 0, True, backward=True).is_long
     assert choose(1 << 22, 61441, 0, True, in_clusters=False).windows == 16
     assert choose(1 << 22, 61442, 0, True, in_clusters=False).is_long
 

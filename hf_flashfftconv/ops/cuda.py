@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -91,7 +91,6 @@ class Call:
         pre_gate: Tensor | None,
         post_gate: Tensor | None,
         k_rev: Tensor | None,
-        backward: bool = False,
     ) -> None:
         self.u, self.plan, device = u, chosen, u.device
         batch, channels, length = u.shape
@@ -117,29 +116,24 @@ class Call:
         parameters.windows, parameters.cluster = chosen.windows, chosen.cluster
         parameters.channel_pairs = chosen.channel_pairs
         if chosen.is_long:
-            self._lay_out(backward)
+            self._lay_out()
         elif chosen.windows:
             scratch_bytes = extension.call("fft_conv_blocked_scratch", parameters, u.device.index or 0)
             self.buffer("scratch", (scratch_bytes,), torch.uint8)
 
-    def _lay_out(self, backward: bool) -> None:
+    def _lay_out(self) -> None:
         """Adds the layout of a long transform and its memory."""
         batch, channels, length = self.u.shape
-        layout = long_plan.lay_out(*self.plan[:2], length, batch, channels, backward)
-        items = _device_schedule(self.plan.fft_size, layout.period_key(), backward, self.u.device)
-        self._alive.append(items)
-        self.parameters.schedule, self.parameters.period = items.data_ptr(), items.shape[0]
+        layout = long_plan.lay_out(*self.plan[:2], length, batch, channels)
         for name in _LAYOUT_FIELDS:
             setattr(self.parameters, name, getattr(layout, name))
         self.buffer("energies", (layout.energy_bytes,), torch.uint8)
-        self.buffer("counters", (layout.counter_bytes,), torch.uint8).zero_()
+        self.counters = self.buffer("counters", (layout.counter_bytes,), torch.uint8)
         try:
             self.buffer("scratch", (layout.scratch_bytes,), torch.uint8)
-            self.buffer("sums", (layout.sums_bytes,), torch.uint8)
         except torch.OutOfMemoryError as error:
-            needed = layout.scratch_bytes + layout.sums_bytes
             raise torch.OutOfMemoryError(
-                f"a convolution by FFTs of {self.plan.fft_size} points needs {needed} bytes of scratch "
+                f"a convolution by FFTs of {self.plan.fft_size} points needs {layout.scratch_bytes} bytes of scratch "
                 f"memory beside its output, and {4 * self.plan.fft_size} for a single pair of sequences: {error}"
             ) from error
 
@@ -170,7 +164,10 @@ class Call:
         return x
 
     def launch(self, name: str) -> None:
-        kind = "long_" if self.plan.is_long else ""
+        kind = ""
+        if self.plan.is_long:
+            kind = "long_"
+            self.counters.zero_()
         extension.launch(f"fft_conv_{kind}{name}", self.parameters, self.stream)
 
 
@@ -206,7 +203,7 @@ def channel_blocks(chosen: plan.Plan, operands: Operands, backward: bool = False
     if not chosen.on_one_block and not _spectra.keeps(k, skip, k_rev, chosen):
         output_bytes = u.numel() * u.element_size()
         most = min(SPECTRUM_BYTES, output_bytes) // (4 * chosen.points)
-    if (chosen.windows or chosen.cluster) and backward:
+    if not chosen.on_one_block and backward:
         channel_bytes = 4 * chosen.fft_size * 2 * (pairs * chosen.blocks(u.shape[2]) + max(1, chosen.windows))
         most = min(most, TRANSFORM_BYTES // channel_bytes)
     workers = _clusters(u.device, chosen, u.dtype) if chosen.cluster else 1
@@ -219,16 +216,6 @@ def channel_blocks(chosen: plan.Plan, operands: Operands, backward: bool = False
         skip_part, rev_part = (None if x is None else x[part] for x in (skip, k_rev))
         pre_part, post_part = (None if x is None else x[:, part] for x in (pre_gate, post_gate))
         yield part, (u[:, part], k[part], skip_part, pre_part, post_part, rev_part)
-
-
-# Never dropped, and outside of the pools that graphs have: captured graphs keep the addresses.
-@cache
-def _device_schedule(fft_size: int, layout: long_plan.LongPlan, backward: bool, device: torch.device) -> Tensor:
-    """The schedule as the kernels read it: four bits for the kind, four for the delay, the rest for the index."""
-    items = long_plan.schedule(fft_size, layout, backward)
-    with torch.device("cpu"):
-        entries = torch.tensor([kind | delay << 4 | index << 8 for kind, delay, index in items], dtype=torch.int32)
-    return tables.upload(entries, device)
 
 
 def _verdict(device: torch.device) -> str | None:
@@ -264,8 +251,8 @@ def _lacks_memory(device: torch.device, chosen: plan.Plan, dtype: torch.dtype, b
     parameters.fft_size, parameters.half, parameters.windows, parameters.cluster, _ = chosen
     if chosen.is_long:
         parameters.outer_radix = long_plan.outer_radix(*chosen[:2])
-    # Gradients of sequences in blocks take the forward kernel.
-    needed = extension.call("fft_conv_shared_bytes", parameters, backward and not (chosen.windows or chosen.cluster))
+    # Gradients of all others take the forward kernel.
+    needed = extension.call("fft_conv_shared_bytes", parameters, backward and chosen.on_one_block)
     available = extension.call("fft_conv_shared_limit", device.index)
     if needed <= available:
         return None

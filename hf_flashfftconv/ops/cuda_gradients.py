@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import cuda, extension, filters, plan, tables
+from . import cuda, extension, filters, long_plan, plan, tables
 from .reference import Gradients
 
 
@@ -22,16 +22,14 @@ def backward(
 ) -> Gradients:
     """Gradients (du, dk, dskip, dpre, dpost, dk_rev) of a supported call, each in its operand's dtype.
 
-    Of sequences in blocks and long ones, what is not in `needs` is None and costs no pass back.
+    Of sequences that take more than a thread block, what is not in `needs` is None and costs no pass back.
     """
     with cuda.device_guard(u.device):
         chosen = cuda.plan_of(u, k, k_rev, causal, backward=True)
         operands = u, k, skip, pre_gate, post_gate, k_rev
-        if chosen.windows or chosen.cluster:
-            return _blocked_backward(dy, operands, chosen, needs)
-        if chosen.is_long:
-            return _long_backward(dy, operands, chosen, needs)
-        call = cuda.Call(chosen, *operands, backward=True)
+        if not chosen.on_one_block:
+            return _backward_in_passes(dy, operands, chosen, needs)
+        call = cuda.Call(chosen, *operands)
         call.operand("grad_output", dy)
         du = call.result("grad_u")
         dpre = None if pre_gate is None else call.result("grad_pre_gate")
@@ -47,8 +45,8 @@ def backward(
     return du, dk, dskip, dpre, dpost, dk_rev
 
 
-def _blocked_backward(dy: Tensor, operands: cuda.Operands, chosen: plan.Plan, needs: Sequence[bool]) -> Gradients:
-    """The same for sequences in blocks or clusters of blocks: dpost is a forward pass; du and dpre are one in reverse.
+def _backward_in_passes(dy: Tensor, operands: cuda.Operands, chosen: plan.Plan, needs: Sequence[bool]) -> Gradients:
+    """The same for longer sequences, some channels at a time: dpost is a forward pass; du and dpre are one in reverse.
 
     Both leave the transforms of their inputs behind where gradients of taps are wanted, which are made of these.
     """
@@ -62,7 +60,7 @@ def _blocked_backward(dy: Tensor, operands: cuda.Operands, chosen: plan.Plan, ne
         def part(x: Tensor | None, channels: slice = channels) -> Tensor | None:
             return None if x is None else x[:, channels]
 
-        call = cuda.Call(chosen, *tensors, backward=True)
+        call = cuda.Call(chosen, *tensors)
         kept = [] if taps is None else [_KeptTransforms(call), _KeptTransforms(call)]
         passes = (
             {"u": part(u), "pre_gate": part(pre_gate), "post_gate": part(dy), "output": part(dpost)},
@@ -94,7 +92,7 @@ def _blocked_backward(dy: Tensor, operands: cuda.Operands, chosen: plan.Plan, ne
 
 
 class _KeptTransforms:
-    """Where a pass over sequences in blocks leaves the transforms of its inputs, and the scales of its pairs."""
+    """Where a pass leaves the transforms of its inputs, and the scales of its pairs."""
 
     def __init__(self, call: cuda.Call) -> None:
         batch, channels, length = call.u.shape
@@ -122,38 +120,14 @@ def _tap_gradients(
     sums = torch.empty((parameters.channels, windows, size, 2), dtype=torch.float32, device=call.u.device)
     parameters.sums = sums.data_ptr()
     # Of the transforms, which are not quite unitary.
-    radix = size // tables.COLUMNS
-    parameters.factor = 1 / (tables.outer_scales(radix, max(1, call.plan.cluster))[0] ** 2 * radix)
+    if call.plan.is_long:
+        scale = long_plan.transform_scale(size, call.plan.half)
+    else:
+        scale = tables.outer_scales(size // tables.COLUMNS, max(1, call.plan.cluster))[0] * tables.COLUMNS**-0.5
+    parameters.factor = 1 / (scale**2 * size)
     taps.pass_to(parameters, channels)
     extension.launch("fft_conv_tap_gradient", parameters, call.stream)
 
 
 def _like(x: Tensor | None, wanted: bool) -> Tensor | None:
     return torch.empty_like(x, memory_format=torch.contiguous_format) if x is not None and wanted else None
-
-
-def _long_backward(dy: Tensor, operands: cuda.Operands, chosen: plan.Plan, needs: Sequence[bool]) -> Gradients:
-    """The same for long sequences, some channels at a time."""
-    u, _, _, pre_gate, post_gate, k_rev = operands
-    results = {
-        "grad_u": _like(u, needs[0]),
-        "grad_pre_gate": _like(pre_gate, needs[3]),
-        "grad_post_gate": _like(post_gate, needs[4]),
-    }
-    taps: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
-    for channels, tensors in cuda.channel_blocks(chosen, operands, backward=True):
-        call = cuda.Call(chosen, *tensors, backward=True)
-        call.operand("grad_output", dy[:, channels])
-        for name, x in results.items():
-            if x is not None:
-                call.operand(name, x[:, channels])
-        # Anticausal taps lie at the end of the circle, the second half of it.
-        halves = 2 if call.plan.half and k_rev is not None else 1
-        size = call.plan.fft_size * halves // (2 if call.plan.half else 1)
-        call.parameters.tap_halves = halves
-        _, part_k, part_skip, _, _, part_rev = tensors
-        total = call.buffer("grad_filter", (part_k.shape[0], size), torch.float32)
-        call.launch("backward")
-        taps.append(filters.tap_gradients(total, part_k, part_skip, part_rev, u.shape[2]))
-    dk, dskip, dk_rev = (None if parts[0] is None else torch.cat(parts) for parts in zip(*taps, strict=True))
-    return results["grad_u"], dk, dskip, results["grad_pre_gate"], results["grad_post_gate"], dk_rev

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import BackendError
 
 PATH = Path(__file__).parent.parent / "lib" / "libhf_flashfftconv.so"
-VERSION = 9
+VERSION = 10
 
 ELEMENTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -50,10 +50,8 @@ class Parameters(ctypes.Structure):
         ("spectrum_scale", ctypes.c_void_p),
         ("grad_filter", ctypes.c_void_p),
         ("scratch", ctypes.c_void_p),
-        ("schedule", ctypes.c_void_p),
         ("counters", ctypes.c_void_p),
         ("energies", ctypes.c_void_p),
-        ("sums", ctypes.c_void_p),
         ("batch", ctypes.c_int32),
         ("channels", ctypes.c_int32),
         ("length", ctypes.c_int32),
@@ -65,12 +63,11 @@ class Parameters(ctypes.Structure):
         ("ring", ctypes.c_int32),
         ("part_count", ctypes.c_int32),
         ("column_items", ctypes.c_int32),
-        ("row_steps", ctypes.c_int32),
         ("period", ctypes.c_int32),
         ("tickets", ctypes.c_int32),
-        ("group_channels", ctypes.c_int32),
-        ("channel_splits", ctypes.c_int32),
-        ("tap_halves", ctypes.c_int32),
+        ("outer_delay", ctypes.c_int32),
+        ("row_delay", ctypes.c_int32),
+        ("inverse_delay", ctypes.c_int32),
         ("windows", ctypes.c_int32),
         ("reverse", ctypes.c_int32),
         ("cluster", ctypes.c_int32),

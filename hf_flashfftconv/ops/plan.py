@@ -18,7 +18,7 @@ CLUSTERS = {2: 0, 4: 1, 8: 2, 16: 4}
 # Blocks of longer sequences are those of one thread block (0) or of a cluster, for filters of up to so many windows,
 # forward and backward; the first that fit are the fastest, as measured. More windows leave the L2 cache, and would cost
 # float16 outputs more than their bound.
-BLOCKED = ((0, 5, 5), (8, 5, 5), (16, 10, MAX_WINDOWS), (0, MAX_WINDOWS, MAX_WINDOWS))
+BLOCKED = ((0, 5, 5), (8, 5, 5), (16, 10, 12), (0, MAX_WINDOWS, MAX_WINDOWS))
 # Before these come, forward, pairs of channels.
 PAIRED = ((8, 5), (16, MAX_WINDOWS))
 # Channels that go at a time, where the spectra of all would need too much memory, are a multiple of this.

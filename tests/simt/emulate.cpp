@@ -52,15 +52,8 @@ int launch_taps(const TapParams& params, void*) {
 
 template <class Element, int kSlots>
 int LongLauncher<Element, kSlots>::forward(const LongParams& params, void*) {
-    using Plan = LongForwardPlan<Element, kSlots>;
-    simt::launch(2, Plan::kThreads, Plan::shared_bytes(params.has_middle()), [&] { LongForward<Element, kSlots>(params).run(); });
-    return 0;
-}
-
-template <class Element, int kSlots>
-int LongLauncher<Element, kSlots>::backward(const LongParams& params, void*) {
-    using Plan = LongBackwardPlan<Element, kSlots>;
-    simt::launch(1, Plan::kThreads, Plan::kSharedBytes, [&] { LongBackward<Element, kSlots>(params).run(); });
+    using Plan = LongPlan<Element, kSlots>;
+    simt::launch(1, Plan::kThreads, Plan::shared_bytes(Plan::kTeams), [&] { LongForward<Element, kSlots>(params).run(); });
     return 0;
 }
 

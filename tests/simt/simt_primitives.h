@@ -254,6 +254,7 @@ inline float float_from_bits(u32 x) { float f; std::memcpy(&f, &x, 4); return f;
 inline u32 bits_from_float(float x) { u32 u; std::memcpy(&u, &x, 4); return u; }
 inline float square_root(float x) { return std::sqrt(x); }
 inline void sine_cosine_pi(float x, float& sine, float& cosine) { sine = float(std::sin(M_PI * x)), cosine = float(std::cos(M_PI * x)); }
+inline void fast_sine_cosine(float x, float& sine, float& cosine) { sine = std::sin(x), cosine = std::cos(x); }
 inline float power_of_two(int exponent) { return float_from_bits(u32(exponent + 127) << 23); }
 
 inline uint16_t half_bits(float x) { const _Float16 h = static_cast<_Float16>(x); uint16_t b; std::memcpy(&b, &h, 2); return b; }
@@ -347,10 +348,16 @@ inline uint4 load_shared_by_blocks(const uint4* p) { return *p; }
 inline uint2 load_shared_by_blocks(const uint2* p) { return *p; }
 inline void store_for_blocks(uint4* p, uint4 v) { *p = v; }
 inline u32 take_ticket(u32* counter) { return (*counter)++; }
+inline u32 take_ticket_in_order(u32* counter) { return (*counter)++; }
 inline void add_release(u32* counter) { ++*counter; }
-// Blocks run one after the other: what is not there yet never comes.
+inline void fence() {}
+inline u32 load_relaxed(const u32* counter) { return *counter; }
+// Blocks run one after the other: only the other teams of this one can bring what is not there yet.
 inline void wait_acquire(const u32* counter, u32 count) {
-    if (*counter >= count) return;
+    for (int turns = 0; turns < 1000000; turns++) {
+        if (*counter >= count) return;
+        simt::yield();
+    }
     std::fprintf(stderr, "a block waits for ever: a counter is at %u and was to be %u\n", *counter, count);
     std::abort();
 }
@@ -359,6 +366,8 @@ inline uint4 load_table(const uint4* p) { return *p; }
 inline uint4 load_spectrum(const uint4* p) { return *p; }
 template <class Word>
 Word load_streaming(const Word* p) { return *p; }
+template <class Word>
+Word load_streaming_if(bool really, const Word* p) { return really ? *p : Word{}; }
 
 struct Pair { float x, y; };
 template <bool kFirst, class A, class B> struct Choose { using type = A; };
@@ -388,6 +397,7 @@ u32 narrow(const Element*, float x, float y) {
     std::memcpy(&word, pair, 4);
     return word;
 }
+inline uint2 narrow(const float*, float x, float y) { return {bits_from_float(x), bits_from_float(y)}; }
 template <class Element>
 void narrow_two(Element* p, float x, float y) { narrow_one(p, x), narrow_one(p + 1, y); }
 template <bool kOnce, class Element>
