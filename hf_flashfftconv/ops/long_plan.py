@@ -62,12 +62,13 @@ class LongPlan(NamedTuple):
 
 
 def outer_radix(fft_size: int, half: bool) -> int:
-    """The radix of the outer pass's first stage: all beyond a row, if its 32 slots can take that.
+    """The radix of the outer pass's first stage: all beyond a row, if eight slots with data can take that.
 
-    Else a second stage takes a radix of 8 or 32, and the first fills eight slots, or more for the longest.
+    Else a second stage takes a radix of 8 or 32. Only the longest fill more slots, whose kernels need more shared
+    memory than many GPUs have.
     """
     radix, used = fft_size // ROW_POINTS, 2 if half else 1
-    if radix <= 32 * used:
+    if radix <= 8 * used:
         return radix
     return radix // (8 if radix <= 64 * used else 32)
 
