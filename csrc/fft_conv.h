@@ -44,8 +44,8 @@ struct fft_conv_params {
     float* pair_scales;             // (channels, pairs) what undoes their scales
 };
 
-// Gradients of the taps of all but those of one block, from the transforms that two calls of fft_conv_forward have kept: of pre_gate * u, and in
-// reverse of post_gate * grad_output. Taps as in fft_conv_filter_params; no sequence of windows has taps_rev.
+// Gradients of the taps of all but those of one block, from the transforms that two calls of fft_conv_forward or fft_conv_long_forward have
+// kept: of pre_gate * u, and in reverse of post_gate * grad_output. Taps as in fft_conv_filter_params; no sequence of windows has taps_rev.
 struct fft_conv_tap_params {
     const void *transforms, *reverse_transforms;
     const float *scales, *reverse_scales;

@@ -70,7 +70,8 @@ def outer_radix(fft_size: int, half: bool) -> int:
     radix, used = fft_size // ROW_POINTS, 2 if half else 1
     if radix <= 8 * used:
         return radix
-    return radix // (8 if radix <= 64 * used else 32)
+    small, large = MIDDLE_RADICES
+    return radix // (small if radix <= 8 * small * used else large)
 
 
 def transform_scale(fft_size: int, half: bool) -> float:
