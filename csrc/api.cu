@@ -26,8 +26,22 @@ static bool valid(const fft_conv_params& p) {
     const int radix = p.fft_size / kColumns, reach = p.windows > 0 ? p.length : p.half ? p.fft_size / 2 : p.fft_size;
     if ((p.cluster > 0 || p.windows > 0) && (p.fft_size != std::max(p.cluster, 1) * 2 * kBlockPositions || !p.half)) return false;
     if (p.windows > 0 && int64_t(p.batch + 1) / 2 * p.channels * block_count(p) > kMaximumTiles) return false;
+    if (p.cluster > 0 && p.windows == 0 && (p.reverse || p.transforms || p.second_output.data)) return false;
     if (p.channel_pairs && (p.cluster == 0 || p.windows == 0 || p.batch != 2 || p.transforms)) return false;
     return radix >= 1 && (radix & (radix - 1)) == 0 && radix * kColumns == p.fft_size && p.batch > 0 && p.channels > 0 && p.length > 0 && p.length <= reach;
+}
+
+// Pairs of a channel in a part of its own, so that clusters have done all parts first: each takes as long as its pairs and half a pair more.
+static int pairs_per_split(const fft_conv_params& p) {
+    const int pairs = (p.batch + 1) / 2, workers = kMaximumBackwardBlocks / 2 / p.cluster;
+    int best = pairs;
+    int64_t least = INT64_MAX;
+    for (int splits = 1; splits <= std::min(pairs, workers); splits++) {
+        const int part = (pairs + splits - 1) / splits;
+        const int64_t rounds = (int64_t(p.channels) * splits + workers - 1) / workers, cost = rounds * (2 * part + 1);
+        if (cost < least) least = cost, best = part;
+    }
+    return best;
 }
 
 // Derives what the host knows once for all threads: alignments and logarithms.
@@ -51,8 +65,9 @@ static LaunchParams derive(const fft_conv_params& p) {
     const int tiles = (pairs + (1 << derived.log_sharing) - 1) >> derived.log_sharing, channels_per_tile = pairs_per_tile >> derived.log_sharing;
     const int channel_tiles = (p.channels + channels_per_tile - 1) / channels_per_tile;
     const int wanted = std::min(tiles, (kMaximumBackwardBlocks + channel_tiles - 1) / channel_tiles);
-    derived.tiles_per_split = (tiles + wanted - 1) / wanted;
-    derived.splits = divider((tiles + derived.tiles_per_split - 1) / derived.tiles_per_split);
+    const int tiles_per_split = p.cluster > 0 && p.grad_output.data ? pairs_per_split(p) : (tiles + wanted - 1) / wanted;
+    derived.tiles_per_split = divider(tiles_per_split);
+    derived.splits = divider((tiles + tiles_per_split - 1) / tiles_per_split);
     return derived;
 }
 
@@ -114,23 +129,26 @@ extern "C" int fft_conv_tap_gradient(const fft_conv_tap_params* params, void* st
     derived.log_points = log2_of(params->fft_size);
     // A tile may not have room for eight.
     derived.log_group = log_channel_group(params->k_stride, params->k_tap_stride, std::min(3, kLogFilterTile + kLogFilterRow + 1 - derived.log_points));
-    const bool sizes = params->channels > 0 && params->pairs > 0 && params->taps > 0 && params->windows > 0 && params->windows <= params->blocks;
+    const bool summed = params->transforms == nullptr;
+    const bool sizes = params->channels > 0 && params->taps > 0 && params->windows > 0 && params->splits > 0 &&
+                       (summed ? params->windows == 1 : params->splits == 1 && params->pairs > 0 && params->windows <= params->blocks);
     return sizes && params->fft_size >= kTapPoints && params->fft_size <= kLongMaximum && 1 << derived.log_points == params->fft_size ? launch_taps(derived, stream) : kUnsupported;
 }
 
 extern "C" int fft_conv_backward(const fft_conv_params* params, void* stream) {
-    if (!valid(*params)) return kUnsupported;
+    if (!valid(*params) || params->windows > 0) return kUnsupported;
     const LaunchParams derived = derive(*params);
+    if (params->cluster > 0) return with_cluster(*params, [&](auto launcher) { return decltype(launcher)::backward(derived, stream); });
     return with_tile(*params, [&](auto tile) { return Launcher<decltype(tile)>::backward(derived, stream); });
 }
 
 extern "C" int fft_conv_backward_splits(const fft_conv_params* params) {
     const LaunchParams derived = derive(*params);
-    return derived.splits.divisor << derived.log_sharing;
+    return derived.splits.divisor;
 }
 
 extern "C" int64_t fft_conv_backward_scratch(const fft_conv_params* params) {
-    return int64_t(kMaximumBackwardBlocks) * with_tile(*params, [](auto tile) { return Launcher<decltype(tile)>::kSumBytes; });
+    return with_cluster(*params, [&](auto launcher) { return backward_clusters(params->cluster) * decltype(launcher)::kKeptBytes; });
 }
 
 extern "C" int64_t fft_conv_blocked_scratch(const fft_conv_params* params, int device) {
@@ -215,4 +233,4 @@ extern "C" int fft_conv_short_splits(const fft_conv_short_params* params) {
     return with_short(*params, [&](auto launcher) { return derive(*params, launcher.kBackwardUnits).splits * kShortTimeWarps; });
 }
 
-extern "C" int fft_conv_version() { return 10; }
+extern "C" int fft_conv_version() { return 11; }

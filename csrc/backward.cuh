@@ -13,8 +13,6 @@ struct BackwardPlan {
     static constexpr int kThreads = 512, kWarps = 16, kRowsPerWarp = T::kRows / kWarps;
     static constexpr int kExchangeBytes = 2 * 32 * 4;
     static constexpr int kControlBytes = (2 * T::kEnergyBytes + kExchangeBytes + 4 * int(sizeof(TileHeader)) + 127) / 128 * 128;      // copies like whole lines
-    static constexpr bool kRegisterSums = kRowsPerWarp <= 2;            // else in global scratch memory, where they stay in the L2 cache
-    static constexpr int kSumBytes = kRegisterSums ? 0 : T::kRows * 2048;
     // Where the inputs wait. Staged: u, pre_gate and grad_output of this tile, which its end needs again, and of the next, and post_gate of one of
     // them. Overlaid: over the rows, which are free until the inputs are in registers. Else in global memory.
     static constexpr bool kSharedTwiddles = Tables<T, true>::kSharedBytes + kControlBytes + 2 * T::kRowBytes + 7 * T::kStageBytes <= kSharedLimit;
@@ -43,18 +41,18 @@ struct BackwardUnits {
     // Tiles of a unit; the last split may have fewer.
     DEVICE int tiles(const LaunchParams& params, int unit) const {
         const int sharing = 1 << params.log_sharing, all = (params.pairs.divisor + sharing - 1) / sharing;
-        const int left = all - params.splits.remainder(unit) * params.tiles_per_split;
-        return left < params.tiles_per_split ? left : params.tiles_per_split;
+        const int left = all - params.splits.remainder(unit) * params.tiles_per_split.divisor;
+        return left < params.tiles_per_split.divisor ? left : params.tiles_per_split.divisor;
     }
 
     DEVICE TileSequences sequences(const LaunchParams& params, int unit, int tile, int lane) const {
-        const int pair = lane / 2, first = (params.splits.remainder(unit) * params.tiles_per_split + tile) << params.log_sharing;
+        const int pair = lane / 2, first = (params.splits.remainder(unit) * params.tiles_per_split.divisor + tile) << params.log_sharing;
         const int row = 2 * (first + (pair & ((1 << params.log_sharing) - 1))) + lane % 2;
         return TileSequences(params, unit < count && pair < T::kRows >> params.log_radix ? channel(params, unit, pair) : params.channels, row);
     }
 
     DEVICE RegularSequences regular(const LaunchParams& params, int unit, int tile) const {
-        const int sharing = 1 << params.log_sharing, first = (params.splits.remainder(unit) * params.tiles_per_split + tile) << params.log_sharing;
+        const int sharing = 1 << params.log_sharing, first = (params.splits.remainder(unit) * params.tiles_per_split.divisor + tile) << params.log_sharing;
         const bool across = sharing == 1, second = 2 * (first + sharing) <= params.batch;
         return {2 * first, channel(params, unit, 0), across ? 0 : 2, across ? 1 : 0, second,
                 (across || channels_per_tile == 1) && channel(params, unit, 0) + channels_per_tile <= params.channels && (second || (across && 2 * first < params.batch))};
@@ -65,7 +63,7 @@ template <class T>
 struct Backward {
     using Plan = BackwardPlan<T>;
     using Element = typename T::Element;
-    using Sums = float4[Plan::kRegisterSums ? Plan::kRowsPerWarp : 1][4];
+    using Sums = float4[Plan::kRowsPerWarp][4];     // of the products, of a warp's rows
     const LaunchParams& params;
     const int lane, block_warp, group, warp;
     const int radix;
@@ -77,7 +75,6 @@ struct Backward {
     float* energies;
     u32* exchange;          // 64 words: scales of the sequences, later the largest magnitudes of the sums
     TileHeader* headers;    // the group's, of this tile and the next in turn
-    float4* scratch;
     char* stages;
 
     DEVICE explicit Backward(const LaunchParams& params)
@@ -91,7 +88,6 @@ struct Backward {
         memory = shared_memory() + Plan::kFixedBytes;
         rows_g = reinterpret_cast<uint4*>(memory), rows_e = reinterpret_cast<uint4*>(memory + T::kRowBytes);
         stages = memory + (Plan::kStaged ? 2 * T::kRowBytes : 0);
-        scratch = reinterpret_cast<float4*>(static_cast<char*>(params.scratch) + int64_t(block_index()) * Plan::kSumBytes);
     }
 
     DEVICE uint4* row_words(uint4* rows, int row) const { return rows + row * kRowUnits; }
@@ -114,14 +110,13 @@ struct Backward {
     DEVICE void transform_rows(const TileSequences& sequences, Sums& sums) const {
         const InnerTables constants{tables.inner, lane};
         const int own_unit = fragment_unit(block_warp, lane);
-#pragma unroll(Plan::kRegisterSums ? Plan::kRowsPerWarp : 1)
+#pragma unroll
         for (int i = 0; i < Plan::kRowsPerWarp; i++) {
             const int row = block_warp + i * Plan::kWarps, owner = 2 * (T::kMaxPairs == 1 ? 0 : row >> params.log_radix);
             const int64_t channel = shuffle(sequences.channel, owner);
             RowFragment twiddle = tables.row_twiddles(row & (radix - 1), lane), spectrum, x[2];
             RowFragment &g = x[0], &e = x[1];
-            float4(&sum)[4] = sums[Plan::kRegisterSums ? i : 0];
-            if constexpr (!Plan::kRegisterSums) load_sums(sum, row);
+            float4(&sum)[4] = sums[i];
             g.load(row_words(rows_g, row) + own_unit), e.load(row_words(rows_e, row) + own_unit);
             g = g * twiddle, e = e * twiddle;
             inner_transform(x, constants);
@@ -131,7 +126,6 @@ struct Backward {
             const float weight = up[owner] * up[32 + owner] + 0.f * (up[owner + 1] * up[32 + owner + 1]);
 #pragma unroll
             for (int j = 0; j < 4; j++) accumulate(sum[j], g.value[j / 2][j % 2], e.value[j / 2][j % 2], weight);
-            if constexpr (!Plan::kRegisterSums) store_sums(sum, row);
             e = product_of_conjugate(e, spectrum);
             if (params.grad_post_gate.data) {
                 g = conjugate_product(g, spectrum);
@@ -146,19 +140,36 @@ struct Backward {
         }
     }
 
-    DEVICE void load_sums(float4 (&sum)[4], int row) const {
-        for (int j = 0; j < 4; j++) sum[j] = scratch[(row * 4 + j) * 32 + lane];
-    }
-    DEVICE void store_sums(const float4 (&sum)[4], int row) const {
-        for (int j = 0; j < 4; j++) scratch[(row * 4 + j) * 32 + lane] = sum[j];
-    }
-
     DEVICE void clear_sums(Sums& sums) const {
         for (auto& row : sums)
             for (float4& sum : row) sum = make_float4(0.f, 0.f, 0.f, 0.f);
-        if constexpr (!Plan::kRegisterSums)
-            for (int row = block_warp; row < T::kRows; row += Plan::kWarps) store_sums(sums[0], row);
     }
+
+    // Where pairs of a channel share a tile, the first of them gets the sums of all, and the others zeros.
+    DEVICE void add_up_pairs(Sums& sums) const {
+        auto all = [&](int row, int j) -> float4& { return reinterpret_cast<float4*>(rows_g)[(row * 4 + j) * 32 + lane]; };     // where the rows of both transforms were
+#pragma unroll
+        for (int i = 0; i < Plan::kRowsPerWarp; i++)
+            for (int j = 0; j < 4; j++) all(block_warp + i * Plan::kWarps, j) = sums[i][j];
+        clear_sums(sums);
+        block_barrier();
+#pragma unroll
+        for (int i = 0; i < Plan::kRowsPerWarp; i++) {
+            const int row = block_warp + i * Plan::kWarps;
+            if (!is_first_pair(row >> params.log_radix)) continue;
+#pragma unroll 1
+            for (int pair = 0; pair < 1 << params.log_sharing; pair++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    const float4 v = all(row + (pair << params.log_radix), j);
+                    float4& sum = sums[i][j];
+                    sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+                }
+        }
+        block_barrier();
+    }
+    // Of those of its channel in a tile.
+    DEVICE bool is_first_pair(int pair) const { return (pair & ((1 << params.log_sharing) - 1)) == 0; }
 
     // grad_post_gate from the first group, grad_u and grad_pre_gate from the second: each is the group's result times another input.
     template <bool kRegular, class Source>
@@ -248,15 +259,14 @@ struct Backward {
     // odd frequencies change, which are those of odd rows.
     DEVICE void store_filter_gradient(int unit, Sums& sums) const {
         block_barrier();
+        if (T::kMaxPairs > 1 && params.log_sharing > 0) add_up_pairs(sums);
         if (block_warp == 0) exchange[lane] = 0;
         block_barrier();
-#pragma unroll(Plan::kRegisterSums ? Plan::kRowsPerWarp : 1)
+#pragma unroll
         for (int i = 0; i < Plan::kRowsPerWarp; i++) {
             const int row = block_warp + i * Plan::kWarps;
-            float4(&sum)[4] = sums[Plan::kRegisterSums ? i : 0];
-            if constexpr (!Plan::kRegisterSums) load_sums(sum, row);
             u32 largest = 0;
-            for (const float4& v : sum)
+            for (const float4& v : sums[i])
                 for (float x : {v.x, v.y, v.z, v.w}) {
                     const u32 bits = bits_from_float(x) & 0x7fffffffu;
                     largest = bits > largest ? bits : largest;
@@ -267,19 +277,17 @@ struct Backward {
         block_barrier();
         const InnerTables constants{tables.inner, lane};
         const int own_unit = fragment_unit(block_warp, lane);
-#pragma unroll(Plan::kRegisterSums ? Plan::kRowsPerWarp : 1)
+#pragma unroll
         for (int i = 0; i < Plan::kRowsPerWarp; i++) {
             // Sums that are not finite go in as zeros, not to reach the other pairs of the tile, and come out as NaN by their scale.
             const int row = block_warp + i * Plan::kWarps;
-            float4(&sum)[4] = sums[Plan::kRegisterSums ? i : 0];
-            if constexpr (!Plan::kRegisterSums) load_sums(sum, row);
             const float divisor = scale_of_sums(row >> params.log_radix);
             const bool finite = divisor == divisor;
             const float scale = finite ? 1.f / divisor : 0.f;
             RowFragment x;
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                const float4 v = finite ? sum[j] : make_float4(0.f, 0.f, 0.f, 0.f);
+                const float4 v = finite ? sums[i][j] : make_float4(0.f, 0.f, 0.f, 0.f);
                 x.value[j / 2][j % 2] = {pack(v.x * scale, v.z * scale), pack(-v.y * scale, -v.w * scale)};
             }
             x = inner_transform(x, constants) * tables.row_twiddles(row & (radix - 1), lane);
@@ -297,9 +305,8 @@ struct Backward {
         const int column = outer_column(warp, lane), offset = group * (params.fft_size / 2), split = params.splits.remainder(unit);
         for (int n = 0; n < OuterResult<T>::kTiles; n++) {
             const int slot = 4 * n + lane % 4, pair = slots.pair(slot), channel = units.channel(params, unit, pair);
-            if (channel >= params.channels) continue;
-            const int partial = (split << params.log_sharing) + (pair & ((1 << params.log_sharing) - 1));
-            float* taps = params.grad_filter + (int64_t(partial) * params.channels + channel) * params.fft_size + slots.position(slot) + offset;
+            if (channel >= params.channels || !is_first_pair(pair)) continue;
+            float* taps = params.grad_filter + (int64_t(split) * params.channels + channel) * params.fft_size + slots.position(slot) + offset;
             const float factor = scale_of_sums(pair) * square_root(float(params.fft_size));
             for (int half = 0; half < 2; half++) {
                 const Pair y = result.columns(n, half, 0);

@@ -1,4 +1,5 @@
 // The same as csrc/forward.cuh for sequences whose transform takes the shared memory of several blocks: a cluster of R = kCluster blocks works on a pair.
+// And, with kGradients, the same as csrc/backward.cuh for these.
 //
 //   n = 256 n1 + p, n1 = R r + b,   f = k1 + 32 R (...), k1 = q + 32 s,   w_32R^(n1 k1) = w_32^(r q) w_32R^(b q) w_R^(b s)
 //
@@ -18,13 +19,18 @@
 //
 // with the sums S of products of A with windows of the one filter, and T of products of i B with those of the other. So half of the rows have products,
 // two for each window. The row q + 32 s meets the row 31 - q + 32 (R - 1 - s), which the same block has.
+//
+// For gradients every pair goes through all this twice: first pre_gate * u, for grad_post_gate, and then post_gate * grad_output, for the others. A warp of
+// the second group keeps the rows of the first transform until it has those of the second, and adds the products to the sums of the channel. The pairs of
+// a channel, or of a part of it, are those of one cluster: the same bits every time.
 #pragma once
 #include "cluster_plan.cuh"
 #include "small_transform.cuh"
 #include "tile_store.cuh"
 
-template <class T>
-struct ClusterForward {
+template <class T, bool kGradients>
+struct ClusterPass {
+    static_assert(!kGradients || !T::kBlocked, "gradients of whole sequences");
     using Plan = ClusterPlan<T>;
     using Control = typename Plan::Control;
     using Tables = ::Tables<T, true>;
@@ -34,7 +40,9 @@ struct ClusterForward {
     using Vector = typename Choose<(T::kCluster > 8), uint2, uint4>::type;      // of a row, that a thread transforms across the blocks
     static constexpr int kVectors = kRowUnits * 16 / int(sizeof(Vector));      // of a row
     enum Barrier { kPack = 1, kStore = 3, kReady = 4, kTransformed = kReady + Plan::kBuffers };
+    static constexpr bool kTwoOutputs = T::kBlocked || kGradients;
     enum Group { kPacking, kTransforming, kStoring };
+    const LaunchParams* const turns;    // of the pairs: two, for gradients; what is the same in both is `params`
     const LaunchParams& params;
     int lane, warp;
     const int rank;
@@ -42,8 +50,8 @@ struct ClusterForward {
     const Tables tables;
     char* const memory;
 
-    DEVICE explicit ClusterForward(const LaunchParams& params)
-        : params(params), lane(thread_index() % 32), warp(thread_index() / 32 % T::kWarps), rank(cluster_rank()), slots{T::kHalf ? 4 : 5},
+    DEVICE explicit ClusterPass(const LaunchParams* turns)
+        : turns(turns), params(*turns), lane(thread_index() % 32), warp(thread_index() / 32 % T::kWarps), rank(cluster_rank()), slots{T::kHalf ? 4 : 5},
           tables(params.tables, shared_memory(), T::kRows), memory(shared_memory() + Tables::kSharedBytes) {}
 
     DEVICE uint4* rows(int buffer) const { return reinterpret_cast<uint4*>(memory + buffer * T::kRowBytes); }
@@ -51,8 +59,9 @@ struct ClusterForward {
     DEVICE uint4* operands() const { return rows(Plan::kBuffers + 1) + warp * Plan::kAhead * Plan::kOperandVectors + lane; }     // of this lane
     DEVICE char* control_memory() const { return memory + (Plan::kBuffers + 1) * T::kRowBytes + Plan::kOperandBytes; }
     DEVICE Control& control() const { return *reinterpret_cast<Control*>(control_memory()); }
-    DEVICE Stage<T> stage(int tensor) const { return {control_memory() + Plan::kControlBytes + tensor * T::kStageBytes}; }
-    DEVICE Stager<T> stager() const { return {params, slots, fresh_thread_index()}; }
+    // Of an input, its gate and the gate of an output, where there are such.
+    DEVICE Stage<T> stage(int place, bool wanted = true) const { return {Plan::kStaged && wanted ? control_memory() + Plan::kControlBytes + place * T::kStageBytes : nullptr}; }
+    DEVICE Stager<T> stager(int tile) const { return {tensors(tile), slots, fresh_thread_index()}; }
     DEVICE float* scales(int tile) const { return control().scales[tile % Plan::kScaleSlots]; }
     DEVICE TileHeader& header(int group, int tile) const { return control().headers[group][tile % 2u]; }
     // The block's tiles, and how many of them a group has done. They stay in shared memory: what registers have no room for the compiler would park in
@@ -64,17 +73,25 @@ struct ClusterForward {
     }
     DEVICE int tile(Group group, int ahead = 0) { return range().first + done(group) + ahead; }
     DEVICE int first() const { return T::kBlocked ? control().blocked.first : 0; }
-    // A tile is a pair or, of blocked sequences, a block of one.
+    // A tile is a pair or, of blocked sequences, a block of one or, for gradients, one of the two turns of a pair; nobody may want the first.
+    DEVICE bool second_turn(int tile) const { return kGradients && (tile & params.log_turns) == params.log_turns; }
+    // The tensors of a tile.
+    DEVICE const LaunchParams& tensors(int tile) const { return turns[second_turn(tile)]; }
+    // How many of the first tiles have outputs.
+    DEVICE int outputs(int tiles) const {
+        if (!kGradients || params.log_turns == 0 || (turns[0].output.data && turns[1].output.data)) return tiles;
+        return (tiles + (turns[0].output.data ? 1 : 0)) / 2;
+    }
     DEVICE int own_pair(int i) const { return control().blocked.pairs[i]; }
     DEVICE TilePlace place(int tile) const {
         if constexpr (!T::kBlocked) return {tile, 0};
         const int own = params.blocks.divide(tile - first());
         return {own, tile - first() - own * params.blocks.divisor};
     }
-    DEVICE int pair(int tile) const { return T::kBlocked ? own_pair(place(tile).index) : tile; }
+    DEVICE int pair(int tile) const { return T::kBlocked ? own_pair(place(tile).index) : kGradients ? tile >> params.log_turns : tile; }
     DEVICE int start(int tile) const { return place(tile).template start<T>(params) + rank * kColumns; }
     DEVICE void fill_header(int group, int tile) const {
-        if (warp == 0) header(group, tile).template fill<typename T::Element>(params, RegularSequences::consecutive<T>(params, pair(tile)), lane, start(tile));
+        if (warp == 0) header(group, tile).template fill<typename T::Element>(tensors(tile), RegularSequences::consecutive<T>(params, pair(tile)), lane, start(tile));
     }
     DEVICE TileSequences sequences(int tile) const { return TileSequences::consecutive(params, pair(tile), lane, start(tile)); }
     DEVICE int row_vector(int own) const { return cluster_row<T>(rank, own) * 64 + lane; }
@@ -99,10 +116,10 @@ struct ClusterForward {
 
     // The first group. A sequence gets one scale from those that the blocks find for their parts; a blocked one that of csrc/block_scale.cuh.
     DEVICE void pack() {
-        const Stage<T> u = stage(0), pre{params.pre_gate.data ? stage(1).memory : nullptr};
         auto start_inputs = [&](int ahead) {
-            if (const int next = tile(kPacking, ahead); Plan::kStaged && next < range().last)
-                stager().start(header(0, next), [&] { return sequences(tile(kPacking, ahead)); }, u, kU, pre, kPreGate);
+            if (const int next = tile(kPacking, ahead); Plan::kStaged && next < range().last) {
+                stager(next).start(header(0, next), [&] { return sequences(tile(kPacking, ahead)); }, stage(0), kU, stage(1, tensors(next).pre_gate.data), kPreGate);
+            }
             copy_async_commit();
         };
         done(kPacking) = first();
@@ -122,10 +139,12 @@ struct ClusterForward {
             u32 x[T::kSlots / 4][4];
             SequenceScales<T> sequence_scales{control().energies, slots, 0, warp, lane};
             auto current = [&] { return sequences(tile(kPacking)); };
+            const LaunchParams& in = tensors(tile(kPacking));
+            const Stage<T> u = stage(0), gate = stage(1, in.pre_gate.data);
             if constexpr (T::kBlocked) {
                 const BlockScale scale = scale_of_block();
                 if constexpr (Plan::kStaged)
-                    sequence_scales.pack_known(x, u, pre, scale);
+                    sequence_scales.pack_known(x, u, gate, scale);
                 else
                     sequence_scales.known_direct(x, params.u, params.pre_gate, params, current(), scale);
                 note_block(sequence_scales.mean_square());
@@ -136,9 +155,9 @@ struct ClusterForward {
                 continue;
             }
             if constexpr (Plan::kStaged)
-                sequence_scales.pack_measured(x, u, pre, current().valid, params.transforms);
+                sequence_scales.pack_measured(x, u, gate, current().valid, kGradients);
             else
-                sequence_scales.measure_direct(x, params.u, params.pre_gate, params, current(), params.transforms);
+                sequence_scales.measure_direct(x, in.u, in.pre_gate, params, current(), kGradients);
             const u32 own = bits_from_float(sequence_scales.up);
             if (warp == 0) control().scale_words.send(done(kPacking), {shuffle(own, 0), shuffle(own, 1)}, lane);
             // Every thread has read its inputs (a barrier has passed): the next pair's may come.
@@ -151,7 +170,7 @@ struct ClusterForward {
             if (warp == 0) {
                 const int own = tile(kPacking);
                 scales(own)[lane] = undo_of(current(), up);
-                if (params.transforms && rank == 0 && lane == 0) params.pair_scales[own] = larger_or_nan(both.x, both.y);
+                if (kGradients && lane == 0) control().pair_scales[own % Plan::kScaleSlots] = larger_or_nan(both.x, both.y);
             }
             send(x, done(kPacking));
         }
@@ -273,9 +292,9 @@ struct ClusterForward {
         const InnerConstants constants(InnerTables{tables.inner, lane});
         // Every lane copies what it will read itself: nothing but its own wait is needed. The spectrum stays as long as the channel does.
         auto operand = [&](int i) { return operands() + i * 64; };
-        auto start_operand = [&](int i, int of_pair, bool wanted) {
+        auto start_operand = [&](int i, int of_tile, bool wanted) {
             if (wanted) {
-                const uint4* const from = reinterpret_cast<const uint4*>(params.spectrum) + int64_t(channel_of(of_pair)) * kBlockVectors<T> + row_vector(warp + i * T::kWarps);
+                const uint4* const from = reinterpret_cast<const uint4*>(params.spectrum) + int64_t(channel_of(pair(of_tile))) * kBlockVectors<T> + row_vector(warp + i * T::kWarps);
                 copy_async<16>(operand(i), from), copy_async<16>(operand(i) + 32, from + 32);
             }
             copy_async_commit();
@@ -285,31 +304,75 @@ struct ClusterForward {
 #pragma unroll 1
         for (; tile(kTransforming) < range().last; done(kTransforming) = done(kTransforming) + 1) {
             const int buffer = done(kTransforming) % Plan::kBuffers, next = tile(kTransforming, 1);
-            const bool channel_ends = next < range().last && channel_of(next) != channel_of(next - 1);
+            const bool channel_ends = next < range().last && channel_of(pair(next)) != channel_of(pair(next - 1));
             named_barrier<512>(kReady + buffer);
             uint4* const first_row = rows(buffer) + warp * kRowUnits + fragment_unit(warp, lane);
             const uint4* const first_twiddle = tables.twiddle + warp * 64 + lane;
-#pragma unroll 2
+            const bool second = second_turn(next - 1), wanted = tensors(next - 1).output.data;
+            const RowSums sums(*this, next - 1);
+#pragma unroll(kGradients ? 1 : 2)
             for (int i = 0; i < Plan::kRowsPerWarp; i++) {
                 const int own = i * T::kWarps;
                 RowFragment value, factors, twiddles;
                 value.load(first_row + own * kRowUnits);
+                RowFragment g = {};
+                if (kGradients && second && params.grad_filter) g.load_again(sums.kept(own));
                 copy_async_wait<Plan::kRowsPerWarp - 1>();
                 twiddles.load(first_twiddle + own * 64);
                 value = inner_transform(value * twiddles, constants);
-                if (params.transforms) {
-                    value.store(static_cast<uint4*>(params.transforms) + int64_t(tile(kTransforming)) * kBlockVectors<T> + row_vector(warp + own));
+                if constexpr (kGradients) {
+                    if (!second)
+                        value.store(sums.kept(own));
+                    else if (params.grad_filter)
+                        sums.add(g, value, own);
+                    // Read again rather than kept: registers are scarce.
+                    twiddles.load(first_twiddle + own * 64);
                 }
-                factors.load(operand(i));
-                factors.conjugate_if(params.reverse);
-                value = inner_transform(conjugate_product(value, factors), constants) * twiddles;
-                value.store(first_row + own * kRowUnits);
-                start_operand(i, tile(kTransforming, 1), channel_ends);
+                if (!kGradients || wanted) {
+                    factors.load(operand(i));
+                    factors.conjugate_if(second);
+                    value = inner_transform(conjugate_product(value, factors), constants) * twiddles;
+                    value.store(first_row + own * kRowUnits);
+                }
+                start_operand(i, next, channel_ends);
             }
             named_barrier_arrive<512>(kTransformed + done(kTransforming) % Plan::kBuffers);
         }
         copy_async_wait<0>();
     }
+
+    // Of the gradients of taps, where they are wanted: the sums over pairs of conj(G) E for the rows of this block, with the transforms G of the first turn,
+    // which are kept for the second, and E of that. What fft_conv_tap_gradient wants in its order.
+    struct RowSums {
+        const ClusterPass& pass;
+        float4* to;         // the first row of all
+        float weight;       // that undoes the scales of both transforms
+        bool first;         // pair of the sums
+
+        DEVICE RowSums(const ClusterPass& pass, int tile) : pass(pass) {
+            const LaunchParams& params = pass.params;
+            if (!kGradients || !params.grad_filter) return;
+            const int own = pass.pair(tile), channel = params.pairs.divide(own), in_channel = own - channel * params.pairs.divisor;
+            const int split = params.tiles_per_split.divide(in_channel);
+            first = in_channel == split * params.tiles_per_split.divisor;
+            to = reinterpret_cast<float4*>(params.grad_filter) + int64_t(channel * params.splits.divisor + split) * (2 * kBlockVectors<T>) + pass.lane;
+            const float* const scales = pass.control().pair_scales;
+            weight = scales[tile % Plan::kScaleSlots] * scales[(tile - 1) % Plan::kScaleSlots];
+        }
+        // Where the transform of the first turn waits, for the row that comes so many after the warp's first.
+        DEVICE uint4* kept(int after) const { return static_cast<uint4*>(pass.params.scratch) + ((block_index() * T::kRows + pass.warp + after) * 64 + pass.lane); }
+        DEVICE void add(const RowFragment& g, const RowFragment& e, int after) const {
+            float4* const sums = to + cluster_row<T>(pass.rank, pass.warp + after) * (kColumns / 2);
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                const float4 product = weighted_product_of_conjugate(g.value[n / 2][n % 2], e.value[n / 2][n % 2], weight);
+                if (first)
+                    sums[32 * n] = product;
+                else
+                    add_to_global(sums + 32 * n, product);
+            }
+        }
+    };
 
     // The same for blocked sequences, whose products are the steps.
     DEVICE void transform_blocked() {
@@ -398,10 +461,10 @@ struct ClusterForward {
 
     // The way back, to the blocks of the positions.
     DEVICE void return_rows(int number) const {
-        const int buffer = number % Plan::kBuffers;
+        const int buffer = number % Plan::kBuffers, before = outputs(number);
         named_barrier<512>(kTransformed + buffer);
-        if (params.output.data) {
-            if (number > 0) barrier_wait(&control().return_free, (number - 1) % 2u);
+        if (tensors(range().first + number).output.data) {
+            if (before > 0) barrier_wait(&control().return_free, (before - 1) % 2u);
             across(rows(buffer), [&](int b, int own, int at, Vector v) {
                 store_in_cluster(b, rank, vector_of(returned_rows(), rank * T::kOwnRows + own, at), v, &control().returned);
             });
@@ -414,9 +477,10 @@ struct ClusterForward {
 
     // The third group: while the second works on a pair, stores the one before.
     DEVICE void store() {
-        const Stage<T> post{Plan::kStaged && params.post_gate.data ? stage(2).memory : nullptr};
+        auto gate_stage = [&](int tile) { return stage(2, tensors(tile).output.data && tensors(tile).post_gate.data); };
         auto start_gate = [&] {
-            if (const int next = tile(kStoring); post && next < range().last) stager().start(header(1, next), [&] { return sequences(tile(kStoring)); }, post, kPostGate);
+            if (const int next = tile(kStoring); next < range().last && gate_stage(next))
+                stager(next).start(header(1, next), [&] { return sequences(tile(kStoring)); }, stage(2), kPostGate);
             copy_async_commit();
         };
         done(kStoring) = first();
@@ -425,11 +489,11 @@ struct ClusterForward {
         start_gate();
 #pragma unroll 1
         for (;;) {
-            if (const int number = done(kStoring); number > first() && params.output.data) {
-                barrier_wait(&control().returned, (number - 1) % 2u);
+            const int number = done(kStoring), stored = tile(kStoring, -1);
+            if (number > first() && tensors(stored).output.data) {
+                barrier_wait(&control().returned, outputs(number - 1) % 2u);
                 Result result;
                 result.add(returned_rows(), tables.outer_inverse, warp, lane);
-                const int stored = tile(kStoring, -1);
                 const float scale = scales(stored)[lane];
                 copy_async_wait<0>();
                 named_barrier<256>(kStore);
@@ -438,16 +502,20 @@ struct ClusterForward {
                     if (warp == 0 && lane < T::kCluster) barrier_arrive(lane, &control().return_free);
                 };
                 // The second gate comes to where the rows were.
-                const Stage<T> second{Plan::kStaged && params.second_output.data ? reinterpret_cast<char*>(returned_rows()) : nullptr};
+                const Stage<T> second{Plan::kStaged && kTwoOutputs && tensors(stored).second_output.data ? reinterpret_cast<char*>(returned_rows()) : nullptr};
                 if (second)
-                    stager().start(header(1, stored), all, second, kSecondGate);
+                    stager(stored).start(header(1, stored), all, second, kSecondGate);
                 else
                     leave_rows();
                 copy_async_commit();
                 fill_header(1, stored + 1);
-                const TileStore<T, Result> output{params, slots, warp, lane};
-                output.store(result, header(1, stored), post, second, scale, kStore, [] {}, all);
+                const TileStore<T, Result, kTwoOutputs> output{tensors(stored), slots, warp, lane};
+                output.store(result, header(1, stored), gate_stage(stored), second, scale, kStore, [] {}, all);
                 if (second) leave_rows();
+                start_gate();
+            } else if (kGradients && number > first()) {
+                fill_header(1, stored + 1);
+                named_barrier<256>(kStore);
                 start_gate();
             }
             if (tile(kStoring) >= range().last) break;
@@ -462,7 +530,7 @@ struct ClusterForward {
             if constexpr (T::kBlocked)
                 control().range = {0, 0}, control().blocked.misfits = 0, start_round(OwnPairs<T>(params));
             else
-                control().range = work_range(tile_count<T>(params), T::kCluster);
+                control().range = tile_range();
             control().scale_words.start();
             for (u32 i = 0; i < Plan::kBuffers; i++) barrier_start(control().rows_came + i, T::kWarps), barrier_start(control().rows_free + i, T::kCluster);
             barrier_start(&control().returned, T::kWarps), barrier_start(&control().return_free, T::kCluster);
@@ -487,6 +555,17 @@ struct ClusterForward {
             if (thread_index() == 0) start_round({control().blocked.misfits, misfit_list()});
             cluster_barrier();
         }
+    }
+
+    // Of whole sequences.
+    DEVICE WorkRange tile_range() const {
+        if constexpr (!kGradients) return work_range(tile_count<T>(params), T::kCluster);
+        const WorkRange units = work_range(params.channels * params.splits.divisor, T::kCluster);
+        auto first_tile = [&](int unit) {
+            const int channel = params.splits.divide(unit), in_channel = (unit - channel * params.splits.divisor) * params.tiles_per_split.divisor;
+            return (channel * params.pairs.divisor + in_channel) << params.log_turns;
+        };
+        return {first_tile(units.first), first_tile(units.last)};
     }
 
     // Of blocked sequences, by one thread. Tiles are counted on.

@@ -44,6 +44,23 @@ private:
     }
 };
 
+template <bool kGradients>
+struct ClusterParams {
+    LaunchParams turns[kGradients ? 2 : 1];
+};
+
+// The two passes of gradients: of pre_gate * u with grad_output for a gate, and in reverse of post_gate * grad_output with two others.
+inline ClusterParams<true> turns_of(const LaunchParams& params) {
+    ClusterParams<true> both{{params, params}};
+    auto& [first, second] = both.turns;
+    first.post_gate = params.grad_output, first.output = params.grad_post_gate;
+    second.u = params.grad_output, second.pre_gate = params.post_gate, second.post_gate = params.pre_gate, second.output = params.grad_u;
+    second.second_gate = params.u, second.second_output = params.grad_pre_gate;
+    // Nobody may want the first.
+    first.log_turns = second.log_turns = params.grad_filter || params.grad_post_gate.data;
+    return both;
+}
+
 template <class T>
 struct ClusterPlan {
     static constexpr int kThreads = 3 * T::kThreads;
@@ -65,6 +82,7 @@ struct ClusterPlan {
         alignas(16) float energies[2 * 8];
         BlockWords<T::kCluster> scale_words;
         float scales[kScaleSlots][32];
+        float pair_scales[kScaleSlots];     // what undoes those of both sequences of a pair
         WorkRange range;                // of tiles
         Blocked blocked;
         int done[3][T::kThreads];       // of them, by each group, for each thread

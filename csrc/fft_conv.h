@@ -20,18 +20,19 @@ enum fft_conv_element { FFT_CONV_BFLOAT16 = 0, FFT_CONV_FLOAT16 = 1, FFT_CONV_FL
 // half: inputs and outputs lie in the first half of the transform (causal and bidirectional convolution).
 // windows > 0: causal convolution of sequences of any length in blocks of fft_size / 2, of one thread block or in a cluster of 8 or 16; k is given by the
 // spectra of so many windows (fft_conv_filter_params), enough for its taps or for all blocks.
-// Of all but those of one block: output may be absent; reverse: the convolution is transposed.
+// Of sequences in blocks, and of fft_conv_long_forward: output may be absent; reverse: the convolution is transposed.
 // channel_pairs, of sequences in blocks of clusters: batch is 2, and the two sequences of a channel have filters of their own, as neighbouring channels of
 // a batch of one have that share a transform: `spectrum` and `spectrum_scale` are those of (channels, 2) filters, made for it; nothing is kept.
 struct fft_conv_params {
     fft_conv_tensor u, pre_gate, post_gate, grad_output;
     fft_conv_tensor output, grad_u, grad_pre_gate, grad_post_gate;
-    fft_conv_tensor second_gate, second_output;     // of all but those of one block: another gate of the convolution, and its product
+    fft_conv_tensor second_gate, second_output;     // of the same: another gate of the convolution, and its product
     const uint32_t* tables;         // hf_flashfftconv/ops/tables.py
     const uint32_t* spectrum;       // (channels, fft_size) complex half precision in kernel order, conjugated where stated
     const float* spectrum_scale;    // (channels,) what the spectrum was divided by
-    float* grad_filter;             // (fft_conv_backward_splits, channels, fft_size) partial sums of the gradient of the taps
-    void* scratch;                  // fft_conv_backward_scratch bytes; of blocked sequences, fft_conv_blocked_scratch
+    float* grad_filter;             // (fft_conv_backward_splits, channels, fft_size) partial sums of the gradient of the taps; of clusters, what
+                                    // fft_conv_tap_gradient is given for sums, or null
+    void* scratch;                  // of clusters, backward: fft_conv_backward_scratch bytes; of blocked sequences: fft_conv_blocked_scratch
     // Of fft_conv_long_forward (hf_flashfftconv/ops/long_plan.py): how the work is laid out, and memory that it needs besides `scratch`.
     uint32_t* counters;             // all zero
     void* energies;                 // (pairs,) of sixteen bytes, and (pairs, 2, part_count) of eight
@@ -40,20 +41,21 @@ struct fft_conv_params {
     int32_t outer_delay, row_delay, inverse_delay;      // periods from the energies of a group to these passes
     int32_t windows, reverse, cluster, channel_pairs;
     // Where fft_conv_tap_gradient is to follow, else null: what it asks for. Both sequences of a pair then have one scale.
-    void* transforms;               // (channels, pairs, blocks, fft_size) of all blocks in the order in which they are worked on, or of whole sequences
+    void* transforms;               // (channels, pairs, blocks, fft_size) of all blocks in the order in which they are worked on
     float* pair_scales;             // (channels, pairs) what undoes their scales
 };
 
-// Gradients of the taps of all but those of one block, from the transforms that two calls of fft_conv_forward or fft_conv_long_forward have
-// kept: of pre_gate * u, and in reverse of post_gate * grad_output. Taps as in fft_conv_filter_params; no sequence of windows has taps_rev.
+// Gradients of the taps of all but those of one block, from the sums of fft_conv_backward, or from the transforms that two calls of fft_conv_forward or
+// fft_conv_long_forward have kept: of pre_gate * u, and in reverse of post_gate * grad_output. Taps as in fft_conv_filter_params; no sequence of windows
+// has taps_rev.
 struct fft_conv_tap_params {
-    const void *transforms, *reverse_transforms;
+    const void *transforms, *reverse_transforms;    // null if there are sums
     const float *scales, *reverse_scales;
-    float* sums;                    // (channels, windows, fft_size, 2)
+    float* sums;                    // (channels, windows, splits, fft_size, 2), of one window or made here in one split; overwritten
     float *grad_k, *grad_k_rev, *grad_skip;     // (channels, taps), (channels, taps_rev) and (channels,); null where there are none
     int64_t k_stride, k_tap_stride, k_rev_stride, k_rev_tap_stride;
     float factor;                   // of all of them
-    int32_t channels, pairs, blocks, windows, fft_size, taps, taps_rev;
+    int32_t channels, pairs, blocks, windows, splits, fft_size, taps, taps_rev;
 };
 
 // Spectra of real filters on a circle of fft_size points: tap n < taps is k[n], tap fft_size - 1 - n for n < taps_rev is k_rev[n].

@@ -291,7 +291,7 @@ struct Forward {
 
     // The third group.
     DEVICE void store() const {
-        const TileStore<T, Result> output{params, slots, warp, lane};
+        const TileStore<T, Result, T::kBlocked> output{params, slots, warp, lane};
         const Stage<T> post{Plan::kStaged && params.post_gate.data ? stage(2).memory : nullptr};
         auto start_gate = [&](TensorIndex gate, int tile, TilePlace place) {
             if (post && tile < range.last) stager().start(header(1, tile), [&] { return sequences(place); }, post, gate);

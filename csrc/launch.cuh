@@ -10,9 +10,9 @@ __global__ void __launch_bounds__(ForwardPlan<T>::kThreads, 1) forward_kernel(co
     forward_pass<T>(params);
 }
 
-template <class T>
-__global__ void __launch_bounds__(ClusterPlan<T>::kThreads, 1) cluster_kernel(const __grid_constant__ LaunchParams params) {
-    ClusterForward<T>(params).run();
+template <class T, bool kGradients>
+__global__ void __launch_bounds__(ClusterPlan<T>::kThreads, 1) cluster_kernel(const __grid_constant__ ClusterParams<kGradients> params) {
+    ClusterPass<T, kGradients>(params.turns).run();
 }
 
 template <class T>
@@ -101,18 +101,20 @@ cudaLaunchConfig_t cluster_launch(int clusters, cudaLaunchAttribute* attribute, 
     return config;
 }
 
-template <class Element, int kBlocks, bool kBlocked>
-int ClusterLauncher<Element, kBlocks, kBlocked>::clusters() {
+// Clusters of a kernel that run at a time on the current device, which is then ready to launch it.
+template <class T, bool kGradients>
+int cluster_count() {
     static std::atomic<int> known[kKnownDevices];
     int device = 0, count = 0, major = 0;
-    if (cudaGetDevice(&device) != 0 || cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != 0 || major < 9) return 0;
+    if (cudaGetDevice(&device) != 0) return 0;
     if (device < kKnownDevices && (count = known[device].load(std::memory_order_relaxed)) > 0) return count;
-    const auto kernel = cluster_kernel<T>;
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != 0 || major < 9) return 0;
+    const auto kernel = cluster_kernel<T, kGradients>;
     cudaLaunchAttribute attribute;
     const cudaLaunchConfig_t config = cluster_launch<T>(1, &attribute, nullptr);
     int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ClusterPlan<T>::kSharedBytes);
     // More than eight blocks is more than every device promises.
-    if (error == 0 && kBlocks > 8) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error == 0 && T::kCluster > 8) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error == 0) error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
     cudaGetLastError();
     if (error != 0) return 0;
@@ -120,15 +122,32 @@ int ClusterLauncher<Element, kBlocks, kBlocked>::clusters() {
     return count;
 }
 
-template <class Element, int kBlocks, bool kBlocked>
-int ClusterLauncher<Element, kBlocks, kBlocked>::forward(const LaunchParams& params, void* stream) {
-    const int count = std::min(clusters(), tile_count<T>(params) / params.blocks.divisor);
+// Of no more clusters than there is work for.
+template <class T, bool kGradients>
+int launch_clusters(int most, const ClusterParams<kGradients>& params, void* stream) {
+    const int count = std::min(cluster_count<T, kGradients>(), most);
     if (count <= 0) return kUnsupported;
     cudaLaunchAttribute attribute;
     const cudaLaunchConfig_t config = cluster_launch<T>(count, &attribute, stream);
-    const int error = cudaLaunchKernelEx(&config, cluster_kernel<T>, params);
+    const int error = cudaLaunchKernelEx(&config, cluster_kernel<T, kGradients>, params);
     const int launch_error = cudaGetLastError();
     return error ? error : launch_error;
+}
+
+template <class Element, int kBlocks, bool kBlocked>
+int ClusterLauncher<Element, kBlocks, kBlocked>::clusters() { return cluster_count<T, false>(); }
+
+template <class Element, int kBlocks, bool kBlocked>
+int ClusterLauncher<Element, kBlocks, kBlocked>::forward(const LaunchParams& params, void* stream) {
+    return launch_clusters<T, false>(tile_count<T>(params) / params.blocks.divisor, {params}, stream);
+}
+
+template <class Element, int kBlocks, bool kBlocked>
+int ClusterLauncher<Element, kBlocks, kBlocked>::backward(const LaunchParams& params, void* stream) {
+    if constexpr (kBlocked)
+        return kUnsupported;
+    else
+        return launch_clusters<T, true>(std::min(params.channels * params.splits.divisor, backward_clusters(kBlocks)), turns_of(params), stream);
 }
 
 #define INSTANTIATE_CLUSTER(...)                            \

@@ -14,7 +14,6 @@ struct Launcher {
     static int forward(const LaunchParams& params, void* stream);
     static int backward(const LaunchParams& params, void* stream);
     static constexpr int kForwardSharedBytes = ForwardPlan<T>::kSharedBytes, kBackwardSharedBytes = BackwardPlan<T>::kSharedBytes;
-    static constexpr int kSumBytes = BackwardPlan<T>::kSumBytes;
 };
 
 // Transforms that a cluster of blocks shares, of whole sequences or of their blocks.
@@ -22,9 +21,11 @@ template <class Element, int kBlocks, bool kBlocked = false>
 struct ClusterLauncher {
     using T = Tile<Element, 32, true, 1, kBlocked, kBlocks>;
     static int forward(const LaunchParams& params, void* stream);
+    static int backward(const LaunchParams& params, void* stream);
     // That run at a time on the current device; zero or less where it has none.
     static int clusters();
     static constexpr int kForwardSharedBytes = ClusterPlan<T>::kSharedBytes;
+    static constexpr int kKeptBytes = T::kCluster * T::kRowBytes;       // of a cluster, between the two turns of a pair
 };
 
 int launch_filter(const FilterParams& params, void* stream);
@@ -42,6 +43,8 @@ struct LongLauncher {
 constexpr int kUnsupported = -1;
 // Also what the batch is split for where there are few channels; a constant, so that results do not depend on the device.
 constexpr int kMaximumBackwardBlocks = 264;
+// Of them in clusters.
+constexpr int backward_clusters(int blocks) { return kMaximumBackwardBlocks / blocks; }
 
 inline int common_alignment(const fft_conv_tensor& t, int element_bytes) {
     if (!t.data) return 16;

@@ -59,7 +59,7 @@ struct LongTaps {
         for (int i = thread_index(); i < 1 << kLogFilterRow; i += kFilterThreads) {
             const int place = (fa + (i / (kColumns / 2) << log_columns())) * (kColumns / 2) + i % (kColumns / 2);
             const int f = frequency_of_sum(params.rows(), place), g = (half - f) & (half - 1);
-            const float4 v = sums[place], w = sums[place_of_frequency(g)];
+            const float4 v = params.sum(sums, place), w = params.sum(sums, place_of_frequency(g));
             both[f >> log_columns()] = half_spectrum(v, f == 0 ? make_float4(v.z, v.w, v.x, v.y) : w, f);
             if (count == 2) both[(1 << kLogFilterRow) + (g >> log_columns())] = half_spectrum(w, v, g);
         }

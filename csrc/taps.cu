@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kFilterThreads, 3) tap_columns_kernel(const __
 
 int launch_taps(const TapParams& params, void* stream) {
     static Prepared prepared, rows_prepared, columns_prepared;
-    const int error = params.several() ? launch_sums<true>(params, stream) : launch_sums<false>(params, stream);
+    const int error = !params.transforms ? 0 : params.several() ? launch_sums<true>(params, stream) : launch_sums<false>(params, stream);
     if (error) return error;
     if (params.in_one_block()) {
         const int bytes = FilterPoints::bytes(params.fft_size);

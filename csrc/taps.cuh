@@ -20,7 +20,16 @@ struct TapParams : fft_conv_tap_params {
     HOST_DEVICE bool several() const { return windows > 1; }
     HOST_DEVICE int window_groups() const { return (windows - 1) / windows_at_once(several()) + 1; }
     HOST_DEVICE int64_t units() const { return int64_t(channels) * rows() * window_groups(); }
-    DEVICE float4* window_sums(int64_t channel, int window) const { return reinterpret_cast<float4*>(sums) + (channel * windows + window) * (fft_size / 2); }
+    DEVICE float4* window_sums(int64_t channel, int window) const { return reinterpret_cast<float4*>(sums) + (channel * windows + window) * splits * (fft_size / 2); }
+    // What one place of a window has, of all splits.
+    DEVICE float4 sum(const float4* sums, int place) const {
+        float4 v = sums[place];
+        for (int i = 1; i < splits; i++) {
+            const float4 w = sums[int64_t(i) * (fft_size / 2) + place];
+            v.x += w.x, v.y += w.y, v.z += w.z, v.w += w.w;
+        }
+        return v;
+    }
 
     // A tap of the whole filter, counted from a window's first or along the circle.
     DEVICE void store(int channel, int tap, float gradient) const {

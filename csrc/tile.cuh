@@ -19,7 +19,6 @@ struct Tile {
     static constexpr int kSlots = kHalf_ ? kRows / 2 : kRows;    // rows of 256 positions that are read and written
     static constexpr bool kHalf = kHalf_, kBlocked = kBlocked_;
     static constexpr int kCluster = kCluster_, kOwnRows = kRows / kCluster;     // of each block, as rows pass through the cluster
-    static constexpr bool kTwoOutputs = kBlocked || kCluster > 1;       // if wanted, of one result by two gates
     static constexpr int kWarps = 8, kThreads = 256;             // a group of eight warps covers the 256 columns
     static constexpr int kPositions = kSlots * kColumns * kCluster;     // of a block of a sequence
     static constexpr int kMaxPairs = kMaxPairs_;                 // one, or sixteen: the lanes of a warp know the sequences of a tile
@@ -48,9 +47,10 @@ struct LaunchParams : fft_conv_params {
     int log_radix;
     Divider pairs;      // pairs of sequences in a channel
     Divider blocks;     // blocks of a sequence
-    // Backward: 2^log_sharing pairs of a channel share a tile, and a channel's tiles are dealt to splits blocks.
-    int log_sharing, tiles_per_split;
-    Divider splits;
+    // Backward: 2^log_sharing pairs of a channel share a tile, and a channel's tiles are dealt to splits blocks, or clusters of blocks.
+    int log_sharing;
+    Divider tiles_per_split, splits;
+    int log_turns;      // of a pair that clusters work on
 };
 
 // The first of the four columns a, a + 1, a + 128, a + 129 that a lane of the outer stage holds.

@@ -3,7 +3,8 @@
 #include "tile_io.cuh"
 #include "transform.cuh"
 
-template <class T, class Result>
+// kTwoOutputs: if wanted, one result comes out by two gates.
+template <class T, class Result, bool kTwoOutputs>
 struct TileStore {
     using Element = typename T::Element;
     const LaunchParams& params;
@@ -17,7 +18,7 @@ struct TileStore {
     DEVICE void store(const Result& result, const TileHeader& header, const Stage<T>& stage, const Stage<T>& second_stage, float scale, int barrier, Start start_second_gate,
                       Sequences sequences) const {
         store_one(result, header, kOutput, kPostGate, stage, scale, sequences);
-        if (T::kTwoOutputs && params.second_output.data) {
+        if (kTwoOutputs && params.second_output.data) {
             start_second_gate();
             copy_async_wait<0>();
             named_barrier<256>(barrier);

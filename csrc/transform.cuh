@@ -105,13 +105,16 @@ struct InnerConstants {
 };
 constexpr int kInnerConstantVectors = 320;
 
-// value += weight * conj(x) y, for the two points of a pair: (re, im, re, im).
-DEVICE void accumulate(float4& value, PlanarPair x, PlanarPair y, float weight) {
+// weight * conj(x) y, for the two points of a pair: (re, im, re, im).
+DEVICE float4 weighted_product_of_conjugate(PlanarPair x, PlanarPair y, float weight) {
     const float y_re0 = low_half(y.re) * weight, y_im0 = low_half(y.im) * weight, y_re1 = high_half(y.re) * weight, y_im1 = high_half(y.im) * weight;
-    value.x += low_half(x.re) * y_re0 + low_half(x.im) * y_im0;
-    value.y += low_half(x.re) * y_im0 - low_half(x.im) * y_re0;
-    value.z += high_half(x.re) * y_re1 + high_half(x.im) * y_im1;
-    value.w += high_half(x.re) * y_im1 - high_half(x.im) * y_re1;
+    return make_float4(low_half(x.re) * y_re0 + low_half(x.im) * y_im0, low_half(x.re) * y_im0 - low_half(x.im) * y_re0,
+                       high_half(x.re) * y_re1 + high_half(x.im) * y_im1, high_half(x.re) * y_im1 - high_half(x.im) * y_re1);
+}
+
+DEVICE void accumulate(float4& value, PlanarPair x, PlanarPair y, float weight) {
+    const float4 product = weighted_product_of_conjugate(x, y, weight);
+    value.x += product.x, value.y += product.y, value.z += product.z, value.w += product.w;
 }
 
 // A row of 256 points in the registers of a warp: value[s][t] with the index maps above.
@@ -137,6 +140,12 @@ struct RowFragment {
             for (int t = 0; t < 2; t++) value[s][t].im ^= signs;
     }
 
+    DEVICE void load_again(const uint4* units) {
+        for (int s = 0; s < 2; s++) {
+            const uint4 v = load_shared_by_blocks(units + 32 * s);
+            value[s][0] = {v.x, v.y}, value[s][1] = {v.z, v.w};
+        }
+    }
     DEVICE void load_twiddles(const uint4* units) {
         for (int s = 0; s < 2; s++) {
             const uint4 v = load_table(units + 32 * s);

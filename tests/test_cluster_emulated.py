@@ -8,7 +8,7 @@ from kernel_cases import DTYPES, GATES, check_gradients, check_values, gradients
 from test_kernels_emulated import emulation, in_natural_order, library
 
 from hf_flashfftconv import fft_conv
-from hf_flashfftconv.ops import cuda, filters
+from hf_flashfftconv.ops import cuda, cuda_gradients, filters
 from hf_flashfftconv.ops.plan import CLUSTERS, Plan
 
 __all__ = ["emulation", "library"]
@@ -69,6 +69,23 @@ def test_gradients(length: int, taps: int, options: tuple[str, ...], dtype: torc
     )
     assert cuda.plan_of(arguments["u"], arguments["k"], arguments.get("k_rev"), True, backward=True).cluster
     check_gradients(arguments, torch.randn_like(arguments["u"].float()).to(dtype))
+
+
+@pytest.mark.parametrize("options", [(), GATES], ids=["plain", "gated"])
+def test_gradients_that_are_not_wanted_change_no_other(options: tuple[str, ...]) -> None:
+    arguments = make(4500, 4500, ("skip", *options), batch=5, channels=1)
+    assert cuda.plan_of(arguments["u"], arguments["k"], None, True, backward=True).has_turns
+    operands = [arguments.get(name) for name in ("u", "k", "skip", *GATES, "k_rev")]
+    dy = torch.randn_like(arguments["u"])
+    expected = cuda_gradients.backward(dy, *operands, True)
+    for wanted in ({0}, {1}, {2}, {4}, {0, 3, 4}, {1, 4}, {0, 1}):
+        needs = [i in wanted and x is not None for i, x in enumerate(operands)]
+        if not any(needs):
+            continue
+        for gradient, reference, need in zip(
+            cuda_gradients.backward(dy, *operands, True, needs), expected, needs, strict=True
+        ):
+            assert not need or torch.equal(gradient, reference), wanted
 
 
 @pytest.mark.parametrize("plan", [Plan(32768, True, 0, 4), Plan(131072, True, 2, 16, True)], ids=str)

@@ -158,9 +158,14 @@ class Call:
 
     def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Adds memory of another kind."""
+        x = self.memory(shape, dtype)
+        setattr(self.parameters, name, x.data_ptr())
+        return x
+
+    def memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory that is there as long as the call."""
         x = torch.empty(shape, dtype=dtype, device=self.u.device)
         self._alive.append(x)
-        setattr(self.parameters, name, x.data_ptr())
         return x
 
     def launch(self, name: str) -> None:
@@ -204,7 +209,8 @@ def channel_blocks(chosen: plan.Plan, operands: Operands, backward: bool = False
         output_bytes = u.numel() * u.element_size()
         most = min(SPECTRUM_BYTES, output_bytes) // (4 * chosen.points)
     if not chosen.on_one_block and backward:
-        channel_bytes = 4 * chosen.fft_size * 2 * (pairs * chosen.blocks(u.shape[2]) + max(1, chosen.windows))
+        kept = 0 if chosen.has_turns else pairs * chosen.blocks(u.shape[2])
+        channel_bytes = 4 * chosen.fft_size * 2 * (kept + max(1, chosen.windows))
         most = min(most, TRANSFORM_BYTES // channel_bytes)
     workers = _clusters(u.device, chosen, u.dtype) if chosen.cluster else 1
     block = plan.channel_block(count, most, pairs, max(1, workers), chosen.channel_pairs)

@@ -28,67 +28,98 @@ def backward(
         chosen = cuda.plan_of(u, k, k_rev, causal, backward=True)
         operands = u, k, skip, pre_gate, post_gate, k_rev
         if not chosen.on_one_block:
-            return _backward_in_passes(dy, operands, chosen, needs)
+            return _backward_in_parts(dy, operands, chosen, needs)
         call = cuda.Call(chosen, *operands)
         call.operand("grad_output", dy)
         du = call.result("grad_u")
         dpre = None if pre_gate is None else call.result("grad_pre_gate")
         dpost = None if post_gate is None else call.result("grad_post_gate")
         splits = extension.call("fft_conv_backward_splits", call.parameters)
-        scratch_bytes = extension.call("fft_conv_backward_scratch", call.parameters)
         # One sum for each part of the batch, added up in a fixed order: the same call gives the same bits.
         partial = call.buffer("grad_filter", (splits, k.shape[0], call.plan.fft_size), torch.float32)
-        call.buffer("scratch", (scratch_bytes,), torch.uint8)
         call.launch("backward")
         total = partial[0] if splits == 1 else partial.sum(0)
         dk, dskip, dk_rev = filters.tap_gradients(total, k, skip, k_rev, u.shape[2])
     return du, dk, dskip, dpre, dpost, dk_rev
 
 
-def _backward_in_passes(dy: Tensor, operands: cuda.Operands, chosen: plan.Plan, needs: Sequence[bool]) -> Gradients:
-    """The same for longer sequences, some channels at a time: dpost is a forward pass; du and dpre are one in reverse.
-
-    Both leave the transforms of their inputs behind where gradients of taps are wanted, which are made of these.
-    """
+def _backward_in_parts(dy: Tensor, operands: cuda.Operands, chosen: plan.Plan, needs: Sequence[bool]) -> Gradients:
+    """The same for longer sequences, some channels at a time."""
     u, k, skip, pre_gate, post_gate, k_rev = operands
     dpost = _like(post_gate, needs[4])
     dpre = _like(pre_gate, needs[3])
     du = _like(u, needs[0] or dpre is not None)
     taps = filters.TapGradients(k, skip, k_rev, u.shape[2]) if needs[1] or needs[2] or needs[5] else None
     for channels, tensors in cuda.channel_blocks(chosen, operands, backward=True):
-
-        def part(x: Tensor | None, channels: slice = channels) -> Tensor | None:
-            return None if x is None else x[:, channels]
-
+        outputs = tuple(None if x is None else x[:, channels] for x in (du, dpre, dpost))
         call = cuda.Call(chosen, *tensors)
-        kept = [] if taps is None else [_KeptTransforms(call), _KeptTransforms(call)]
-        passes = (
-            {"u": part(u), "pre_gate": part(pre_gate), "post_gate": part(dy), "output": part(dpost)},
-            {
-                "u": part(dy),
-                "pre_gate": part(post_gate),
-                "post_gate": part(pre_gate),
-                "output": part(du),
-                "second_gate": None if dpre is None else part(u),
-                "second_output": part(dpre),
-            },
-        )
-        for reverse, arguments in enumerate(passes):
-            if arguments["output"] is None and not kept:
-                continue
-            for name, x in arguments.items():
-                call.operand(name, x)
-            call.parameters.reverse = reverse
-            # Without an output, the products with the other windows would be in vain.
-            if call.plan.windows:
-                call.parameters.windows = 1 if arguments["output"] is None else call.plan.windows
-            if kept:
-                kept[reverse].pass_to(call.parameters)
-            call.launch("forward")
-        if taps is not None:
-            _tap_gradients(call, kept, taps, channels)
+        pass_back = _turns if chosen.has_turns else _passes
+        sums = pass_back(call, dy[:, channels], tensors, outputs, taps is not None)
+        if taps is None or sums is None:
+            continue
+        sums.channels, sums.fft_size, sums.windows = tensors[0].shape[1], chosen.fft_size, max(1, chosen.windows)
+        sums.factor = 1 / (_transform_scale(chosen) ** 2 * chosen.fft_size)
+        taps.pass_to(sums, channels)
+        extension.launch("fft_conv_tap_gradient", sums, call.stream)
     dk, dskip, dk_rev = (None, None, None) if taps is None else taps.results()
     return du if needs[0] else None, dk, dskip, dpre, dpost, dk_rev
+
+
+Outputs = tuple[Tensor | None, ...]
+
+
+def _turns(
+    call: cuda.Call, dy: Tensor, operands: cuda.Operands, outputs: Outputs, sums_wanted: bool
+) -> extension.TapParameters | None:
+    """One launch, in which every pair has two turns. Returns the sums that gradients of taps are made of, if wanted."""
+    for name, x in zip(("grad_output", "post_gate"), (dy, operands[4]), strict=True):
+        call.operand(name, x)
+    for name, x in zip(("grad_u", "grad_pre_gate", "grad_post_gate"), outputs, strict=True):
+        call.operand(name, x)
+    call.buffer("scratch", (extension.call("fft_conv_backward_scratch", call.parameters),), torch.uint8)
+    sums = extension.TapParameters() if sums_wanted else None
+    if sums is not None:
+        sums.splits = extension.call("fft_conv_backward_splits", call.parameters)
+        shape = call.u.shape[1], sums.splits, call.plan.fft_size, 2
+        sums.sums = call.buffer("grad_filter", shape, torch.float32).data_ptr()
+    call.launch("backward")
+    return sums
+
+
+def _passes(
+    call: cuda.Call, dy: Tensor, operands: cuda.Operands, outputs: Outputs, sums_wanted: bool
+) -> extension.TapParameters | None:
+    """The same in two launches: dpost is a forward pass; du and dpre are one in reverse.
+
+    Both leave the transforms of their inputs behind where sums are wanted, which are made of these.
+    """
+    u, _, _, pre_gate, post_gate, _ = operands
+    du, dpre, dpost = outputs
+    kept = [_KeptTransforms(call), _KeptTransforms(call)] if sums_wanted else []
+    passes = (
+        {"u": u, "pre_gate": pre_gate, "post_gate": dy, "output": dpost},
+        {
+            "u": dy,
+            "pre_gate": post_gate,
+            "post_gate": pre_gate,
+            "output": du,
+            "second_gate": None if dpre is None else u,
+            "second_output": dpre,
+        },
+    )
+    for reverse, arguments in enumerate(passes):
+        if arguments["output"] is None and not kept:
+            continue
+        for name, x in arguments.items():
+            call.operand(name, x)
+        call.parameters.reverse = reverse
+        # Without an output, the products with the other windows would be in vain.
+        if call.plan.windows:
+            call.parameters.windows = 1 if arguments["output"] is None else call.plan.windows
+        if kept:
+            kept[reverse].pass_to(call.parameters)
+        call.launch("forward")
+    return _sums_of_kept(call, *kept) if kept else None
 
 
 class _KeptTransforms:
@@ -98,35 +129,28 @@ class _KeptTransforms:
         batch, channels, length = call.u.shape
         pairs = channels * ((batch + 1) // 2)
         shape = pairs, call.plan.blocks(length), call.plan.fft_size
-        self.words = torch.empty(shape, dtype=torch.int32, device=call.u.device)
-        self.scales = torch.empty((pairs,), dtype=torch.float32, device=call.u.device)
+        self.words = call.memory(shape, torch.int32)
+        self.scales = call.memory((pairs,), torch.float32)
 
     def pass_to(self, parameters: extension.Parameters) -> None:
         parameters.transforms, parameters.pair_scales = self.words.data_ptr(), self.scales.data_ptr()
 
 
-def _tap_gradients(
-    call: cuda.Call, kept: Sequence[_KeptTransforms], taps: filters.TapGradients, channels: slice
-) -> None:
-    inputs, gradients = kept
-    windows, size = max(1, call.plan.windows), call.plan.fft_size
+def _sums_of_kept(call: cuda.Call, inputs: _KeptTransforms, gradients: _KeptTransforms) -> extension.TapParameters:
     pairs, blocks, _ = inputs.words.shape
-    parameters = extension.TapParameters()
-    parameters.transforms, parameters.scales = inputs.words.data_ptr(), inputs.scales.data_ptr()
-    parameters.reverse_transforms, parameters.reverse_scales = gradients.words.data_ptr(), gradients.scales.data_ptr()
-    parameters.channels = call.u.shape[1]
-    parameters.pairs, parameters.blocks = pairs // parameters.channels, blocks
-    parameters.windows, parameters.fft_size = windows, size
-    sums = torch.empty((parameters.channels, windows, size, 2), dtype=torch.float32, device=call.u.device)
-    parameters.sums = sums.data_ptr()
-    # Of the transforms, which are not quite unitary.
-    if call.plan.is_long:
-        scale = long_plan.transform_scale(size, call.plan.half)
-    else:
-        scale = tables.outer_scales(size // tables.COLUMNS, max(1, call.plan.cluster))[0] * tables.COLUMNS**-0.5
-    parameters.factor = 1 / (scale**2 * size)
-    taps.pass_to(parameters, channels)
-    extension.launch("fft_conv_tap_gradient", parameters, call.stream)
+    channels, windows = call.u.shape[1], max(1, call.plan.windows)
+    sums = extension.TapParameters(pairs=pairs // channels, blocks=blocks, splits=1)
+    sums.transforms, sums.scales = inputs.words.data_ptr(), inputs.scales.data_ptr()
+    sums.reverse_transforms, sums.reverse_scales = gradients.words.data_ptr(), gradients.scales.data_ptr()
+    sums.sums = call.memory((channels, windows, call.plan.fft_size, 2), torch.float32).data_ptr()
+    return sums
+
+
+def _transform_scale(chosen: plan.Plan) -> float:
+    """Of the transforms, which are not quite unitary."""
+    if chosen.is_long:
+        return long_plan.transform_scale(chosen.fft_size, chosen.half)
+    return tables.outer_scales(chosen.fft_size // tables.COLUMNS, max(1, chosen.cluster))[0] * tables.COLUMNS**-0.5
 
 
 def _like(x: Tensor | None, wanted: bool) -> Tensor | None:

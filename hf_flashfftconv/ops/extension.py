@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import BackendError
 
 PATH = Path(__file__).parent.parent / "lib" / "libhf_flashfftconv.so"
-VERSION = 10
+VERSION = 11
 
 ELEMENTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -149,6 +149,7 @@ class TapParameters(_TapView):
         ("pairs", ctypes.c_int32),
         ("blocks", ctypes.c_int32),
         ("windows", ctypes.c_int32),
+        ("splits", ctypes.c_int32),
         ("fft_size", ctypes.c_int32),
         ("taps", ctypes.c_int32),
         ("taps_rev", ctypes.c_int32),

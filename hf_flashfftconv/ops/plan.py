@@ -64,6 +64,11 @@ class Plan(NamedTuple):
         return not (self.windows or self.cluster or self.is_long)
 
     @property
+    def has_turns(self) -> bool:
+        """Whether gradients are one launch in which every pair has two turns, of those that one block cannot hold."""
+        return self.cluster > 0 and not self.windows
+
+    @property
     def is_long(self) -> bool:
         """Whether it takes the kernels of csrc/long.cuh."""
         return not self.cluster and self.fft_size > MAX_TILE_FFT_SIZE

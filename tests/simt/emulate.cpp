@@ -13,10 +13,23 @@ int Launcher<T>::backward(const LaunchParams& params, void*) {
     return 0;
 }
 
+template <class T, bool kGradients>
+int emulate_clusters(int most, const ClusterParams<kGradients>& params) {
+    simt::launch(std::min(2, most) * T::kCluster, ClusterPlan<T>::kThreads, ClusterPlan<T>::kSharedBytes, [&] { ClusterPass<T, kGradients>(params.turns).run(); }, T::kCluster);
+    return 0;
+}
+
 template <class Element, int kBlocks, bool kBlocked>
 int ClusterLauncher<Element, kBlocks, kBlocked>::forward(const LaunchParams& params, void*) {
-    simt::launch(std::min(clusters(), tile_count<T>(params) / params.blocks.divisor) * kBlocks, ClusterPlan<T>::kThreads, ClusterPlan<T>::kSharedBytes, [&] { ClusterForward<T>(params).run(); }, kBlocks);
-    return 0;
+    return emulate_clusters<T, false>(tile_count<T>(params) / params.blocks.divisor, {params});
+}
+
+template <class Element, int kBlocks, bool kBlocked>
+int ClusterLauncher<Element, kBlocks, kBlocked>::backward(const LaunchParams& params, void*) {
+    if constexpr (kBlocked)
+        return kUnsupported;
+    else
+        return emulate_clusters<T, true>(params.channels * params.splits.divisor, turns_of(params));
 }
 
 template <class Element, int kBlocks, bool kBlocked>
@@ -40,7 +53,7 @@ int launch_filter(const FilterParams& params, void*) {
 }
 
 int launch_taps(const TapParams& params, void*) {
-    simt::launch(2, kSumThreads, 0, [&] { params.several() ? sum_windows<true>(params) : sum_windows<false>(params); });
+    if (params.transforms) simt::launch(2, kSumThreads, 0, [&] { params.several() ? sum_windows<true>(params) : sum_windows<false>(params); });
     if (params.in_one_block()) {
         simt::launch(2, kTapThreads, FilterPoints::bytes(params.fft_size), [&] { transform_windows(params); });
     } else {

@@ -250,6 +250,8 @@ inline void barrier_wait(TransactionBarrier* p, int parity) {
     }
 }
 
+inline void add_to_global(float4* p, float4 v) { p->x += v.x, p->y += v.y, p->z += v.z, p->w += v.w; }
+
 inline float float_from_bits(u32 x) { float f; std::memcpy(&f, &x, 4); return f; }
 inline u32 bits_from_float(float x) { u32 u; std::memcpy(&u, &x, 4); return u; }
 inline float square_root(float x) { return std::sqrt(x); }
