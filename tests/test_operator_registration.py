@@ -2,12 +2,14 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from hf_flashfftconv import fft_conv
@@ -249,3 +251,38 @@ def test_without_a_gpu_the_cuda_backend_says_why() -> None:
     u, k = make(8, ("u", "k")).values()
     with pytest.raises(BackendError, match=r'backend "cuda" cannot serve this call: .+'):
         fft_conv(u, k, backend="cuda")
+
+
+class _Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        return function(*arguments, **keywords or {})
+
+
+@pytest.mark.parametrize(
+    "watched",
+    [nullcontext, _Watching, torch.autograd.profiler.profile, pytest.MonkeyPatch.context],
+    ids=["nobody", "mode", "profiler", "unknown"],
+)
+def test_the_operator_is_called_where_somebody_sees_it(watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_PLAIN", {SimpleNamespace})
+    on_gpu, elsewhere = SimpleNamespace(is_cuda=True), SimpleNamespace(is_cuda=False)
+    with watched() as patch:
+        if isinstance(patch, pytest.MonkeyPatch):
+            patch.delattr(torch._C, "_len_torch_dispatch_stack")
+        expected = "implementation" if watched is nullcontext else "operator"
+        assert library.directly("operator", "implementation", on_gpu, None) == expected
+        assert library.directly("operator", "implementation", on_gpu, elsewhere) == "operator"
+        assert library.directly("operator", "implementation", torch.zeros(1)) == "operator"
+
+
+def test_transformed_and_traced_functions_see_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_PLAIN", {SimpleNamespace})
+    seen = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        seen.append(library.directly("operator", "implementation", SimpleNamespace(is_cuda=True)))
+        return x
+
+    torch.func.vmap(function)(torch.zeros(3))
+    torch.jit.trace(function, torch.zeros(3), check_trace=False)
+    assert seen == ["operator", "operator"]

@@ -97,8 +97,10 @@ class Call:
         if chosen.channel_pairs:
             batch, channels = 2, channels // 2
         self.stream = _current_stream(device)
-        # A graph outlives the cache's entries, and its replays are to see what has become of the filter.
-        spectra = filters.prepare if _is_capturing() else _spectra.get
+        # A graph outlives the cache's entries, and its replays are to see what has become of the filter. Calls on the
+        # default stream cannot be captured, and it costs a microsecond to ask.
+        is_captured = self.stream != filters.DEFAULT_STREAM and _is_capturing()
+        spectra = filters.prepare if is_captured else _spectra.get
         spectrum = spectra(k, skip, k_rev, length, chosen, self.stream)
         constants = tables.device_tables(*_tables_key(ON_CHIP if chosen.is_long else chosen), device)
         self.parameters = parameters = extension.Parameters()

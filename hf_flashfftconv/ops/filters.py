@@ -173,8 +173,9 @@ class _Entry:
     stamp: tuple[Hashable, ...]
     # Of the tensors and, so that no other storage takes over their identity, of their storages.
     references: list[Any]
-    # What had been asked for, in bytes, when it was used last.
+    # What had been asked for, in bytes, when it was used last; and its own bytes.
     used: int
+    bytes: int
 
 
 class SpectrumCache:
@@ -215,8 +216,8 @@ class SpectrumCache:
         key = (id(k), id(skip), id(k_rev), min(k.shape[1], length), reverse_taps, plan, stream)
         stamp = _stamp(k), skip is not None and _stamp(skip), k_rev is not None and _stamp(k_rev)
         with self._lock:
-            self._asked_for += spectrum_bytes(k.shape[0], plan.points)
             entry = self._entries.get(key)
+            self._asked_for += spectrum_bytes(k.shape[0], plan.points) if entry is None else entry.bytes
             if entry is not None and entry.stamp == stamp:
                 entry.used = self._asked_for
                 self._entries.move_to_end(key)
@@ -235,7 +236,7 @@ class SpectrumCache:
             if in_the_way is not None:
                 for old in in_the_way:
                     self._drop(old)
-                self._entries[key] = _Entry(spectrum, stamp, references, self._asked_for)
+                self._entries[key] = _Entry(spectrum, stamp, references, self._asked_for, spectrum.bytes)
         return spectrum
 
     def keeps(self, k: Tensor, skip: Tensor | None, k_rev: Tensor | None, plan: Plan) -> bool:
@@ -260,13 +261,13 @@ class SpectrumCache:
         """What is to be dropped so that as many bytes can be kept; None where that is not to be."""
         bound = cache_bytes(device) if self.max_bytes is None else self.max_bytes
         entries = {key: x for key, x in self._entries.items() if x.spectrum.words.device == device}
-        excess = sum(x.spectrum.bytes for x in entries.values()) + size - bound
+        excess = sum(x.bytes for x in entries.values()) + size - bound
         dropped = []
         for key, entry in entries.items():
             if excess <= 0 or self._asked_for - entry.used <= _PATIENCE * bound:
                 break
             dropped.append(key)
-            excess -= entry.spectrum.bytes
+            excess -= entry.bytes
         return dropped if excess <= 0 else None
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..errors import BackendError
@@ -26,6 +26,8 @@ _SEQUENCE, _TAPS = torch.contiguous_format, torch.preserve_format
 _FORMATS = _SEQUENCE, _TAPS, _SEQUENCE, _SEQUENCE, _SEQUENCE, _TAPS
 # The rows of a matrix in memory start at multiples of so many elements, which is what fast matrix products need.
 _ROW_ELEMENTS = 8
+# Subclasses may have an implementation of their own.
+_PLAIN = frozenset((Tensor, nn.Parameter))
 _reasons_told: set[str] = set()
 
 
@@ -54,6 +56,28 @@ def choose_backend(operation: str, backend: str, x: Tensor, unsupported: Callabl
         # On a CPU torch.fft is what one expects; on a GPU it is slower than what one came for.
         logger.log(logging.WARNING if x.is_cuda else logging.INFO, '%s uses backend "torch": %s', operation, reason)
     return False
+
+
+def directly(operator: Any, implementation: Callable[..., Any], *tensors: Tensor | None) -> Callable[..., Any]:
+    """An operator's implementation, where nobody would see the operator: its dispatch costs a quarter of a call."""
+    if torch.compiler.is_compiling() or not _nobody_watches():
+        return operator
+    for x in tensors:
+        if x is not None and not (type(x) in _PLAIN and x.is_cuda):
+            return operator
+    return implementation
+
+
+def _nobody_watches() -> bool:
+    try:
+        return (
+            torch._C._len_torch_dispatch_stack() == 0
+            and torch._C._get_tracing_state() is None
+            and torch._C._functorch.peek_interpreter_stack() is None
+            and not torch._C._autograd._profiler_enabled()
+        )
+    except AttributeError:  # Functions without a promise.
+        return False
 
 
 def _forward(
@@ -160,7 +184,7 @@ class _FFTConv(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, ctx.causal, ctx.backend, _channel_major = arguments
         ctx.save_for_backward(*tensors)
-        return _fft_conv(*arguments)
+        return directly(_fft_conv, _forward, *tensors)(*arguments)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -200,7 +224,8 @@ def fft_conv(
         if post_gate is not None and _keeps_ungated(u, k, k_rev, causal, backend):
             return _FFTConv.apply(u, k, skip, pre_gate, None, k_rev, causal, backend, channel_major) * post_gate
         return _FFTConv.apply(u, k, skip, pre_gate, post_gate, k_rev, causal, backend, channel_major)
-    return _fft_conv(u, k, skip, pre_gate, post_gate, k_rev, causal, backend, channel_major)
+    call = directly(_fft_conv, _forward, u, k, skip, pre_gate, post_gate, k_rev)
+    return call(u, k, skip, pre_gate, post_gate, k_rev, causal, backend, channel_major)
 
 
 def _keeps_ungated(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, backend: str) -> bool:

@@ -61,7 +61,7 @@ class Plan(NamedTuple):
     @property
     def on_one_block(self) -> bool:
         """Whether one thread block transforms a whole sequence in one piece."""
-        return not (self.windows or self.cluster or self.is_long)
+        return self.fft_size <= MAX_TILE_FFT_SIZE and not self.windows
 
     @property
     def has_turns(self) -> bool:

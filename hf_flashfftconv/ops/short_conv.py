@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cuda, extension
-from .library import NAMESPACE, choose_backend
+from .library import NAMESPACE, choose_backend, directly
 from .reference import compute_dtype
 
 MAX_TAPS = 7
@@ -246,7 +246,7 @@ class _ShortConv(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         *tensors, ctx.gate, ctx.backend = arguments
         ctx.save_for_backward(*tensors)
-        return tuple(_short_conv(*arguments))
+        return tuple(directly(_short_conv, _forward, *tensors)(*arguments))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -272,4 +272,4 @@ def short_conv(z: Tensor, weight: Tensor, bias: Tensor | None, gate: int, backen
     """The differentiable operator; its arguments have been checked in `hf_flashfftconv.functional`."""
     if torch.is_grad_enabled():
         return _ShortConv.apply(z, weight, bias, gate, backend)
-    return tuple(_short_conv(z, weight, bias, gate, backend))
+    return tuple(directly(_short_conv, _forward, z, weight, bias)(z, weight, bias, gate, backend))
