@@ -111,7 +111,8 @@ struct ColumnTile {
         });
     }
 
-    // Back, the units come to the places which the lane that has asked for them fills again.
+    // Back, the units come to the places which the lane that has asked for them fills again. Nobody reads them after that: whole lines of them, which
+    // eight lanes have asked for, need not go to memory.
     template <int kRadix>
     DEVICE void middle_back(const uint4* matrix) const {
         const int q = team.lane % 4;
@@ -122,6 +123,13 @@ struct ColumnTile {
         });
         copy_async_commit();
         copy_async_wait<0>();
+        warp_barrier();
+        if (log_units >= 3 && team.lane < 4)
+            for_each_task(params.outer_radix, [&](int unit, int outer) __attribute__((always_inline)) {
+                const uint4* const from = in_sheet(outer * kRadix + q, unit);
+#pragma unroll
+                for (int j = 0; j < kRadix / 4; j++) discard(from + 4 * j * kLongUnits);
+            });
         for_each_task(params.outer_radix, [&](int unit, int outer) __attribute__((always_inline)) {
             u32 x[kRadix / 4][4];
 #pragma unroll

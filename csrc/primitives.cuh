@@ -170,6 +170,8 @@ DEVICE void copy_async_once(void* to, const void* from, int valid) {
 }
 // A line on its way into the L2 cache.
 DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
+// A line of 128 bytes whose contents are of no more use: it leaves the L2 cache without being written to memory.
+DEVICE void discard(const void* p) { asm volatile("discard.global.L2 [%0], 128;" :: "l"(p) : "memory"); }
 DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 DEVICE void copy_async_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(kPending) : "memory"); }
@@ -207,17 +209,19 @@ DEVICE void store_for_blocks(uint4* p, uint4 v) {
 }
 
 // Counters by which the blocks of a launch wait for each other's results.
+DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 DEVICE u32 take_ticket(u32* counter) { return atomicAdd(counter, 1u); }
 // The same after all that the thread has written or, at a barrier before, seen written, and before all that it reads.
 DEVICE u32 take_ticket_in_order(u32* counter) {
     u32 ticket;
-    asm volatile("fence.acq_rel.gpu; atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(ticket) : "l"(counter) : "memory");
+    fence();
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(ticket) : "l"(counter) : "memory");
     return ticket;
 }
 DEVICE void add_release(u32* counter) {
-    asm volatile("fence.acq_rel.gpu; red.release.gpu.global.add.u32 [%0], 1;" :: "l"(counter) : "memory");
+    fence();
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" :: "l"(counter) : "memory");
 }
-DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 DEVICE u32 load_relaxed(const u32* counter) {
     u32 v;
     asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(counter) : "memory");

@@ -41,6 +41,9 @@ private:
 
     template <bool kGated>
     DEVICE void store_regular(const Result& result, const TileHeader& header, TensorIndex output, const Stage<T>& stage, float scale) const {
+        // Not what the other output has found out: it would be parked until then.
+        const int thread = fresh_thread_index();
+        const int warp = kTwoOutputs ? thread / 32 : this->warp, lane = kTwoOutputs ? thread % 32 : this->lane;
         const int column = outer_column(warp, lane), slot = lane % 4;
 #pragma unroll
         for (int c = 0; c < 2; c++) {

@@ -20,8 +20,9 @@ ITEM_POINTS = 16384
 GROUP_BYTES = 4 << 20
 
 # Tickets that lie between an item and those that it waits for, as far as there are so many: more than teams of warps of
-# the largest GPUs have at a time. And the most groups that a pass may be behind the one before to reach it.
-_DISTANCE = 500
+# the largest GPUs have at a time, or with large groups, of which the L2 cache holds few, little more. And the most
+# groups that a pass may be behind the one before to reach it.
+_DISTANCE, _LARGE_DISTANCE = 500, 300
 _MAX_GAP = 5
 
 
@@ -41,7 +42,7 @@ class LongPlan(NamedTuple):
         period (`int`): Tickets of a period: of the inverse pass, of rows, of the outer pass and of energies.
         tickets (`int`): Tickets of the launch, with some at its ends that are empty.
         outer_delay, row_delay, inverse_delay (`int`): How many groups a pass is behind the energies.
-        scratch_bytes (`int`): Intermediates, 4 bytes a point: up to 40 MiB, or five pairs if these take more.
+        scratch_bytes (`int`): Intermediates, 4 bytes a point: up to 40 MiB, or three pairs if these take more.
         energy_bytes (`int`): Scales of pairs, and partial energies, 8 bytes for each 16,384 positions.
         counter_bytes (`int`): Counters of what is done.
     """
@@ -89,10 +90,11 @@ def lay_out(fft_size: int, half: bool, length: int, batch: int, channels: int) -
     groups = -(-pairs // group_pairs)
     parts, columns, rows = -(-length // PART_POSITIONS), fft_size // ITEM_POINTS, fft_size // ROW_POINTS
     counts = [group_pairs * items for items in (columns, rows, columns, parts)]
+    distance = _DISTANCE if 4 * fft_size <= 2 * GROUP_BYTES else _LARGE_DISTANCE
 
     def gap(first: int, second: int) -> int:
-        """Periods from one pass to another, so that `_DISTANCE` tickets lie between the two."""
-        wanted = _DISTANCE + sum(counts[: first + 1]) - sum(counts[:second])
+        """Periods from one pass to another, so that so many tickets lie between the two."""
+        wanted = distance + sum(counts[: first + 1]) - sum(counts[:second])
         return min(max(1, -(-wanted // sum(counts))), _MAX_GAP)
 
     outer_delay = gap(3, 2)

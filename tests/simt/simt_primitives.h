@@ -333,6 +333,8 @@ template <int kBytes>
 void copy_async(void* to, const void* from) { copy_async<kBytes>(to, from, kBytes); }
 inline void copy_async_once(void* to, const void* from, int valid) { copy_async<16>(to, from, valid); }
 inline void prefetch(const void*) {}
+// What is read after all is not what it was.
+inline void discard(const void* p) { std::memset(const_cast<void*>(p), 0xff, 128); }
 inline void copy_async_commit() { simt::block->current->groups.emplace_back(); }
 template <int kPending>
 void copy_async_wait() {
