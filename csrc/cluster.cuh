@@ -117,9 +117,8 @@ struct ClusterPass {
     // The first group. A sequence gets one scale from those that the blocks find for their parts; a blocked one that of csrc/block_scale.cuh.
     DEVICE void pack() {
         auto start_inputs = [&](int ahead) {
-            if (const int next = tile(kPacking, ahead); Plan::kStaged && next < range().last) {
+            if (const int next = tile(kPacking, ahead); Plan::kStaged && next < range().last)
                 stager(next).start(header(0, next), [&] { return sequences(tile(kPacking, ahead)); }, stage(0), kU, stage(1, tensors(next).pre_gate.data), kPreGate);
-            }
             copy_async_commit();
         };
         done(kPacking) = first();

@@ -140,12 +140,14 @@ struct RowFragment {
             for (int t = 0; t < 2; t++) value[s][t].im ^= signs;
     }
 
+    // What this lane has stored in global memory.
     DEVICE void load_again(const uint4* units) {
         for (int s = 0; s < 2; s++) {
             const uint4 v = load_shared_by_blocks(units + 32 * s);
             value[s][0] = {v.x, v.y}, value[s][1] = {v.z, v.w};
         }
     }
+
     DEVICE void load_twiddles(const uint4* units) {
         for (int s = 0; s < 2; s++) {
             const uint4 v = load_table(units + 32 * s);

@@ -8,6 +8,9 @@ from torch import Tensor
 from . import cuda, extension, filters, long_plan, plan, tables
 from .reference import Gradients
 
+# du, dpre, dpost
+Outputs = Sequence[Tensor | None]
+
 
 def backward(
     dy: Tensor,
@@ -51,10 +54,12 @@ def _backward_in_parts(dy: Tensor, operands: cuda.Operands, chosen: plan.Plan, n
     du = _like(u, needs[0] or dpre is not None)
     taps = filters.TapGradients(k, skip, k_rev, u.shape[2]) if needs[1] or needs[2] or needs[5] else None
     for channels, tensors in cuda.channel_blocks(chosen, operands, backward=True):
-        outputs = tuple(None if x is None else x[:, channels] for x in (du, dpre, dpost))
         call = cuda.Call(chosen, *tensors)
-        pass_back = _turns if chosen.has_turns else _passes
-        sums = pass_back(call, dy[:, channels], tensors, outputs, taps is not None)
+        dy_part, *outputs = (None if x is None else x[:, channels] for x in (dy, du, dpre, dpost))
+        if chosen.has_turns:
+            sums = _turns(call, dy_part, outputs, taps is not None)
+        else:
+            sums = _passes(call, dy_part, tensors, outputs, taps is not None)
         if taps is None or sums is None:
             continue
         sums.channels, sums.fft_size, sums.windows = tensors[0].shape[1], chosen.fft_size, max(1, chosen.windows)
@@ -65,16 +70,11 @@ def _backward_in_parts(dy: Tensor, operands: cuda.Operands, chosen: plan.Plan, n
     return du if needs[0] else None, dk, dskip, dpre, dpost, dk_rev
 
 
-Outputs = tuple[Tensor | None, ...]
-
-
 def _turns(
-    call: cuda.Call, dy: Tensor, operands: cuda.Operands, outputs: Outputs, sums_wanted: bool
+    call: cuda.Call, dy: Tensor | None, outputs: Outputs, sums_wanted: bool
 ) -> extension.TapParameters | None:
     """One launch, in which every pair has two turns. Returns the sums that gradients of taps are made of, if wanted."""
-    for name, x in zip(("grad_output", "post_gate"), (dy, operands[4]), strict=True):
-        call.operand(name, x)
-    for name, x in zip(("grad_u", "grad_pre_gate", "grad_post_gate"), outputs, strict=True):
+    for name, x in zip(("grad_output", "grad_u", "grad_pre_gate", "grad_post_gate"), (dy, *outputs), strict=True):
         call.operand(name, x)
     call.buffer("scratch", (extension.call("fft_conv_backward_scratch", call.parameters),), torch.uint8)
     sums = extension.TapParameters() if sums_wanted else None
@@ -87,7 +87,7 @@ def _turns(
 
 
 def _passes(
-    call: cuda.Call, dy: Tensor, operands: cuda.Operands, outputs: Outputs, sums_wanted: bool
+    call: cuda.Call, dy: Tensor | None, operands: cuda.Operands, outputs: Outputs, sums_wanted: bool
 ) -> extension.TapParameters | None:
     """The same in two launches: dpost is a forward pass; du and dpre are one in reverse.
 
