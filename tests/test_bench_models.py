@@ -28,6 +28,14 @@ def test_what_is_measured(mode: str, dtype: torch.dtype, error: float) -> None:
     assert not any(map(is_patched, model.modules())) and all(p.grad is None for p in model.parameters())
 
 
+def test_no_token_is_padding() -> None:
+    model, seen = tiny_hyenadna(), []
+    model.config.pad_token_id = model.config.vocab_size - 1
+    model.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    bench_model(model, batch=2, length=50, device="cpu", repetitions=1)
+    assert seen and all(tokens.unique().tolist() == list(range(model.config.pad_token_id)) for tokens in seen)
+
+
 def test_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     model = tiny_hyenadna(n_layer=1)
     save_pretrained(model, tmp_path / "model")

@@ -85,7 +85,7 @@ def bench_model(
     device: str | torch.device | None = None,
     repetitions: int = 20,
 ) -> ModelReport:
-    """Measures a model as it is, patched, and patched and compiled, on random tokens.
+    """Measures a model as it is, patched, and patched and compiled, on random tokens without padding.
 
     A training pass is forward and backward, without an optimizer. Short passes follow each other as in a loop over
     batches: Python prepares one while the device works on the one before. The model itself is left as it is.
@@ -120,7 +120,11 @@ def bench_model(
         raise ValueError(f"{type(model).__name__} has no config.vocab_size to choose tokens from")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = copy.deepcopy(model).to(place).train(mode == "training")
-    tokens = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0)).to(place)
+    tokens = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
+    # A classifier looks at what comes before the first padding.
+    if (padding := getattr(model.config, "pad_token_id", None)) is not None:
+        tokens[tokens == padding] = (padding + 1) % vocabulary
+    tokens = tokens.to(place)
     measure = _Measurement(tokens, mode == "training", dtype, repetitions)
     # In float32, and without the dropout that training may have.
     with torch.no_grad():
