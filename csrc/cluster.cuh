@@ -24,7 +24,7 @@
 // the second group keeps the rows of the first transform until it has those of the second, and adds the products to the sums of the channel. The pairs of
 // a channel, or of a part of it, are those of one cluster: the same bits every time.
 #pragma once
-#include "cluster_plan.cuh"
+#include "cluster_rows.cuh"
 #include "small_transform.cuh"
 #include "tile_store.cuh"
 
@@ -35,7 +35,6 @@ struct ClusterPass {
     using Control = typename Plan::Control;
     using Tables = ::Tables<T, true>;
     using Result = OuterResult<T>;
-    using Products = ::Products<T, 1>;
     static constexpr int kRemoteBytes = (T::kCluster - 1) * T::kOwnRows * kRowUnits * 16;     // that come from other blocks
     using Vector = typename Choose<(T::kCluster > 8), uint2, uint4>::type;      // of a row, that a thread transforms across the blocks
     static constexpr int kVectors = kRowUnits * 16 / int(sizeof(Vector));      // of a row
@@ -283,181 +282,6 @@ struct ClusterPass {
         named_barrier_arrive<512>(kReady + buffer);
     }
 
-    // This lane's units of a row.
-    DEVICE uint4* units_of(int buffer, int row) const { return rows(buffer) + row * kRowUnits + fragment_unit(row, lane); }
-
-    // The second group.
-    DEVICE void transform() {
-        const InnerConstants constants(InnerTables{tables.inner, lane});
-        // Every lane copies what it will read itself: nothing but its own wait is needed. The spectrum stays as long as the channel does.
-        auto operand = [&](int i) { return operands() + i * 64; };
-        auto start_operand = [&](int i, int of_tile, bool wanted) {
-            if (wanted) {
-                const uint4* const from = reinterpret_cast<const uint4*>(params.spectrum) + int64_t(channel_of(pair(of_tile))) * kBlockVectors<T> + row_vector(warp + i * T::kWarps);
-                copy_async<16>(operand(i), from), copy_async<16>(operand(i) + 32, from + 32);
-            }
-            copy_async_commit();
-        };
-        done(kTransforming) = 0;
-        for (int i = 0; i < Plan::kRowsPerWarp; i++) start_operand(i, range().first, true);
-#pragma unroll 1
-        for (; tile(kTransforming) < range().last; done(kTransforming) = done(kTransforming) + 1) {
-            const int buffer = done(kTransforming) % Plan::kBuffers, next = tile(kTransforming, 1);
-            const bool channel_ends = next < range().last && channel_of(pair(next)) != channel_of(pair(next - 1));
-            named_barrier<512>(kReady + buffer);
-            uint4* const first_row = rows(buffer) + warp * kRowUnits + fragment_unit(warp, lane);
-            const uint4* const first_twiddle = tables.twiddle + warp * 64 + lane;
-            const bool second = second_turn(next - 1), wanted = tensors(next - 1).output.data;
-            const RowSums sums(*this, next - 1);
-#pragma unroll(kGradients ? 1 : 2)
-            for (int i = 0; i < Plan::kRowsPerWarp; i++) {
-                const int own = i * T::kWarps;
-                RowFragment value, factors, twiddles;
-                value.load(first_row + own * kRowUnits);
-                RowFragment g = {};
-                if (kGradients && second && params.grad_filter) g.load_again(sums.kept(own));
-                copy_async_wait<Plan::kRowsPerWarp - 1>();
-                twiddles.load(first_twiddle + own * 64);
-                value = inner_transform(value * twiddles, constants);
-                if constexpr (kGradients) {
-                    if (!second)
-                        value.store(sums.kept(own));
-                    else if (params.grad_filter)
-                        sums.add(g, value, own);
-                    // Read again rather than kept: registers are scarce.
-                    twiddles.load(first_twiddle + own * 64);
-                }
-                if (!kGradients || wanted) {
-                    factors.load(operand(i));
-                    factors.conjugate_if(second);
-                    value = inner_transform(conjugate_product(value, factors), constants) * twiddles;
-                    value.store(first_row + own * kRowUnits);
-                }
-                start_operand(i, next, channel_ends);
-            }
-            named_barrier_arrive<512>(kTransformed + done(kTransforming) % Plan::kBuffers);
-        }
-        copy_async_wait<0>();
-    }
-
-    // Of the gradients of taps, where they are wanted: the sums over pairs of conj(G) E for the rows of this block, with the transforms G of the first turn,
-    // which are kept for the second, and E of that. What fft_conv_tap_gradient wants in its order.
-    struct RowSums {
-        const ClusterPass& pass;
-        float4* to;         // the first row of all
-        float weight;       // that undoes the scales of both transforms
-        bool first;         // pair of the sums
-
-        DEVICE RowSums(const ClusterPass& pass, int tile) : pass(pass) {
-            const LaunchParams& params = pass.params;
-            if (!kGradients || !params.grad_filter) return;
-            const int own = pass.pair(tile), channel = params.pairs.divide(own), in_channel = own - channel * params.pairs.divisor;
-            const int split = params.tiles_per_split.divide(in_channel);
-            first = in_channel == split * params.tiles_per_split.divisor;
-            to = reinterpret_cast<float4*>(params.grad_filter) + int64_t(channel * params.splits.divisor + split) * (2 * kBlockVectors<T>) + pass.lane;
-            const float* const scales = pass.control().pair_scales;
-            weight = scales[tile % Plan::kScaleSlots] * scales[(tile - 1) % Plan::kScaleSlots];
-        }
-        // Where the transform of the first turn waits, for the row that comes so many after the warp's first.
-        DEVICE uint4* kept(int after) const { return static_cast<uint4*>(pass.params.scratch) + ((block_index() * T::kRows + pass.warp + after) * 64 + pass.lane); }
-        DEVICE void add(const RowFragment& g, const RowFragment& e, int after) const {
-            float4* const sums = to + cluster_row<T>(pass.rank, pass.warp + after) * (kColumns / 2);
-#pragma unroll
-            for (int n = 0; n < 4; n++) {
-                const float4 product = weighted_product_of_conjugate(g.value[n / 2][n % 2], e.value[n / 2][n % 2], weight);
-                if (first)
-                    sums[32 * n] = product;
-                else
-                    add_to_global(sums + 32 * n, product);
-            }
-        }
-    };
-
-    // The same for blocked sequences, whose products are the steps.
-    DEVICE void transform_blocked() {
-        const typename NeededInnerTables<typename T::Element>::type constants{tables.inner, lane};
-        int place = 0;      // of the operands of this step, and then of those kAhead steps later
-        Products next(*this);
-        auto start_operands = [&] {
-            if (next.own < control().blocked.pairs.count) {
-                uint4* const to = operands() + place * Plan::kOperandVectors;
-                const uint4 *const spectrum = next.spectra + next.window, *const block = next.history.blocks + next.block;
-                copy_async<16>(to, spectrum), copy_async<16>(to + 32, spectrum + 32);
-                if (next.left < next.windows) copy_async<16>(to + 64, block), copy_async<16>(to + 96, block + 32);
-                next.advance(*this);
-            }
-            copy_async_commit();
-            place = (place + 1) % Plan::kAhead;
-        };
-        done(kTransforming) = first();
-        for (int i = 0; i < Plan::kAhead; i++) start_operands();
-#pragma unroll 1
-        for (int own = 0; own < control().blocked.pairs.count; own++) {
-            const History<T> history(params, own_pair(own));
-#pragma unroll 1
-            for (int step = 0; step < params.blocks.divisor; step++, done(kTransforming) = done(kTransforming) + 1) {
-                const int buffer = done(kTransforming) % Plan::kBuffers, windows = step + 1 < params.windows ? step + 1 : params.windows;
-                uint4* const kept = history.blocks + step % history.count * kBlockVectors<T>;
-                auto keep = [&](const RowFragment& value, int row) {
-                    if (history.count > 1) value.store(kept + row_vector(row));
-                };
-                // The sum of the products of a row, the first of which is that of `value`.
-                auto products = [&](RowFragment value) {
-                    RowFragment sums[2] = {};      // of even and of odd windows: fewer roundings of large sums
-                    auto add_product = [&](RowFragment& sum, bool of_block) {
-                        RowFragment factors;
-                        copy_async_wait<Plan::kAhead - 1>();
-                        const uint4* const operand = operands() + place * Plan::kOperandVectors;
-                        factors.load(operand);
-                        factors.conjugate_if(params.reverse);
-                        if (of_block) value.load(operand + 64);
-                        add_conjugate_product(sum, value, factors);
-                        start_operands();
-                    };
-                    add_product(sums[0], false);
-#pragma unroll 1
-                    for (int window = 1; window < windows; window += 2) {
-                        add_product(sums[1], true);
-                        if (window + 1 < windows) add_product(sums[0], true);
-                    }
-                    return sums[0] + sums[1];
-                };
-                auto transformed = [&](int row) {
-                    RowFragment value, twiddles;
-                    value.load(units_of(buffer, row)), twiddles.load(tables.twiddle + row * 64 + lane);
-                    return inner_transform(value * twiddles, constants);
-                };
-                auto transform_back = [&](const RowFragment& sum, int row) {
-                    RowFragment twiddles;
-                    twiddles.load(tables.twiddle + row * 64 + lane);
-                    (inner_transform(sum, constants) * twiddles).store(units_of(buffer, row));
-                };
-                named_barrier<512>(kReady + buffer);
-                if (!params.channel_pairs) {
-#pragma unroll 1
-                    for (int row = warp; row < T::kRows; row += T::kWarps) {
-                        const RowFragment value = transformed(row);
-                        keep(value, row);
-                        transform_back(products(value), row);
-                    }
-                } else {
-#pragma unroll 1
-                    for (int unit = warp; unit < T::kRows / 2; unit += T::kWarps) {
-                        const int row = unit_row(unit, false), mirrored_row = unit_row(unit, true);
-                        RowFragment first = transformed(row), second = mirrored(transformed(mirrored_row));
-                        split_halves(first, second);
-                        keep(first, row), keep(second, mirrored_row);
-                        first = products(first), second = products(second);
-                        transform_back(first + second, row);
-                        transform_back(mirrored(first - second), mirrored_row);
-                    }
-                }
-                named_barrier_arrive<512>(kTransformed + buffer);
-            }
-        }
-        copy_async_wait<0>();
-    }
-
     // The way back, to the blocks of the positions.
     DEVICE void return_rows(int number) const {
         const int buffer = number % Plan::kBuffers, before = outputs(number);
@@ -540,12 +364,7 @@ struct ClusterPass {
         for (bool ends = !T::kBlocked;; ends = true) {
             switch (thread_index() / T::kThreads) {
                 case 0: pack(); break;
-                case 1:
-                    if constexpr (T::kBlocked)
-                        transform_blocked();
-                    else
-                        transform();
-                    break;
+                case 1: ClusterRows<T, kGradients, ClusterPass>{*this}.run(); break;
                 default: store();
             }
             // Until all have read what others had for them.
