@@ -59,7 +59,7 @@ def choose_backend(operation: str, backend: str, x: Tensor, unsupported: Callabl
 
 
 def directly(operator: Any, implementation: Callable[..., Any], *tensors: Tensor | None) -> Callable[..., Any]:
-    """An operator's implementation, where nobody would see the operator: its dispatch costs a quarter of a call."""
+    """An operator's implementation, where nobody would see the operator: its dispatch costs 4 of 35 microseconds."""
     if torch.compiler.is_compiling() or not _nobody_watches():
         return operator
     for x in tensors:
