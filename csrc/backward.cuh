@@ -125,7 +125,7 @@ struct Backward {
             // The second sequence's scale is the same unless it is not finite.
             const float weight = up[owner] * up[32 + owner] + 0.f * (up[owner + 1] * up[32 + owner + 1]);
 #pragma unroll
-            for (int j = 0; j < 4; j++) accumulate(sum[j], g.value[j / 2][j % 2], e.value[j / 2][j % 2], weight);
+            for (int j = 0; j < 4; j++) accumulate(sum[j], weighted_product_of_conjugate(g.value[j / 2][j % 2], e.value[j / 2][j % 2], weight));
             e = product_of_conjugate(e, spectrum);
             if (params.grad_post_gate.data) {
                 g = conjugate_product(g, spectrum);
@@ -160,11 +160,7 @@ struct Backward {
 #pragma unroll 1
             for (int pair = 0; pair < 1 << params.log_sharing; pair++)
 #pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    const float4 v = all(row + (pair << params.log_radix), j);
-                    float4& sum = sums[i][j];
-                    sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-                }
+                for (int j = 0; j < 4; j++) accumulate(sums[i][j], all(row + (pair << params.log_radix), j));
         }
         block_barrier();
     }

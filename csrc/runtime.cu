@@ -5,17 +5,22 @@ extern "C" const char* fft_conv_error_string(int code) {
     return code == kUnsupported ? "no kernel for these parameters" : cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 
-extern "C" int fft_conv_shared_limit(int device) {
-    int bytes = 0;
-    return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == 0 ? bytes : kUnsupported;
+// Of a device, or zero and an error; asked once.
+template <cudaDeviceAttr kAttribute>
+static int attribute(int device, int* error) {
+    static std::atomic<int> known[kKnownDevices];
+    int value = device < kKnownDevices ? known[device].load(std::memory_order_relaxed) : 0;
+    if (value == 0) {
+        *error = cudaDeviceGetAttribute(&value, kAttribute, device);
+        if (device < kKnownDevices && *error == 0) known[device].store(value, std::memory_order_relaxed);
+    }
+    return value;
 }
 
-int processor_count(int device, int* error) {
-    static std::atomic<int> known[kKnownDevices];
-    int processors = device < kKnownDevices ? known[device].load(std::memory_order_relaxed) : 0;
-    if (processors == 0) {
-        *error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-        if (device < kKnownDevices && *error == 0) known[device].store(processors, std::memory_order_relaxed);
-    }
-    return processors;
+extern "C" int fft_conv_shared_limit(int device) {
+    int error = 0;
+    const int bytes = attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(device, &error);
+    return error ? kUnsupported : bytes;
 }
+
+int processor_count(int device, int* error) { return attribute<cudaDevAttrMultiProcessorCount>(device, error); }

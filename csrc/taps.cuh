@@ -22,13 +22,10 @@ struct TapParams : fft_conv_tap_params {
     HOST_DEVICE int64_t units() const { return int64_t(channels) * rows() * window_groups(); }
     DEVICE float4* window_sums(int64_t channel, int window) const { return reinterpret_cast<float4*>(sums) + (channel * windows + window) * splits * (fft_size / 2); }
     // What one place of a window has, of all splits.
-    DEVICE float4 sum(const float4* sums, int place) const {
-        float4 v = sums[place];
-        for (int i = 1; i < splits; i++) {
-            const float4 w = sums[int64_t(i) * (fft_size / 2) + place];
-            v.x += w.x, v.y += w.y, v.z += w.z, v.w += w.w;
-        }
-        return v;
+    DEVICE float4 sum(const float4* window, int place) const {
+        float4 sum = window[place];
+        for (int i = 1; i < splits; i++) accumulate(sum, window[int64_t(i) * (fft_size / 2) + place]);
+        return sum;
     }
 
     // A tap of the whole filter, counted from a window's first or along the circle.
@@ -70,7 +67,7 @@ DEVICE void sum_windows(const TapParams& params, int64_t unit) {
                 for (int n = 0; n < 4; n++)
 #pragma unroll
                     for (int d = 0; d < kWindowsAtOnce; d++)
-                        accumulate(sums[d][n], recent[(turn - d + kWindowsAtOnce) % kWindowsAtOnce].value[n / 2][n % 2], gradient.value[n / 2][n % 2], weight);
+                        accumulate(sums[d][n], weighted_product_of_conjugate(recent[(turn - d + kWindowsAtOnce) % kWindowsAtOnce].value[n / 2][n % 2], gradient.value[n / 2][n % 2], weight));
             }
         }
     }

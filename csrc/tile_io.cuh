@@ -77,7 +77,8 @@ private:
     }
 
     DEVICE void copy_units(const TileHeader& header, Stage<T> stage, TensorIndex index, Stage<T> other_stage, TensorIndex other) const {
-        constexpr int kSize = int(sizeof(Element)), kUnit = 16 / kSize, kParts = kColumns / (32 * kUnit), kSteps = (T::kSlots + T::kWarps - 1) / T::kWarps;
+        constexpr int kSize = int(sizeof(Element)), kUnit = 16 / kSize, kParts = kColumns / (32 * kUnit), kPartBytes = 32 * 16, kSteps = T::kSlots / T::kWarps;
+        static_assert(T::kSlots % T::kWarps == 0, "every warp copies as many segments");
         const int warp = int(u32(thread) / 32 % T::kWarps), at = int(u32(thread) % 32) * kUnit;
         int bytes[2][kSteps][kParts];
 #pragma unroll
@@ -95,12 +96,11 @@ private:
 #pragma unroll
                 for (int i = 0; i < kSteps; i++) {
                     const int slot = warp + i * T::kWarps;
-                    if (T::kSlots % T::kWarps != 0 && slot >= T::kSlots) break;
                     const char* from = first + slots.position(slot) * kSize;
                     if (T::kMaxPairs > 1) from += slots.pair(slot) * header.pair_stride[index];
 #pragma unroll
                     for (int part = 0; part < kParts; part++)
-                        copy(to + (sequence * T::kSlots + i * T::kWarps) * T::kSegment + part * 512, from + part * 512, bytes[sequence][i][part]);
+                        copy(to + (sequence * T::kSlots + i * T::kWarps) * T::kSegment + part * kPartBytes, from + part * kPartBytes, bytes[sequence][i][part]);
                 }
             }
         };

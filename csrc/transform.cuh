@@ -112,10 +112,7 @@ DEVICE float4 weighted_product_of_conjugate(PlanarPair x, PlanarPair y, float we
                        high_half(x.re) * y_re1 + high_half(x.im) * y_im1, high_half(x.re) * y_im1 - high_half(x.im) * y_re1);
 }
 
-DEVICE void accumulate(float4& value, PlanarPair x, PlanarPair y, float weight) {
-    const float4 product = weighted_product_of_conjugate(x, y, weight);
-    value.x += product.x, value.y += product.y, value.z += product.z, value.w += product.w;
-}
+DEVICE void accumulate(float4& sum, float4 v) { sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w; }
 
 // A row of 256 points in the registers of a warp: value[s][t] with the index maps above.
 struct RowFragment {
