@@ -71,19 +71,34 @@ static LaunchParams derive(const fft_conv_params& p) {
     return derived;
 }
 
+// Of a row's units, where an item has 64 points of each thread of a team.
+static bool valid_items(const fft_conv_params& p, int radix) {
+    const int units = 16 * team_threads(radix) / radix;
+    return p.column_items * (radix > p.outer_radix ? std::min(units, kChunkUnits) : units) == kLongPoints / 4;
+}
+
 static bool valid_long(const fft_conv_params& p) {
     const int radix = p.fft_size / kLongPoints, slots = p.half ? p.outer_radix / 2 : p.outer_radix, rest = radix / std::max(p.outer_radix, 1);
     const bool shapes = radix * kLongPoints == p.fft_size && (p.fft_size & (p.fft_size - 1)) == 0 && p.fft_size <= kLongMaximum && rest * p.outer_radix == radix;
     const bool stages = (rest == 1 || rest == 8 || rest == 32) && p.outer_radix >= 2 && (slots <= 8 ? radix <= 512 : slots <= 32);
     return shapes && stages && p.batch > 0 && p.channels > 0 && p.length > 0 && p.length <= (p.half ? p.fft_size / 2 : p.fft_size) && p.group_pairs > 0 && p.ring > 0 &&
-           p.period == p.group_pairs * (2 * p.column_items + radix + p.part_count) && int64_t(p.part_count) * kPartPositions >= p.length && int64_t(p.column_items) * kLongItemPoints == p.fft_size;
+           p.period == p.group_pairs * (2 * p.column_items + radix + p.part_count) && int64_t(p.part_count) * kPartPositions >= p.length && valid_items(p, radix);
+}
+
+static LongParams long_stages(const fft_conv_params& p) {
+    LongParams derived = {};
+    static_cast<fft_conv_params&>(derived) = p;
+    derived.radix = p.fft_size / kLongPoints;
+    derived.team_threads = team_threads(derived.radix);
+    derived.log_middle = log2_of(derived.radix / p.outer_radix);
+    return derived;
 }
 
 extern "C" int fft_conv_long_forward(const fft_conv_params* params, void* stream) {
     if (!valid_long(*params)) return kUnsupported;
-    LongParams derived;
+    LongParams derived = long_stages(*params);
     static_cast<LaunchParams&>(derived) = derive(*params);
-    derived.radix = params->fft_size / kLongPoints;
+    derived.log_units = log2_of(kLongPoints / 4 / params->column_items);
     derived.pair_count = (params->batch + 1) / 2 * params->channels;
     derived.groups = (derived.pair_count + params->group_pairs - 1) / params->group_pairs;
     return with_long(*params, [&](auto launcher) { return decltype(launcher)::forward(derived, stream); });
@@ -165,7 +180,7 @@ extern "C" int fft_conv_clusters(const fft_conv_params* params) {
 
 extern "C" int fft_conv_shared_bytes(const fft_conv_params* params, int backward) {
     auto bytes_of = [&](auto launcher) { return backward ? decltype(launcher)::kBackwardSharedBytes : decltype(launcher)::kForwardSharedBytes; };
-    if (params->outer_radix > 0) return with_long(*params, [](auto launcher) { return decltype(launcher)::kForwardSharedBytes; });
+    if (params->outer_radix > 0) return with_long(*params, [&](auto launcher) { return decltype(launcher)::shared_bytes(long_stages(*params)); });
     auto bytes_of_tile = [&](auto tile) { return bytes_of(Launcher<decltype(tile)>{}); };
     if (params->cluster > 0) return with_cluster(*params, [](auto launcher) { return decltype(launcher)::kForwardSharedBytes; });
     const int bytes = params->windows > 0 ? with_blocked_tile(*params, bytes_of_tile) : with_tile(*params, bytes_of_tile);

@@ -20,9 +20,9 @@ __global__ void __launch_bounds__(BackwardPlan<T>::kThreads, 1) backward_kernel(
     Backward<T>(params).run();
 }
 
-template <class Element, int kSlots>
+template <class Element, int kSlots, int kTeamThreads>
 __global__ void __launch_bounds__(LongPlan<Element, kSlots>::kThreads, 1) long_forward_kernel(const __grid_constant__ LongParams params) {
-    LongForward<Element, kSlots>(params).run();
+    LongForward<Element, kSlots, kTeamThreads>(params).run();
 }
 
 // What is asked or set once, for each of the first devices: the calls cost as much as a launch. Threads that race write the same.
@@ -75,18 +75,18 @@ int Launcher<T>::backward(const LaunchParams& params, void* stream) {
     return launch(backward_kernel<T>, prepared, {units, 1, Plan::kThreads, Plan::kSharedBytes, Plan::kSharedBytes}, params, stream);
 }
 
-template <class Element, int kSlots>
-int LongLauncher<Element, kSlots>::forward(const LongParams& params, void* stream) {
+template <class Element, int kSlots, int kTeamThreads>
+int LongLauncher<Element, kSlots, kTeamThreads>::forward(const LongParams& params, void* stream) {
     using Plan = LongPlan<Element, kSlots>;
     static Prepared prepared;
     int device = 0;
     const int error = cudaGetDevice(&device), limit = fft_conv_shared_limit(device);
     if (error) return error;
-    int teams = Plan::kTeams;
-    while (teams > 1 && Plan::shared_bytes(teams) > limit) teams--;
+    int teams = Plan::kThreads / kTeamThreads;
+    while (teams > 1 && Plan::shared_bytes(params, teams) > limit) teams--;
     // Teams beyond those that fit at a time find no tickets left.
-    const Grid grid{(params.tickets + teams - 1) / teams, 1, teams * kTeamThreads, Plan::shared_bytes(teams), Plan::shared_bytes(teams)};
-    return launch(long_forward_kernel<Element, kSlots>, prepared, grid, params, stream);
+    const Grid grid{(params.tickets + teams - 1) / teams, 1, teams * kTeamThreads, Plan::shared_bytes(params, teams), limit};
+    return launch(long_forward_kernel<Element, kSlots, kTeamThreads>, prepared, grid, params, stream);
 }
 
 // A launch of clusters, of as many as asked for.
@@ -155,10 +155,10 @@ int ClusterLauncher<Element, kBlocks, kBlocked>::backward(const LaunchParams& pa
     template struct ClusterLauncher<float16, __VA_ARGS__>;  \
     template struct ClusterLauncher<float, __VA_ARGS__>;
 
-#define INSTANTIATE_LONG(slots)                  \
-    template struct LongLauncher<bfloat16, slots>; \
-    template struct LongLauncher<float16, slots>;  \
-    template struct LongLauncher<float, slots>;
+#define INSTANTIATE_LONG(...)                            \
+    template struct LongLauncher<bfloat16, __VA_ARGS__>; \
+    template struct LongLauncher<float16, __VA_ARGS__>;  \
+    template struct LongLauncher<float, __VA_ARGS__>;
 
 #define INSTANTIATE_BLOCKED(...)                                                                       \
     template int Launcher<Tile<bfloat16, __VA_ARGS__>>::forward(const LaunchParams&, void*); \

@@ -33,11 +33,11 @@ int launch_taps(const TapParams& params, void* stream);
 // Of a device, or zero and an error.
 int processor_count(int device, int* error);
 
-// Long sequences, by the slots that the outer pass has room for.
-template <class Element, int kSlots>
+// Long sequences, by the slots that the outer pass has room for and the threads of a team.
+template <class Element, int kSlots, int kTeamThreads>
 struct LongLauncher {
     static int forward(const LongParams& params, void* stream);
-    static constexpr int kForwardSharedBytes = LongPlan<Element, kSlots>::shared_bytes(1);
+    static int shared_bytes(const LongParams& params) { return LongPlan<Element, kSlots>::shared_bytes(params, 1); }
 };
 
 constexpr int kUnsupported = -1;
@@ -111,13 +111,17 @@ int with_cluster(const fft_conv_params& p, Function function) {
     }
 }
 
+// Of a transform of R rows: an item of the outer passes has 64 points for each, and to have lines of 128 bytes, eight units, of all rows.
+inline int team_threads(int radix) { return radix <= 256 ? 128 : 256; }
+
 // Calls function(LongLauncher<...>{}) with the one for an outer pass of so many slots.
 template <class Function>
 int with_long(const fft_conv_params& p, Function function) {
     const int slots = p.half ? p.outer_radix / 2 : p.outer_radix;
     auto with_element = [&](auto element) {
         using Element = decltype(element);
-        return slots <= 8 ? function(LongLauncher<Element, 8>{}) : function(LongLauncher<Element, 32>{});
+        if (slots > 8) return function(LongLauncher<Element, 32, 256>{});
+        return team_threads(p.fft_size / kLongPoints) == 128 ? function(LongLauncher<Element, 8, 128>{}) : function(LongLauncher<Element, 8, 256>{});
     };
     switch (p.element) {
         case FFT_CONV_BFLOAT16: return with_element(bfloat16{});

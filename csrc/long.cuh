@@ -5,11 +5,11 @@
 //
 // The outer pass contracts n0: n0a and, where R = Ra Rb, after the twist w_R^(n0b k0a) also n0b, which passes through shared memory. The row pass
 // transforms the 8,192 points of each k0, multiplies by the filter's spectrum and transforms back, and the inverse pass returns to positions. The
-// twist between the outer pass and the rows, w_N^(p k0), has no pass of its own: the first stage of a row contracts its slot n with the matrix
-// w_(32 R)^(n (k0 + R k)), which holds that of its slots, and what is left, w_N^(c k0) by the columns of the innermost 256 points, is a factor of
-// the row twiddles.
+// twist between the outer pass and the rows, w_N^(p k0) with p = 256 n + c, has no pass of its own. Its chunks n are few in an item of the outer
+// pass: the stage next to the rows contracts with the matrix w_(32 r)^(k (32 m + n)) from m to k, its radix being r. If that is Rb, what k0a takes of
+// the twist joins the one between the two stages. What is left, w_N^(c k0) by the columns c of the innermost 256 points, is a factor of the row twiddles.
 //
-// One launch does it all. Teams of eight warps, several in a block, which share its constants, take tickets; a period of tickets, which
+// One launch does it all. Teams of warps, several in a block, which share its constants, take tickets; a period of tickets, which
 // hf_flashfftconv/ops/long_plan.py lays out, advances a group of pairs by one group, each pass some groups behind the one before. An item waits for
 // the counters of the items that it needs, all of which have smaller tickets: some team always goes on, however few are resident.
 #pragma once
@@ -17,19 +17,26 @@
 #include "transform.cuh"
 
 constexpr int kLongPoints = 8192, kLongMaximum = 1 << 24;
-constexpr int kLongItemPoints = 16384;      // of an item of the outer passes
 constexpr int kPartPositions = 16384;       // positions of a sequence whose energy one item sums up
-constexpr int kTeamThreads = 256;
+
+constexpr int kChunkUnits = 64;             // of 256 points
+
 
 enum LongKind { kScale, kOuter, kRows, kInverse, kLongKinds, kEnd = kLongKinds };
 
 struct LongParams : LaunchParams {
     int radix;          // R
+    int team_threads;   // for each of which an item of the outer passes has 64 points at most
+    int log_units;      // of each row that such an item has: not more than a chunk where there are two stages
     int pair_count, groups;
 
-    HOST_DEVICE bool has_middle() const { return radix > outer_radix; }
-    HOST_DEVICE int middle_radix() const { return radix / outer_radix; }
-    HOST_DEVICE int natural_k0(int row) const { return row / middle_radix() + outer_radix * (row % middle_radix()); }
+    int log_middle;     // of Rb, or zero
+
+    HOST_DEVICE bool has_middle() const { return log_middle > 0; }
+    HOST_DEVICE int middle_radix() const { return 1 << log_middle; }
+    // The stage next to the rows.
+    HOST_DEVICE int last_radix() const { return has_middle() ? middle_radix() : outer_radix; }
+    HOST_DEVICE int natural_k0(int row) const { return (row >> log_middle) + outer_radix * (row & (middle_radix() - 1)); }
 };
 
 // The transform of 8,192 points that the row pass does on chip.
@@ -42,11 +49,13 @@ struct Constant {
     static constexpr int value = kValue;
 };
 
+template <int kThreads_>
 struct Team {
+    static constexpr int kThreads = kThreads_, kWarps = kThreads / 32;
     const int index, thread, warp, lane;
 
-    DEVICE explicit Team(int thread) : index(thread / kTeamThreads), thread(thread % kTeamThreads), warp(thread / 32 % (kTeamThreads / 32)), lane(thread % 32) {}
-    DEVICE void barrier() const { named_barrier<kTeamThreads>(1 + index); }
+    DEVICE explicit Team(int thread) : index(thread / kThreads), thread(thread % kThreads), warp(thread / 32 % kWarps), lane(thread % 32) {}
+    DEVICE void barrier() const { named_barrier<kThreads>(1 + index); }
 };
 
 // One ticket: a part of a pass over one pair of a group, in the order of hf_flashfftconv/ops/long_plan.py.
@@ -89,6 +98,7 @@ struct LongCounters {
     DEVICE u32 seen(const LongItem& item, int i) const { return needed(item, i) >= 0 ? load_relaxed(done(needed(item, i), needed_kind(item, i))) : ~0u; }
     DEVICE bool enough(const LongItem& item, int i, u32 seen) const { return seen >= count(needed_kind(item, i)); }
     // The team waits until an item may begin.
+    template <class Team>
     DEVICE void wait(const Team& team, const LongItem& item, bool ready) const {
         if (!ready && team.thread < 2 && needed(item, team.thread) >= 0) wait_acquire(done(needed(item, team.thread), needed_kind(item, team.thread)), count(needed_kind(item, team.thread)));
         team.barrier();
@@ -105,30 +115,40 @@ struct LongTurns {
     int ready[2];
 };
 
-// Calls work(item, ready) for each ticket that the team gets; it returns the counter to raise, or null. Tickets are taken ahead, and what they need is
-// asked for ahead: nothing waits for the answers.
-template <class Work>
-DEVICE void for_each_ticket(const LongParams& params, const Team& team, LongTurns& turns, Work work) {
-    const LongCounters counters{params};
-    const bool first_thread = team.thread == 0;
-    u32 next = 0;
-    if (first_thread) {
-        turns.items[0] = LongItem(params, take_ticket(counters.ticket())), turns.ready[0] = false;
-        next = take_ticket(counters.ticket());
+// What the first thread of a team does for the next item during one, in two steps, which the item may take when it likes: the answer to the first is there
+// before the second, so that nothing waits for it. The later the first, the fewer items lie idle with a team while others wait for them.
+struct NextItem {
+    const LongParams& params;
+    LongItem& item;
+    const bool first_thread;
+    u32 ticket = 0, seen[2] = {};
+    int steps = 0;
+
+    DEVICE void take() {
+        if (steps++ == 0 && first_thread) ticket = take_ticket(LongCounters{params}.ticket());
     }
+    DEVICE void ask() {
+        if (steps++ != 1 || !first_thread) return;
+        item = LongItem(params, ticket);
+        for (int i = 0; i < 2; i++) seen[i] = LongCounters{params}.seen(item, i);
+    }
+    DEVICE bool ready() const { return LongCounters{params}.enough(item, 0, seen[0]) && LongCounters{params}.enough(item, 1, seen[1]); }
+};
+
+// Calls work(item, ready, next) for each ticket that the team gets; it returns the counter to raise, or null.
+template <class Team, class Work>
+DEVICE void for_each_ticket(const LongParams& params, const Team& team, LongTurns& turns, Work work) {
+    const bool first_thread = team.thread == 0;
+    if (first_thread) turns.items[0] = LongItem(params, take_ticket(LongCounters{params}.ticket())), turns.ready[0] = false;
     team.barrier();
     for (int turn = 0;; turn ^= 1) {
-        const LongItem item = turns.items[turn], &upcoming = turns.items[turn ^ 1];
+        const LongItem item = turns.items[turn];
         if (item.kind == kEnd) return;
-        u32 seen[2] = {}, later = 0;
-        if (first_thread) {
-            turns.items[turn ^ 1] = LongItem(params, next);
-            for (int i = 0; i < 2; i++) seen[i] = counters.seen(upcoming, i);
-            later = take_ticket(counters.ticket());
-        }
-        u32* const done = item.group >= 0 ? work(item, turns.ready[turn]) : nullptr;
-        if (first_thread) turns.ready[turn ^ 1] = counters.enough(upcoming, 0, seen[0]) && counters.enough(upcoming, 1, seen[1]);
-        next = later;
+        NextItem next{params, turns.items[turn ^ 1], first_thread};
+        u32* const done = item.group >= 0 ? work(item, turns.ready[turn], next) : nullptr;
+        if (next.steps == 0) next.take();
+        if (next.steps == 1) next.ask();
+        if (first_thread) turns.ready[turn ^ 1] = next.ready();
         team.barrier();
         // What this thread has seen done comes before what the others do after their next barrier.
         if (first_thread) done ? add_release(done) : fence();
@@ -149,6 +169,9 @@ HOST_DEVICE int stage_exponent(int radix) {
     return exponent;
 }
 
+DEVICE float scale_there(int radix) { return power_of_two(-stage_exponent(radix)); }
+DEVICE float scale_back(int radix) { return power_of_two(stage_exponent(radix)) / float(radix); }
+
 // A B operand in shared memory for `contract` and `contract_steps`; strides count units of 32 vectors.
 struct MatrixOperand {
     uint4* vectors;
@@ -160,53 +183,29 @@ struct MatrixOperand {
         word[0] = pack(re, -im), word[16] = pack(im, re);
     }
 
-    // The stage of a radix from some inputs to some outputs of it, by all threads of a block; what lies beyond the radix is zero.
-    DEVICE void fill(int radix, int inputs, int outputs, float scale) const {
-        for (int i = thread_index(); i < inputs * outputs; i += block_size()) {
-            const int input = i % inputs, output = i / inputs;
+    // The stage of a radix from some inputs to some outputs of it, by a multiple of `inputs` threads; what lies beyond the radix is zero. For a chunk of the
+    // points next to it, it goes from m to k by w_(32 radix)^(k (32 m + chunk)), and back the other way.
+    DEVICE void fill(int thread, int threads, int radix, int inputs, int outputs, float scale, int chunk = 0, bool back = false) const {
+        const int input = thread % inputs;
+        for (int output = thread / inputs; output < outputs; output += threads / inputs) {
+            const int m = back ? output : input, k = back ? input : output;
             float re, im;
-            root_of_unity(input * output, radix, &re, &im);
+            root_of_unity(k * (32 * m + chunk), 32 * radix, &re, &im);
             const float kept = input < radix && output < radix ? scale : 0.f;
             set(input, output, re * kept, im * kept);
         }
     }
 };
 
-// The first stages of the rows of k0, there and back, as vectors for `contract`: w_(32 R)^(n (k0 + R k)) from slots n to k, and from k to n. Half of
-// a team each. A thread has one column of vectors, in which k goes in steps of eight, that is of turns by (-i)^n.
-DEVICE void fill_row_stages(const Team& team, uint4* there, uint4* back, int radix, int k0) {
-    const bool returns = team.thread >= kTeamThreads / 2;
-    const int step = team.warp % 4, r = team.lane / 4, q = team.lane % 4;
-    const float scale = power_of_two(returns ? stage_exponent(32) - 5 : -stage_exponent(32));
-    u32 plain[4], turned[4];        // (re, -im) of each word, and the same a turn on: (im, re)
-#pragma unroll
-    for (int word = 0; word < 4; word++) {
-        const int input = q + word % 2 * 4, output = r / 2 + word / 2 * 4;
-        const int n = 8 * step + (returns ? output : input), k = returns ? input : output;
-        float re, im;
-        root_of_unity(n * (k0 + radix * k), 32 * radix, &re, &im);
-        plain[word] = pack(re * scale, -im * scale), turned[word] = pack(im * scale, re * scale);
-    }
-    const int turn = returns ? r / 2 : q;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        // Odd r is the imaginary part of an output, which is (im, re) of the inputs: a turn more.
-        const int turns = r % 2 + i * turn;
-        const u32 sign = turns & 2 ? 0x80008000u : 0;
-        auto word = [&](int w) { return (turns & 1 ? turned[w] : plain[w]) ^ sign; };
-        (returns ? back + (step * 4 + i) * 32 : there + (i * 4 + step) * 32)[team.lane] = make_uint4(word(0), word(1), word(2), word(3));
-    }
-}
-
 // w_N^(c (k0 + 8 R i)) for the columns c of the innermost 256 points, as row twiddles, i = 0 to 3.
+template <class Team>
 DEVICE void fill_column_twiddles(const Team& team, uint4* vectors, int radix, int k0, int fft_size) {
-    const int lane = team.lane, s = team.warp % 2, t = team.warp / 2 % 2;
+    const int s = team.warp % 2, t = team.warp / 2 % 2;
 #pragma unroll
-    for (int j = 0; j < 2; j++) {
-        const int i = 2 * j + team.warp / 4;
+    for (int i = team.warp / 4; i < 4; i += Team::kWarps / 4) {
         float re[2], im[2];
         for (int half = 0; half < 2; half++)
-            root_of_unity((k0 + 8 * radix * i) * (16 * (lane % 4 + 4 * s + 8 * half) + 2 * (lane / 4) + t), fft_size, re + half, im + half);
-        reinterpret_cast<uint2*>(vectors + 64 * i + 32 * s + lane)[t] = make_uint2(pack(re[0], re[1]), pack(im[0], im[1]));
+            root_of_unity((k0 + 8 * radix * i) * (16 * (team.lane % 4 + 4 * s + 8 * half) + 2 * (team.lane / 4) + t), fft_size, re + half, im + half);
+        reinterpret_cast<uint2*>(vectors + 64 * i + 32 * s + team.lane)[t] = make_uint2(pack(re[0], re[1]), pack(im[0], im[1]));
     }
 }

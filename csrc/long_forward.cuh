@@ -6,19 +6,26 @@
 template <class Element, int kSlots>
 struct LongPlan {
     using T = LongTile<Element>;
-    static constexpr int kTeams = 2, kThreads = kTeams * kTeamThreads;     // at most, as shared memory allows
-    static constexpr int kMaxRadix = kSlots == 8 ? 512 : 2048, kMaxOuterRadix = 2 * kSlots;
-    // Of the outer stage, one way, of the middle stage, both ways, of the row twiddles of the first eight rows.
-    static constexpr int kOuterVectors = kMaxOuterRadix / 8 * (kSlots / 8) * 32, kMiddleVectors = 512, kTwiddleVectors = T::kWarps * 64;
-    static constexpr int kFixedBytes = (kInnerConstantVectors + 2 * kOuterVectors + kMiddleVectors + kTwiddleVectors) * 16 + kMaxRadix * 8;
-    static constexpr int kRowStageVectors = 512, kRowItemBytes = T::kRowBytes + (2 * kRowStageVectors + 4 * 64) * 16;
-    static constexpr int kRegionBytes = kLongItemPoints * 4, kControlBytes = 512, kTeamBytes = kControlBytes + kRegionBytes;
-    static constexpr int shared_bytes(int teams) { return kFixedBytes + teams * kTeamBytes; }
-    static_assert(kRowItemBytes <= kRegionBytes && shared_bytes(kTeams) <= kSharedLimit, "shared memory of a block");
+    static constexpr int kThreads = 512;    // at most, as shared memory allows
+    static constexpr int kMaxOuterRadix = 2 * kSlots;
+    // Of the stage of the rows, and of the row twiddles of the first eight.
+    static constexpr int kRowStageVectors = 512, kTwiddleVectors = T::kWarps * 64;
+    static constexpr int kFixedVectors = kInnerConstantVectors + 2 * kOuterVectors<kSlots> + kRowStageVectors + kTwiddleVectors;
+    static constexpr int kControlBytes = 512, kRowItemBytes = T::kRowBytes + 4 * 64 * 16;
+
+    HOST_DEVICE static int fixed_bytes(const LongParams& params) { return kFixedVectors * 16 + params.radix * 8; }
+    HOST_DEVICE static int exchange_bytes(const LongParams& params) { return params.team_threads * 64 * 4; }
+    HOST_DEVICE static int team_bytes(const LongParams& params) {
+        // A stage takes 8 r^2 bytes. Where there is one only, its matrices for all chunks have the place of what would go between two.
+        const int column_item = exchange_bytes(params) + kMaxOuterRadix * 8 + 8 * params.middle_radix() * params.middle_radix();
+        return kControlBytes + (column_item > kRowItemBytes ? column_item : kRowItemBytes);
+    }
+    HOST_DEVICE static int shared_bytes(const LongParams& params, int teams) { return fixed_bytes(params) + teams * team_bytes(params); }
 };
 
-template <class Element, int kSlots>
+template <class Element, int kSlots, int kTeamThreads>
 struct LongForward {
+    using Team = ::Team<kTeamThreads>;
     using T = LongTile<Element>;
     using Plan = LongPlan<Element, kSlots>;
     struct Control {
@@ -38,29 +45,45 @@ struct LongForward {
         const uint4* const tables = reinterpret_cast<const uint4*>(params.tables);
         for (int i = thread_index(); i < kInnerConstantVectors; i += block_size()) inner()[i] = tables[i];
         for (int i = thread_index(); i < Plan::kTwiddleVectors; i += block_size()) twiddles()[i] = tables[kInnerConstantVectors + 2 * Plan::kRowStageVectors + i];
-        const int radix = params.outer_radix, middle = params.middle_radix(), down = stage_exponent(radix);
-        // The middle stage takes half of its share on the way back, and this one twice its own.
-        const float back = power_of_two(down) / float(radix) * (params.has_middle() ? 2.f : 1.f);
-        MatrixOperand{outer(), kSlots / 8, 1}.fill(radix, kSlots, Plan::kMaxOuterRadix, power_of_two(-down));
-        MatrixOperand{outer_back(), 1, kSlots / 8}.fill(radix, Plan::kMaxOuterRadix, kSlots, back);
-        if (params.has_middle()) MatrixOperand{middle_stage(), middle / 8, 1}.fill(middle, middle, middle, power_of_two(-stage_exponent(middle)));
+        MatrixOperand{row_stage(), 4, 1}.fill(thread_index(), block_size(), 32, 32, 32, scale_there(32));
+        if (params.has_middle()) {
+            const int radix = params.outer_radix;
+            MatrixOperand{outer(), kSlots / 8, 1}.fill(thread_index(), block_size(), radix, kSlots, Plan::kMaxOuterRadix, scale_there(radix));
+            MatrixOperand{outer_back(), 1, kSlots / 8}.fill(thread_index(), block_size(), radix, Plan::kMaxOuterRadix, kSlots, scale_back(radix));
+        }
         for (int i = thread_index(); i < params.radix; i += block_size()) root_of_unity(i, params.radix, &roots()[i].re, &roots()[i].im);
         block_barrier();
     }
 
     DEVICE static uint4* inner() { return reinterpret_cast<uint4*>(shared_memory()); }
     DEVICE static uint4* outer() { return inner() + kInnerConstantVectors; }
-    DEVICE static uint4* outer_back() { return outer() + Plan::kOuterVectors; }
-    DEVICE static uint4* middle_stage() { return outer_back() + Plan::kOuterVectors; }
-    DEVICE static uint4* twiddles() { return middle_stage() + Plan::kMiddleVectors; }
+    DEVICE static uint4* outer_back() { return outer() + kOuterVectors<kSlots>; }
+    DEVICE static uint4* row_stage() { return outer_back() + kOuterVectors<kSlots>; }
+    DEVICE static uint4* twiddles() { return row_stage() + Plan::kRowStageVectors; }
     DEVICE static Complex* roots() { return reinterpret_cast<Complex*>(twiddles() + Plan::kTwiddleVectors); }
-    DEVICE Control& control() const { return *reinterpret_cast<Control*>(shared_memory() + Plan::kFixedBytes + team.index * Plan::kTeamBytes); }
+    DEVICE Control& control() const {
+        return *reinterpret_cast<Control*>(shared_memory() + Plan::fixed_bytes(params) + team.index * Plan::team_bytes(params));
+    }
     DEVICE char* region() const { return reinterpret_cast<char*>(&control()) + Plan::kControlBytes; }
-    // In the region of an item of the row pass.
+    // In the region of an item of the row pass, and of the outer passes.
     DEVICE uint4* rows() const { return reinterpret_cast<uint4*>(region()); }
-    DEVICE uint4* row_stage() const { return rows() + T::kRowBytes / 16; }
-    DEVICE uint4* row_stage_back() const { return row_stage() + Plan::kRowStageVectors; }
-    DEVICE uint4* column_twiddles() const { return row_stage_back() + Plan::kRowStageVectors; }
+    DEVICE uint4* column_twiddles() const { return rows() + T::kRowBytes / 16; }
+    DEVICE Complex* turns() const { return reinterpret_cast<Complex*>(region() + Plan::exchange_bytes(params)); }
+    DEVICE uint4* stage() const { return params.has_middle() ? reinterpret_cast<uint4*>(turns() + Plan::kMaxOuterRadix) : rows(); }
+
+    // The stage next to the rows for an item's chunks, one way, and what follows from its chunk between two stages.
+    DEVICE void fill_stage(const ColumnTile<Team>& tile, bool back) const {
+        const int radix = params.last_radix(), outer = params.has_middle() ? radix : Plan::kMaxOuterRadix, slots = params.has_middle() ? radix : kSlots;
+        const int inputs = back ? outer : slots, outputs = back ? slots : outer;
+        // The rows take half of their share on the way back, and this stage twice its own.
+        const float scale = back ? 2.f * scale_back(radix) : scale_there(radix);
+        const bool by_steps = back && !params.has_middle();
+        const MatrixOperand matrix{stage(), by_steps ? 1 : inputs / 8, by_steps ? outputs / 8 : 1};
+        for (int i = 0; i < tile.chunks(); i++)
+            MatrixOperand{matrix.vectors + i * kOuterVectors<kSlots>, matrix.pair_stride, matrix.step_stride}.fill(team.thread, Team::kThreads, radix, inputs, outputs, scale, tile.first_chunk() + i, back);
+        if (!params.has_middle()) return;
+        for (int i = team.thread; i < params.outer_radix; i += Team::kThreads) root_of_unity(i * tile.first_chunk(), 32 * params.radix, &turns()[i].re, &turns()[i].im);
+    }
 
     // Consecutive pairs, over the batch first, then over the channels; negative if there is no such pair.
     DEVICE int pair_number(const LongItem& item) const {
@@ -70,7 +93,9 @@ struct LongForward {
     DEVICE uint4* sheet(const LongItem& item) const {
         return static_cast<uint4*>(params.scratch) + (int64_t(item.group % params.ring) * params.group_pairs + item.pair) * (params.fft_size / 4);
     }
-    DEVICE ColumnTile column_tile(const LongItem& item) const { return {params, team, sheet(item), reinterpret_cast<uint4*>(region()), roots(), item.part}; }
+    DEVICE ColumnTile<Team> column_tile(const LongItem& item) const {
+        return {params, team, sheet(item), reinterpret_cast<uint4*>(region()), stage(), roots(), turns(), item.part << params.log_units, params.log_units};
+    }
 
     // A pair's scales in global memory, before the energies of all parts.
     DEVICE uint4* scales_of(int pair) const { return static_cast<uint4*>(params.energies) + pair; }
@@ -84,31 +109,47 @@ struct LongForward {
     DEVICE void fill_header(int pair) const {
         if (team.warp == 0 && pair >= 0) control().header.template fill<Element>(params, RegularSequences::consecutive<T>(params, pair), team.lane);
     }
+    DEVICE bool has(TensorIndex tensor) const { return (&params.u)[tensor].data; }
     template <class X, bool kAligned>
     DEVICE GlobalSequence<X, kAligned> sequence(TensorIndex tensor, int c, bool present = true) const {
         const TileHeader& header = control().header;
-        return {reinterpret_cast<X*>(header.first[tensor]) + c * (&params.u)[tensor].batch_stride, present && (c == 0 || header.second) ? params.length : 0};
+        X* first = reinterpret_cast<X*>(header.first[tensor]) + c * (&params.u)[tensor].batch_stride;
+        forget(first);
+        return {first, present && (c == 0 || header.second) ? params.length : 0};
     }
     // Calls function with a function that makes one of the two gated sequences.
     template <class Function>
     DEVICE void with_gated(Function function) const {
-        auto with = [&](auto aligned, auto gated) __attribute__((always_inline)) {
-            constexpr bool kAligned = decltype(aligned)::value, kGated = decltype(gated)::value;
+        auto with = [&](auto aligned) __attribute__((always_inline)) {
             function([&](int c, bool present) {
-                return GatedSequence<Element, kAligned, kGated>{sequence<const Element, kAligned>(kU, c, present), sequence<const Element, kAligned>(kPreGate, c, present)};
+                constexpr bool kAligned = decltype(aligned)::value;
+                return GatedSequence<Element, kAligned>{sequence<const Element, kAligned>(kU, c, present), sequence<const Element, kAligned>(kPreGate, c, present && has(kPreGate))};
             });
         };
-        if (params.pair_aligned)
-            params.pre_gate.data ? with(Constant<true>{}, Constant<true>{}) : with(Constant<true>{}, Constant<false>{});
+        params.pair_aligned ? with(Constant<true>{}) : with(Constant<false>{});
+    }
+    // Calls function with whether there is a middle stage, where it may be missing.
+    template <class Function>
+    DEVICE void with_middle(Function function) const {
+        if (kSlots > 8 || params.has_middle())
+            function(Constant<true>{});
         else
-            params.pre_gate.data ? with(Constant<false>{}, Constant<true>{}) : with(Constant<false>{}, Constant<false>{});
+            function(Constant<(kSlots > 8)>{});
+    }
+    template <class Function>
+    DEVICE void with_middle_radix(Function function) const {
+        if (kSlots == 8 && params.middle_radix() == 8)
+            function(Constant<(kSlots == 8 ? 8 : 32)>{});
+        else
+            function(Constant<32>{});
     }
 
     // The energies of a part of a pair. Who comes last finds its scales.
-    DEVICE u32* scale_item(const LongItem& item) const {
+    DEVICE u32* scale_item(const LongItem& item, NextItem& next) const {
         const int pair = pair_number(item), begin = item.part * kPartPositions, end = begin + kPartPositions < params.length ? begin + kPartPositions : params.length;
         if (pair < 0) return item.part == 0 ? counters.done(item.group, kScale) : nullptr;
         fill_header(pair);
+        next.take();
         team.barrier();
         with_gated([&](auto sequence_of) __attribute__((always_inline)) {
 #pragma unroll 1
@@ -119,6 +160,7 @@ struct LongForward {
                 if (team.thread == 0) energies(pair)[c * params.part_count + item.part] = {bits_from_float(energy.value), u32(energy.exponent)};
             }
         });
+        next.ask();
         return finish_scales(item, pair);
     }
     DEVICE u32* finish_scales(const LongItem& item, int pair) const {
@@ -137,57 +179,69 @@ struct LongForward {
         return counters.done(item.group, kScale);
     }
 
-    template <class Function>
-    DEVICE void with_middle_radix(Function function) const {
-        params.middle_radix() == 8 ? function(Constant<8>{}) : function(Constant<32>{});
-    }
-
-    DEVICE u32* outer_item(const LongItem& item, bool ready) const {
+    DEVICE u32* outer_item(const LongItem& item, bool ready, NextItem& next) const {
         const int pair = pair_number(item);
+        const ColumnTile<Team> tile = column_tile(item);
         fill_header(pair);
+        fill_stage(tile, false);
         counters.wait(team, item, ready);
         if (pair < 0) return counters.done(item.group, kOuter);
-        const ColumnTile tile = column_tile(item);
+        next.take();
         const PairScales scales = load_scales(pair);
         with_gated([&](auto sequence_of) __attribute__((always_inline)) {
-            tile.template from_sequences<kSlots>(sequence_of(0, scales.down[0] > 0.f), sequence_of(1, scales.down[1] > 0.f), scales, outer());
+            with_middle([&](auto middle) __attribute__((always_inline)) {
+                tile.template from_sequences<kSlots, middle.value>(sequence_of(0, scales.down[0] > 0.f), sequence_of(1, scales.down[1] > 0.f), scales, middle.value ? outer() : stage());
+            });
         });
+        next.ask();
         if (params.has_middle()) {
             team.barrier();
-            with_middle_radix([&](auto radix) __attribute__((always_inline)) { tile.template middle_there<radix.value>(middle_stage()); });
+            with_middle_radix([&](auto radix) __attribute__((always_inline)) { tile.template middle_there<radix.value>(); });
         }
         return counters.done(item.group, kOuter);
     }
 
-    // One k0 of a pair.
-    DEVICE u32* row_item(const LongItem& item, bool ready) const {
+    // One k0 of a pair. A warp transforms the 32 rows of 32 columns at a time.
+    DEVICE u32* row_item(const LongItem& item, bool ready, NextItem& next) const {
         const int pair = pair_number(item), k0 = params.natural_k0(item.part);
-        // The spectrum's rows, of as many 128-byte lines as the team has threads.
-        if (pair >= 0) prefetch(spectrum_row(pair, k0, team.thread / 8) + team.thread % 8 * 8);
+        // The spectrum's rows, 128-byte lines.
+        if (pair >= 0)
+            for (int i = team.thread; i < T::kRowBytes / 128; i += Team::kThreads) prefetch(spectrum_row(pair, k0, i / 8) + i % 8 * 8);
         counters.wait(team, item, ready);
         if (pair < 0) return counters.done(item.group, kRows);
-        // A lane has the unit warp * 8 + lane / 4 of the slots 4 j + lane % 4, which come to a place where it finds its own.
-        uint4* const points = sheet(item) + int64_t(item.part) * kLongUnits + team.warp * 8 + team.lane / 4 + team.lane % 4 * kRowUnits;
-        uint4* const own = rows() + team.thread;
+        uint4* const points = sheet(item) + int64_t(item.part) * kLongUnits + team.lane / 4 + team.lane % 4 * kRowUnits;
+        // A lane has the unit group * 8 + lane / 4 of the slots 4 j + lane % 4, which come to a place where it finds its own, beside those of its warp.
+        uint4* const own = rows() + team.lane / 8 * kRowUnits + team.lane % 8;
+        auto for_each_group = [&](auto work) __attribute__((always_inline)) {
+#pragma unroll 1
+            for (int group = team.warp; group < T::kWarps; group += Team::kWarps) work(group);
+        };
+        for_each_group([&](int group) __attribute__((always_inline)) {
 #pragma unroll
-        for (int j = 0; j < 8; j++) copy_async<16>(own + j * kTeamThreads, points + 4 * j * kRowUnits);
+            for (int j = 0; j < 8; j++) copy_async<16>(own + group * 8 + 4 * j * kRowUnits, points + group * 8 + 4 * j * kRowUnits);
+        });
         copy_async_commit();
-        fill_row_stages(team, row_stage(), row_stage_back(), params.radix, k0);
         fill_column_twiddles(team, column_twiddles(), params.radix, k0, params.fft_size);
         copy_async_wait<0>();
+        next.take();
         u32 x[8][4];
+        for_each_group([&](int group) __attribute__((always_inline)) {
 #pragma unroll
-        for (int j = 0; j < 8; j++) spread_unit(x[j], own[j * kTeamThreads]);
-        team.barrier();
-        outer_forward<T, 1>(x, rows(), row_stage(), team.warp, team.lane);
+            for (int j = 0; j < 8; j++) spread_unit(x[j], own[group * 8 + 4 * j * kRowUnits]);
+            warp_barrier();
+            outer_forward<T, 1>(x, rows(), row_stage(), group, team.lane);
+        });
         team.barrier();
         transform_rows(pair, k0);
         if (!params.output.data) return counters.done(item.group, kRows);
+        next.ask();
         team.barrier();
-        const uint4* const from = rows() + team.lane % 4 * kRowUnits + row_unit(team.lane, team.warp, team.lane);
+        for_each_group([&](int group) __attribute__((always_inline)) {
+            const uint4* const from = rows() + team.lane % 4 * kRowUnits + row_unit(team.lane, group, team.lane);
 #pragma unroll
-        for (int j = 0; j < 8; j++) spread_unit(x[j], from[4 * j * kRowUnits]);
-        contract<32, 1>(x, row_stage_back(), 8, team.lane, [&](int n, const SingleSums (&d)[2]) __attribute__((always_inline)) { store_for_blocks(points + 4 * n * kRowUnits, packed(d)); });
+            for (int j = 0; j < 8; j++) spread_unit(x[j], from[4 * j * kRowUnits]);
+            contract<32, 1>(x, row_stage(), 8, team.lane, [&](int n, const SingleSums (&d)[2]) __attribute__((always_inline)) { store_for_blocks(points + group * 8 + 4 * n * kRowUnits, packed(d)); });
+        });
         return counters.done(item.group, kRows);
     }
 
@@ -203,12 +257,12 @@ struct LongForward {
         RowFragment next_spectrum;
         next_spectrum.load_spectrum(spectrum_row(pair, k0, team.warp) + team.lane);
 #pragma unroll 1
-        for (int k1 = team.warp; k1 < T::kRows; k1 += T::kWarps) {
+        for (int k1 = team.warp; k1 < T::kRows; k1 += Team::kWarps) {
             uint4* const words = rows() + k1 * kRowUnits + own_unit;
             RowFragment value, twiddle, shift;
             const RowFragment spectrum = next_spectrum;
-            if (k1 + T::kWarps < T::kRows) next_spectrum.load_spectrum(spectrum_row(pair, k0, k1 + T::kWarps) + team.lane);
-            twiddle.load(twiddles() + team.warp * 64 + team.lane), shift.load(column_twiddles() + k1 / T::kWarps * 64 + team.lane);
+            if (k1 + Team::kWarps < T::kRows) next_spectrum.load_spectrum(spectrum_row(pair, k0, k1 + Team::kWarps) + team.lane);
+            twiddle.load(twiddles() + k1 % T::kWarps * 64 + team.lane), shift.load(column_twiddles() + k1 / T::kWarps * 64 + team.lane);
             twiddle = twiddle * shift;
             value.load(words);
             value = inner_transform(value * twiddle, constants);
@@ -219,65 +273,72 @@ struct LongForward {
         }
     }
 
-    DEVICE u32* inverse_item(const LongItem& item, bool ready) const {
+    DEVICE u32* inverse_item(const LongItem& item, bool ready, NextItem& next) const {
         const int pair = pair_number(item);
+        const ColumnTile<Team> tile = column_tile(item);
         fill_header(pair);
+        fill_stage(tile, true);
         counters.wait(team, item, ready);
         if (pair < 0 || !params.output.data) return counters.done(item.group, kInverse);
-        const ColumnTile tile = column_tile(item);
+        next.take();
         const PairScales scales = load_scales(pair);
         const float scale = params.spectrum_scale[params.pairs.divide(pair)];
         if (params.has_middle()) {
-            with_middle_radix([&](auto radix) __attribute__((always_inline)) { tile.template middle_back<radix.value>(middle_stage()); });
+            with_middle_radix([&](auto radix) __attribute__((always_inline)) { tile.template middle_back<radix.value>(); });
             team.barrier();
         }
-        auto with = [&](auto aligned) __attribute__((always_inline)) {
-            GatedOutput<decltype(aligned)::value> output{*this, 4 * tile.slot_stride(), scale * scales.up[0], -scale * scales.up[1]};
-            tile.template to_positions<kSlots>(
-                outer_back(), [&](int position) __attribute__((always_inline)) { output.load_gates(kPostGate, position); },
+        next.ask();
+        auto with = [&](auto aligned, auto middle) __attribute__((always_inline)) {
+            using Output = GatedOutput<decltype(aligned)::value>;
+            const int stride = 4 * tile.slot_stride();
+            Output output(*this, kOutput, kPostGate, stride, scale * scales.up[0], -scale * scales.up[1]);
+            tile.template to_positions<kSlots, decltype(middle)::value>(
+                decltype(middle)::value ? outer_back() : stage(), [&](int position) __attribute__((always_inline)) { output.load_gates(position); },
                 [&](const SingleSums (&value)[kSlots / 4][2], int position) __attribute__((always_inline)) {
-                    output.store(value, position, kOutput, kPostGate);
+                    output.store(value, position);
                     if (!params.second_output.data) return;
-                    output.load_gates(kSecondGate, position);
-                    output.store(value, position, kSecondOutput, kSecondGate);
+                    Output second(*this, kSecondOutput, kSecondGate, stride, output.factors[0], output.factors[1]);
+                    second.load_gates(position);
+                    second.store(value, position);
                 });
         };
-        params.pair_aligned ? with(Constant<true>{}) : with(Constant<false>{});
+        with_middle([&](auto middle) __attribute__((always_inline)) { params.pair_aligned ? with(Constant<true>{}, middle) : with(Constant<false>{}, middle); });
         return counters.done(item.group, kInverse);
     }
 
     // Gates and stores results; the imaginary sequence has come out conjugated. Slots that are not there lie beyond the sequence. Where registers have
-    // room for them, the gates of a task are under way together, and before the results are there.
+    // room for them, the gates of a task are under way together, and before the results are there. One that is not there is ones.
     template <bool kAligned>
     struct GatedOutput {
         using Word = typename PairWord<Element>::type;
         static constexpr bool kAhead = kSlots == 8 && sizeof(Word) == 4;
-        const LongForward& pass;
+        const GlobalSequence<Element, kAligned> outputs[2];
+        const GlobalSequence<const Element, kAligned> gates[2];
         const int stride;
-        const float first_factor, second_factor;
-        Word gates[2][kSlots / 4][2];
+        const float factors[2];
+        Word words[2][kSlots / 4][2];
+
+        DEVICE GatedOutput(const LongForward& pass, TensorIndex output, TensorIndex gate, int stride, float first_factor, float second_factor)
+            : outputs{pass.sequence<Element, kAligned>(output, 0), pass.sequence<Element, kAligned>(output, 1)},
+              gates{pass.sequence<const Element, kAligned>(gate, 0, pass.has(gate)), pass.sequence<const Element, kAligned>(gate, 1, pass.has(gate))}, stride(stride),
+              factors{first_factor, second_factor} {}
 
         DEVICE int at(int position, int n, int half) const { return position + n * stride + 128 * half; }
-        DEVICE bool gated(TensorIndex gate) const { return (&pass.params.u)[gate].data; }
-        DEVICE void load_gate(TensorIndex gate, int position, int c, int n, int half) {
-            gates[c][n][half] = pass.sequence<const Element, kAligned>(gate, c, gated(gate)).load_word(at(position, n, half));
-        }
-        DEVICE void load_gates(TensorIndex gate, int position) {
+        DEVICE void load_gate(int position, int c, int n, int half) { words[c][n][half] = gates[c].load_word(at(position, n, half), two_ones(gates[c].data)); }
+        DEVICE void load_gates(int position) {
             if (!kAhead) return;
 #pragma unroll
-            for (int i = 0; i < kSlots; i++) load_gate(gate, position, i / (kSlots / 2), i / 2 % (kSlots / 4), i % 2);
+            for (int i = 0; i < kSlots; i++) load_gate(position, i / (kSlots / 2), i / 2 % (kSlots / 4), i % 2);
         }
-        DEVICE void store(const SingleSums (&value)[kSlots / 4][2], int position, TensorIndex output, TensorIndex gate) {
+        DEVICE void store(const SingleSums (&value)[kSlots / 4][2], int position) {
 #pragma unroll
             for (int c = 0; c < 2; c++) {
-                const auto to = pass.sequence<Element, kAligned>(output, c);
-                const float factor = c == 0 ? first_factor : second_factor;
 #pragma unroll
                 for (int i = 0; i < kSlots / 2; i++) {
                     const int n = i / 2, half = i % 2;
-                    if (!kAhead) load_gate(gate, position, c, n, half);
-                    const Pair y{value[n][0].d[2 * half + c] * factor, value[n][1].d[2 * half + c] * factor}, g = widen(static_cast<const Element*>(nullptr), gates[c][n][half]);
-                    to.store(at(position, n, half), gated(gate) ? y.x * g.x : y.x, gated(gate) ? y.y * g.y : y.y);
+                    if (!kAhead) load_gate(position, c, n, half);
+                    const Pair g = widen(gates[c].data, words[c][n][half]);
+                    outputs[c].store(at(position, n, half), value[n][0].d[2 * half + c] * factors[c] * g.x, value[n][1].d[2 * half + c] * factors[c] * g.y);
                 }
             }
         }
@@ -285,13 +346,13 @@ struct LongForward {
 
     DEVICE void run() const {
         fill_constants();
-        for_each_ticket(params, team, control().turns, [&](const LongItem& item, bool ready) __attribute__((always_inline)) -> u32* {
+        for_each_ticket(params, team, control().turns, [&](const LongItem& item, bool ready, NextItem& next) __attribute__((always_inline)) -> u32* {
             const LongForward pass(params);
             switch (item.kind) {
-                case kScale: return pass.scale_item(item);
-                case kOuter: return pass.outer_item(item, ready);
-                case kRows: return pass.row_item(item, ready);
-                default: return pass.inverse_item(item, ready);
+                case kScale: return pass.scale_item(item, next);
+                case kOuter: return pass.outer_item(item, ready, next);
+                case kRows: return pass.row_item(item, ready, next);
+                default: return pass.inverse_item(item, ready, next);
             }
         });
     }

@@ -1,3 +1,3 @@
 #include "launch.cuh"
 
-INSTANTIATE_LONG(32)
+INSTANTIATE_LONG(32, 256)

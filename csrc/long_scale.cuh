@@ -46,13 +46,14 @@ DEVICE PairScales scales_of_parts(const uint2* parts, int count, int length, boo
     return scales;
 }
 
-// Eight neighbouring elements of a sequence that consists of aligned 16-byte units.
+// Eight neighbouring elements of a sequence that consists of aligned 16-byte units, or ones if it is not there.
 template <class Element>
-DEVICE void load_units(const Element* data, Pair (&v)[4]) {
+DEVICE void load_units(bool really, const Element* data, Pair (&v)[4]) {
     constexpr int kPairs = 8 / int(sizeof(Element));
+    const u32 one = ones(data);
 #pragma unroll
     for (int i = 0; i < 4; i += kPairs) {
-        const uint4 unit = load_streaming(reinterpret_cast<const uint4*>(data + 2 * i));
+        const uint4 unit = load_streaming_if(really, reinterpret_cast<const uint4*>(data + 2 * i), make_uint4(one, one, one, one));
         if constexpr (kPairs == 4)
             v[0] = widen(data, unit.x), v[1] = widen(data, unit.y), v[2] = widen(data, unit.z), v[3] = widen(data, unit.w);
         else
@@ -60,8 +61,8 @@ DEVICE void load_units(const Element* data, Pair (&v)[4]) {
     }
 }
 
-// The product of one sequence of a pair and its gate. Whether there is a gate is a constant, so that loads are under way together.
-template <class Element, bool kAligned, bool kGated>
+// The product of one sequence of a pair and its gate; one that is not there is ones.
+template <class Element, bool kAligned>
 struct GatedSequence {
     using Word = typename PairWord<Element>::type;
     struct Words {
@@ -71,37 +72,34 @@ struct GatedSequence {
     GlobalSequence<const Element, kAligned> values, factors;
 
     // Two neighbouring elements of both, and their products.
-    DEVICE Words load_words(int position) const { return {values.load_word(position), kGated ? factors.load_word(position) : Word{}}; }
+    DEVICE Words load_words(int position) const { return {values.load_word(position), factors.load_word(position, two_ones(values.data))}; }
     DEVICE Pair product(Words words) const {
-        const Pair v = widen(values.data, words.value);
-        if constexpr (!kGated) return v;
-        const Pair g = widen(values.data, words.factor);
+        const Pair v = widen(values.data, words.value), g = widen(values.data, words.factor);
         return {v.x * g.x, v.y * g.y};
     }
     DEVICE Pair load(int position) const { return product(load_words(position)); }
 
     // Positions from a multiple of eight on, of a sequence of whole units that has them.
     DEVICE void load_eight(int position, Pair (&v)[4]) const {
-        load_units(values.data + position, v);
-        if constexpr (kGated) {
-            Pair g[4];
-            load_units(factors.data + position, g);
-            for (int i = 0; i < 4; i++) v[i] = {v[i].x * g[i].x, v[i].y * g[i].y};
-        }
+        Pair g[4];
+        load_units(true, values.data + position, v), load_units(factors.length > 0, factors.data + position, g);
+        for (int i = 0; i < 4; i++) v[i] = {v[i].x * g[i].x, v[i].y * g[i].y};
     }
 };
 
 // Sums over a team, in a fixed order.
+template <class Team>
 DEVICE float team_sum(const Team& team, float x, float* exchange) {
     for (int mask = 1; mask < 32; mask *= 2) x += shuffle_xor(x, mask);
     team.barrier();
     if (team.lane == 0) exchange[team.warp] = x;
     team.barrier();
     float sum = 0.f;
-    for (int w = 0; w < kTeamThreads / 32; w++) sum += exchange[w];
+    for (int w = 0; w < Team::kWarps; w++) sum += exchange[w];
     return sum;
 }
 
+template <class Team>
 DEVICE u32 team_maximum(const Team& team, u32 x, u32* exchange) {
     team.barrier();
     if (team.thread == 0) exchange[0] = 0;
@@ -113,9 +111,9 @@ DEVICE u32 team_maximum(const Team& team, u32 x, u32* exchange) {
 }
 
 // The energy of the positions from `begin` to `end`, which is a part of the sequence. This pass is also what brings the tensors from memory into the L2 cache.
-template <class Sequence>
+template <class Team, class Sequence>
 DEVICE Energy part_energy(const Team& team, const Sequence& sequence, bool whole_units, int begin, int end, float* exchange) {
-    constexpr int kStep = 2 * kTeamThreads;
+    constexpr int kStep = 2 * Team::kThreads;
     float sum = 0.f;
     auto add = [&](Pair v) { sum += v.x * v.x + v.y * v.y; };
     if (whole_units) {

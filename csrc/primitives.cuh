@@ -25,6 +25,8 @@ DEVICE int fresh_thread_index() {
 }
 // The compiler forgets what it knows of x: what follows from it is computed where it is used, and not ahead of a loop to be parked.
 DEVICE void forget(int& x) { asm volatile("" : "+r"(x)); }
+template <class X>
+DEVICE void forget(X*& p) { asm volatile("" : "+l"(p)); }
 DEVICE int block_index() { return blockIdx.x; }
 DEVICE int block_count() { return gridDim.x; }
 DEVICE int block_size() { return blockDim.x; }
@@ -264,21 +266,21 @@ DEVICE uint2 load_streaming(const uint2* p) {
     return v;
 }
 
-// The same where there is something, zero elsewhere, by predicated instructions.
-DEVICE u32 load_streaming_if(bool really, const u32* p) {
-    u32 v;
-    asm("{ .reg .pred p; setp.ne.u32 p, %1, 0; mov.u32 %0, 0; @p ld.global.nc.L1::no_allocate.u32 %0, [%2]; }" : "=r"(v) : "r"(u32(really)), "l"(p));
+// The same where there is something, and another word elsewhere, by predicated instructions.
+DEVICE u32 load_streaming_if(bool really, const u32* p, u32 otherwise) {
+    u32 v = otherwise;
+    asm("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p ld.global.nc.L1::no_allocate.u32 %0, [%2]; }" : "+r"(v) : "r"(u32(really)), "l"(p));
     return v;
 }
-DEVICE uint2 load_streaming_if(bool really, const uint2* p) {
-    uint2 v;
-    asm("{ .reg .pred p; setp.ne.u32 p, %2, 0; mov.u32 %0, 0; mov.u32 %1, 0; @p ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%3]; }"
-        : "=r"(v.x), "=r"(v.y) : "r"(u32(really)), "l"(p));
+DEVICE uint2 load_streaming_if(bool really, const uint2* p, uint2 otherwise) {
+    uint2 v = otherwise;
+    asm("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%3]; }" : "+r"(v.x), "+r"(v.y) : "r"(u32(really)), "l"(p));
     return v;
 }
-DEVICE uint4 load_streaming(const uint4* p) {
-    uint4 v;
-    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+DEVICE uint4 load_streaming_if(bool really, const uint4* p, uint4 otherwise) {
+    uint4 v = otherwise;
+    asm("{ .reg .pred p; setp.ne.u32 p, %4, 0; @p ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%5]; }"
+        : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "r"(u32(really)), "l"(p));
     return v;
 }
 
@@ -305,6 +307,18 @@ DEVICE void store_once_if(bool really, u32* p, u32 x) {
 }
 DEVICE void store_once_if(bool really, uint2* p, uint2 x) {
     asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.cs.v2.u32 [%1], {%2,%3}; }" :: "r"(u32(really)), "l"(p), "r"(x.x), "r"(x.y) : "memory");
+}
+// A word of ones.
+DEVICE u32 ones(const bfloat16*) { return 0x3f803f80u; }
+DEVICE u32 ones(const float16*) { return 0x3c003c00u; }
+DEVICE u32 ones(const float*) { return 0x3f800000u; }
+template <class Element>
+DEVICE typename PairWord<Element>::type two_ones(const Element* p) {
+    const u32 one = ones(p);
+    if constexpr (sizeof(Element) == 2)
+        return one;
+    else
+        return make_uint2(one, one);
 }
 DEVICE u32 narrow(const bfloat16*, float x, float y) {
     const __nv_bfloat162 v = __floats2bfloat162_rn(x, y);

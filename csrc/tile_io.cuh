@@ -168,11 +168,13 @@ struct GlobalSequence {
     DEVICE GlobalSequence(Element* data, int length) : data(data), length(length) {}
 
     // Without branches where it can be, so that many loads are under way at a time.
-    DEVICE Word load_word(int position) const {
-        if constexpr (kAligned)
-            return load_streaming_if(position < length, reinterpret_cast<const Word*>(data + position));
-        else
-            return narrow(data, position < length ? widen_one(data[position]) : 0.f, position + 1 < length ? widen_one(data[position + 1]) : 0.f);
+    DEVICE Word load_word(int position, Word otherwise = {}) const {
+        if constexpr (kAligned) {
+            return load_streaming_if(position < length, reinterpret_cast<const Word*>(data + position), otherwise);
+        } else {
+            const Pair v = widen(data, otherwise);
+            return narrow(data, position < length ? widen_one(data[position]) : v.x, position + 1 < length ? widen_one(data[position + 1]) : v.y);
+        }
     }
     DEVICE Pair load(int position) const { return widen(data, load_word(position)); }
 

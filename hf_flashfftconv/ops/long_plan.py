@@ -12,17 +12,23 @@ ROW_POINTS = 8192
 MIDDLE_RADICES = (8, 32)
 PART_POSITIONS = 16384
 
-# Points of an item of the outer passes.
-ITEM_POINTS = 16384
+# Slots of the first outer stage that most kernels have.
+FEW_SLOTS = 8
+
+# Points of an item of the outer passes; twice as many where its columns would be less than a line of 128 bytes. With
+# two outer stages its columns are of one chunk.
+ITEM_POINTS = 8192
+LINE_COLUMNS, CHUNK_COLUMNS = 32, 256
 
 # Intermediates of a group of pairs: small groups, of which many are under way, stay in the L2 cache of a data-centre
 # GPU between the passes. From FFTs of 2^20 points on a group is one pair, which may be larger.
 GROUP_BYTES = 4 << 20
 
-# Tickets that lie between an item and those that it waits for, as far as there are so many: more than teams of warps of
-# the largest GPUs have at a time, or with large groups, of which the L2 cache holds few, little more. And the most
-# groups that a pass may be behind the one before to reach it.
-_DISTANCE, _LARGE_DISTANCE = 500, 300
+# Tickets that lie between an item and those that it waits for, as far as there are so many: nearly as many as the teams
+# of warps of the largest GPUs hold, or with large groups, of which the L2 cache holds few, so many that the passes
+# follow each other as closely as they can. As measured. And the most groups that a pass may be behind the one before to
+# reach it.
+_DISTANCE, _LARGE_DISTANCE = 900, 300
 _MAX_GAP = 5
 
 
@@ -68,11 +74,11 @@ def outer_radix(fft_size: int, half: bool) -> int:
     Else a second stage takes a radix of 8 or 32. Only the longest fill more slots, whose kernels need more shared
     memory than many GPUs have.
     """
-    radix, used = fft_size // ROW_POINTS, 2 if half else 1
-    if radix <= 8 * used:
+    radix, most = fft_size // ROW_POINTS, FEW_SLOTS * (2 if half else 1)
+    if radix <= most:
         return radix
     small, large = MIDDLE_RADICES
-    return radix // (small if radix <= 8 * small * used else large)
+    return radix // (small if radix <= small * most else large)
 
 
 def transform_scale(fft_size: int, half: bool) -> float:
@@ -88,7 +94,14 @@ def lay_out(fft_size: int, half: bool, length: int, batch: int, channels: int) -
     pairs = (batch + 1) // 2 * channels
     group_pairs = min(max(1, GROUP_BYTES // (4 * fft_size)), pairs)
     groups = -(-pairs // group_pairs)
-    parts, columns, rows = -(-length // PART_POSITIONS), fft_size // ITEM_POINTS, fft_size // ROW_POINTS
+    parts, rows = -(-length // PART_POSITIONS), fft_size // ROW_POINTS
+    outer = outer_radix(fft_size, half)
+    item_columns = ITEM_POINTS // rows
+    if item_columns < LINE_COLUMNS:
+        item_columns *= 2
+    if outer < rows:
+        item_columns = min(item_columns, CHUNK_COLUMNS)
+    columns = ROW_POINTS // item_columns
     counts = [group_pairs * items for items in (columns, rows, columns, parts)]
     distance = _DISTANCE if 4 * fft_size <= 2 * GROUP_BYTES else _LARGE_DISTANCE
 
@@ -103,7 +116,7 @@ def lay_out(fft_size: int, half: bool, length: int, batch: int, channels: int) -
     # An item of the outer pass waits until its place is free as others wait for the pass before.
     ring = min(groups, inverse_delay - outer_delay + gap(0, 2))
     return LongPlan(
-        outer_radix=outer_radix(fft_size, half),
+        outer_radix=outer,
         group_pairs=group_pairs,
         ring=ring,
         part_count=parts,

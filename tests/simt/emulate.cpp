@@ -63,10 +63,10 @@ int launch_taps(const TapParams& params, void*) {
     return 0;
 }
 
-template <class Element, int kSlots>
-int LongLauncher<Element, kSlots>::forward(const LongParams& params, void*) {
+template <class Element, int kSlots, int kTeamThreads>
+int LongLauncher<Element, kSlots, kTeamThreads>::forward(const LongParams& params, void*) {
     using Plan = LongPlan<Element, kSlots>;
-    simt::launch(1, Plan::kThreads, Plan::shared_bytes(Plan::kTeams), [&] { LongForward<Element, kSlots>(params).run(); });
+    simt::launch(1, Plan::kThreads, Plan::shared_bytes(params, Plan::kThreads / kTeamThreads), [&] { LongForward<Element, kSlots, kTeamThreads>(params).run(); });
     return 0;
 }
 

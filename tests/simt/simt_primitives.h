@@ -188,7 +188,8 @@ Exchanged<X> exchange(const X& mine) {
 
 inline int thread_index() { return simt::block->current->index; }
 inline int fresh_thread_index() { return thread_index(); }
-inline void forget(int&) {}
+template <class X>
+void forget(X&) {}
 inline int block_index() { return simt::block->index; }
 inline int block_count() { return simt::block->count; }
 inline void block_barrier() { simt::meet(simt::block->barrier, int(simt::block->fibers.size())); }
@@ -371,7 +372,7 @@ inline uint4 load_spectrum(const uint4* p) { return *p; }
 template <class Word>
 Word load_streaming(const Word* p) { return *p; }
 template <class Word>
-Word load_streaming_if(bool really, const Word* p) { return really ? *p : Word{}; }
+Word load_streaming_if(bool really, const Word* p, Word otherwise) { return really ? *p : otherwise; }
 
 struct Pair { float x, y; };
 template <bool kFirst, class A, class B> struct Choose { using type = A; };
@@ -402,6 +403,15 @@ u32 narrow(const Element*, float x, float y) {
     return word;
 }
 inline uint2 narrow(const float*, float x, float y) { return {bits_from_float(x), bits_from_float(y)}; }
+template <class Element>
+auto two_ones(const Element* p) { return narrow(p, 1.f, 1.f); }
+template <class Element>
+u32 ones(const Element* p) {
+    const auto both = two_ones(p);
+    u32 word;
+    std::memcpy(&word, &both, 4);
+    return word;
+}
 template <class Element>
 void narrow_two(Element* p, float x, float y) { narrow_one(p, x), narrow_one(p + 1, y); }
 template <bool kOnce, class Element>
