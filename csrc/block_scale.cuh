@@ -38,11 +38,12 @@ struct BlockScales {
     float* exchange;        // shared memory, one for each warp
     int group, warp, lane;
 
-    // So many threads sample neighbours, in 64 places of a sequence.
+    // So many threads sample neighbours, in 64 places of a sequence from its first positions to its last, where gradients of a loss at one position are.
     static constexpr int kTogether = 4, kPlaces = T::kThreads / kTogether;
     DEVICE int first_sample() const {
-        const int thread = fresh_thread_index() % T::kThreads;
-        return int(int64_t(params.length) * (thread / kTogether) / kPlaces) / (kTogether * kUnit) * (kTogether * kUnit) + thread % kTogether * kUnit;
+        const int thread = fresh_thread_index() % T::kThreads, last = params.length - kTogether * kUnit;
+        const int before_last = int(int64_t(last) * (kPlaces - 1 - thread / kTogether) / (kPlaces - 1)) / kUnit * kUnit;
+        return last - before_last + thread % kTogether * kUnit;
     }
 
     // Sends for what from_samples will read, a line for each place.
@@ -85,9 +86,14 @@ struct BlockScales {
         return scale;
     }
 
-    // Whether a scale fits a sequence, the largest mean square of whose scaled blocks is given: neither sequence of the pair drowns in the
-    // rounding of the other.
-    DEVICE static bool fits(float largest) { return largest >= 0.5f && largest <= 32.f; }
+    // Whether the scales fit a pair. Its first lanes have the largest mean square of the scaled blocks of each sequence, and whether there is one: neither
+    // drowns in the rounding of the other, or leaves the range of half precision. All lanes of a warp.
+    DEVICE static bool fit(float largest, bool valid, int lane) {
+        const float neighbour = shuffle_xor(largest, 1);
+        const float other = shuffle_xor(int(valid), 1) ? neighbour : largest;
+        const bool zeros = largest == 0.f && other == 0.f;
+        return !warp_any(valid && lane < 2 && !zeros && !(largest >= 0x1p-12f && largest <= 32.f && largest <= 64.f * other));
+    }
 
     DEVICE BlockScale from_all(const TileSequences& pair) const { return from_all(*this, pair); }
 

@@ -222,7 +222,7 @@ struct ClusterPass {
         const Pair both = control().scale_words.largest(place(now).index, lane);
         float largest = lane % 2 == 0 ? both.x : both.y;
         if (params.transforms) largest = larger_or_nan(both.x, both.y);
-        const bool misfit = warp_any(whole_sequences(now).valid && lane < 2 && !BlockScales<T>::fits(largest));
+        const bool misfit = !BlockScales<T>::fit(largest, whole_sequences(now).valid, lane);
         if (misfit && warp == 0 && lane == 0) misfit_list()[control().blocked.misfits++] = place(now).index;
     }
     // Each block keeps a list of its own, and all are the same.

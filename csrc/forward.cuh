@@ -93,7 +93,7 @@ struct Forward {
                 sequence_scales.pack_known(x, u, pre, scale);
                 largest = larger_or_nan(largest, sequence_scales.mean_square());
                 if (params.transforms) largest = larger_or_nan(largest, shuffle_xor(largest, 1));
-                if (next.step == 0 && !pairs.list && warp_any(pair_of(place).valid && lane < 2 && !BlockScales<T>::fits(largest))) {
+                if (next.step == 0 && !pairs.list && !BlockScales<T>::fit(largest, pair_of(place).valid, lane)) {
                     if (thread_index() == 0) misfit_list()[misfits] = place.index;
                     misfits++;
                 }

@@ -100,6 +100,14 @@ def test_sequences_that_samples_do_not_show() -> None:
     assert torch.equal(fft_conv(**alone, backend="cuda"), y[8:])
 
 
+@pytest.mark.parametrize("length, options", [(9001, ()), (9008, GATES)])
+def test_gradients_of_a_last_position(length: int, options: tuple[str, ...]) -> None:
+    arguments = make(length, length, options, batch=3, channels=1)
+    dy = torch.zeros_like(arguments["u"])
+    dy[..., -1] = 1e-3
+    check_gradients(arguments, dy)
+
+
 @pytest.mark.parametrize(
     "name, value, position", [("u", math.nan, 8500), ("pre_gate", math.inf, 17), ("post_gate", -math.inf, 17)]
 )

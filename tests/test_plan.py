@@ -177,6 +177,12 @@ def test_longer_sequences_in_blocks_of_a_cluster() -> None:
         assert choose(length, taps, 0, True, in_blocks=False).is_long
         assert not choose(length, taps, 0, True, in_clusters=False).cluster
         assert choose(length, taps, 1, True).is_long
+    # Windows that fill a transform are that transform.
+    for backward in (False, True):
+        assert choose(7 << 16, 7 << 16, 0, True, backward=backward).windows == 7
+        assert choose((7 << 16) + 1, 7 << 16, 0, True, backward=backward) == Plan(1 << 20, True)
+        assert choose((1 << 19) + 1, (1 << 19) + 1, 0, True, backward=backward).windows == 9
+    assert choose(1 << 19, 1 << 19, 0, True, pair_windows=16) == Plan(131072, True, 8, 16, True)
     # Many windows pay in a backward pass alone, too many not even there.
     assert choose(655361, 655361, 0, True).is_long and choose(786432, 786432, 0, True, backward=True).windows == 12
     assert choose(786433, 1 << 21, 0, True, backward=True).is_long

@@ -19,6 +19,8 @@ CLUSTERS = {2: 0, 4: 1, 8: 2, 16: 4}
 # forward and backward; the first that fit are the fastest, as measured. More windows leave the L2 cache, and would cost
 # float16 outputs more than their bound.
 BLOCKED = ((0, 5, 5), (8, 5, 5), (16, 10, 12), (0, MAX_WINDOWS, MAX_WINDOWS))
+# So many windows that reach over a whole FFT are slower, as measured, than that FFT in several passes.
+FULL_WINDOWS = 8
 # Before these come, forward, pairs of channels.
 PAIRED = ((8, 5), (16, MAX_WINDOWS))
 # Channels that go at a time, where the spectra of all would need too much memory, are a multiple of this.
@@ -108,7 +110,8 @@ def choose(
         for cluster, most, pairs in kinds if blocked else ():
             block = BLOCK_POSITIONS * max(1, cluster)
             windows = windows_of(length, taps, block)
-            wanted = _wants_blocks(cluster, length, size, backward) and windows <= most
+            full = windows >= FULL_WINDOWS and 2 * windows * block >= size and cluster > 0 and not pairs
+            wanted = _wants_blocks(cluster, length, size, backward) and windows <= most and not full
             if wanted and (in_clusters or not cluster):
                 return Plan(2 * block, True, windows, cluster, pairs)
     else:
