@@ -91,8 +91,7 @@ struct BlockScales {
     DEVICE static bool fit(float largest, bool valid, int lane) {
         const float neighbour = shuffle_xor(largest, 1);
         const float other = shuffle_xor(int(valid), 1) ? neighbour : largest;
-        const bool zeros = largest == 0.f && other == 0.f;
-        return !warp_any(valid && lane < 2 && !zeros && !(largest >= 0x1p-12f && largest <= 32.f && largest <= 64.f * other));
+        return !warp_any(valid && lane < 2 && !(largest >= 0x1p-12f && largest <= 32.f && largest <= 64.f * other));
     }
 
     DEVICE BlockScale from_all(const TileSequences& pair) const { return from_all(*this, pair); }

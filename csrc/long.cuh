@@ -18,9 +18,7 @@
 
 constexpr int kLongPoints = 8192, kLongMaximum = 1 << 24;
 constexpr int kPartPositions = 16384;       // positions of a sequence whose energy one item sums up
-
 constexpr int kChunkUnits = 64;             // of 256 points
-
 
 enum LongKind { kScale, kOuter, kRows, kInverse, kLongKinds, kEnd = kLongKinds };
 
@@ -28,9 +26,8 @@ struct LongParams : LaunchParams {
     int radix;          // R
     int team_threads;   // for each of which an item of the outer passes has 64 points at most
     int log_units;      // of each row that such an item has: not more than a chunk where there are two stages
-    int pair_count, groups;
-
     int log_middle;     // of Rb, or zero
+    int pair_count, groups;
 
     HOST_DEVICE bool has_middle() const { return log_middle > 0; }
     HOST_DEVICE int middle_radix() const { return 1 << log_middle; }

@@ -65,8 +65,8 @@ struct ColumnTile {
     DEVICE int slot_stride() const { return params.middle_radix() * kLongPoints; }
     DEVICE int position(int middle, int unit) const { return team.lane % 4 * slot_stride() + middle * kLongPoints + unit_column(first_unit + unit); }
 
-    // From a pair of sequences to the sheet, by a matrix for each chunk, or with a middle stage to shared memory, by one for all. Slots that are not there lie beyond the sequences. Where registers
-    // have room for them, the elements of a task come while the one before is worked on.
+    // From a pair of sequences to the sheet, by a matrix for each chunk, or with a middle stage to shared memory, by one for all. Slots that are not there
+    // lie beyond the sequences. Where registers have room for them, the elements of a task come while the one before is worked on.
     template <int kSlots, bool kMiddle, class Sequence>
     DEVICE void from_sequences(const Sequence& first, const Sequence& second, const PairScales& scales, const uint4* matrix) const {
         constexpr bool kAhead = kSlots == 8 && Sequence::kNarrow;

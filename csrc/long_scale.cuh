@@ -1,5 +1,6 @@
 // The scales of long sequences: known before the outer pass mixes the two sequences of a pair, from energies that all teams have summed up.
 #pragma once
+#include "block_scale.cuh"
 #include "long.cuh"
 
 // The energy of part of a sequence as value 4^exponent; a value that is NaN says that the part is not finite.
@@ -25,7 +26,7 @@ struct PairScales {
 // A warp adds up the parts of both sequences in one and the same order. With `common` both get one scale, so that products of their spectra may be
 // added up.
 DEVICE PairScales scales_of_parts(const uint2* parts, int count, int length, bool common) {
-    int root[2];
+    PairScales scales;
     bool finite[2];
     for (int c = 0; c < 2; c++) {
         Energy sum;
@@ -35,13 +36,13 @@ DEVICE PairScales scales_of_parts(const uint2* parts, int count, int length, boo
         }
         for (int mask = 1; mask < 32; mask *= 2) sum = sum + Energy{shuffle_xor(sum.value, mask), shuffle_xor(sum.exponent, mask)};
         finite[c] = sum.value == sum.value;
-        root[c] = sum.value > 0.f ? root_exponent(sum.value, sum.exponent, length) : -126;
+        const BlockScale own = sum.value > 0.f ? BlockScale::of(sum.value, sum.exponent, length) : BlockScale{power_of_two(126), power_of_two(-126)};
+        scales.down[c] = own.down, scales.up[c] = own.up;
     }
-    if (common) root[0] = root[1] = root[0] > root[1] ? root[0] : root[1];
-    PairScales scales;
+    const int larger = scales.up[0] > scales.up[1] ? 0 : 1;
     for (int c = 0; c < 2; c++) {
-        scales.down[c] = finite[c] ? power_of_two(-root[c]) : 0.f;
-        scales.up[c] = finite[c] ? power_of_two(root[c]) : float_from_bits(0x7fc00000u);
+        if (common) scales.down[c] = scales.down[larger], scales.up[c] = scales.up[larger];
+        if (!finite[c]) scales.down[c] = 0.f, scales.up[c] = float_from_bits(0x7fc00000u);
     }
     return scales;
 }

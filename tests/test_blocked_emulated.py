@@ -100,6 +100,13 @@ def test_sequences_that_samples_do_not_show() -> None:
     assert torch.equal(fft_conv(**alone, backend="cuda"), y[8:])
 
 
+@pytest.mark.parametrize("exponent", [-60, 60])
+def test_scales(exponent: int) -> None:
+    arguments = make(8193, 9000, GATES, channels=1)
+    arguments["u"] *= 2.0**exponent
+    check_values(fft_conv(**arguments, backend="cuda"), arguments)
+
+
 @pytest.mark.parametrize("length, options", [(9001, ()), (9008, GATES)])
 def test_gradients_of_a_last_position(length: int, options: tuple[str, ...]) -> None:
     arguments = make(length, length, options, batch=3, channels=1)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from kernel_cases import ALL, GATES, check, check_not_finite, check_values, make, oracle
-from numerics import FLOAT16, gradient_violations
+from numerics import FLOAT16, gradient_violations, row_errors
 from test_kernels_emulated import emulation, library
 
 from hf_flashfftconv import fft_conv
@@ -52,6 +52,15 @@ def test_two_stages_outside_of_the_rows() -> None:
     oracle(leaves, causal=False).backward(dy.double())
     assert not gradient_violations("u", du, leaves["u"].grad, FLOAT16)
     assert not gradient_violations("k", dk, leaves["k"].grad, FLOAT16)
+
+
+def test_sequences_that_share_a_transform_are_off_alike() -> None:
+    """Though their root mean squares lie on either side of a power of two."""
+    arguments = make(16384, 16384, batch=2, channels=1, dtype=torch.float16)
+    arguments["u"] *= torch.tensor([1.05, 0.95])[:, None, None]
+    y = fft_conv(**arguments, causal=False, backend="cuda")
+    first, second = row_errors(y, oracle(arguments, causal=False)).flatten().tolist()
+    assert 0.9 < first / second < 1.1
 
 
 @pytest.fixture
