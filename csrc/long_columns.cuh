@@ -33,7 +33,7 @@ struct ColumnTile {
     const Team& team;
     uint4 *const sheet, *const exchange;
     const uint4* const stage;       // next to the rows
-    const Complex *const roots, *const turns;   // w_R^i and, between two stages, w_(32 R)^(i chunk)
+    const Complex *const roots, *const twists;  // between two stages: w_R^i, and w_(32 R)^(i chunk)
     const int first_unit, log_units;
 
     // Equal distances from one to the next.
@@ -60,7 +60,7 @@ struct ColumnTile {
     // The points of every fourth k0a, or every fourth n0b, from lane % 4 on.
     DEVICE Places over_outer(int middle, int unit) const { return {exchanged(team.lane % 4, middle, unit), 4 * params.middle_radix() << log_units}; }
     DEVICE Places over_middle(int outer, int unit) const { return {exchanged(outer, team.lane % 4, unit), 4 << log_units}; }
-    DEVICE Complex twist(int outer, int middle) const { return roots[outer * middle] * turns[outer]; }
+    DEVICE Complex twist(int outer, int middle) const { return roots[outer * middle] * twists[outer]; }
     // The distance of neighbouring slots, and the first position of a lane's unit of slot lane % 4.
     DEVICE int slot_stride() const { return params.middle_radix() * kLongPoints; }
     DEVICE int position(int middle, int unit) const { return team.lane % 4 * slot_stride() + middle * kLongPoints + unit_column(first_unit + unit); }

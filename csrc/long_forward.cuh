@@ -11,14 +11,20 @@ struct LongPlan {
     // Of the stage of the rows, and of the row twiddles of the first eight.
     static constexpr int kRowStageVectors = 512, kTwiddleVectors = T::kWarps * 64;
     static constexpr int kFixedVectors = kInnerConstantVectors + 2 * kOuterVectors<kSlots> + kRowStageVectors + kTwiddleVectors;
-    static constexpr int kControlBytes = 512, kRowItemBytes = T::kRowBytes + 4 * 64 * 16;
+    static constexpr int kRowItemBytes = T::kRowBytes + 4 * 64 * 16;
+    struct alignas(16) Control {
+        TileHeader header;
+        LongTurns turns;
+        Complex twists[kMaxOuterRadix];     // of an item of the outer passes: see ColumnTile
+    };
 
-    HOST_DEVICE static int fixed_bytes(const LongParams& params) { return kFixedVectors * 16 + params.radix * 8; }
+    HOST_DEVICE static int root_count(const LongParams& params) { return (params.outer_radix - 1) * (params.middle_radix() - 1) + 1; }
+    HOST_DEVICE static int fixed_bytes(const LongParams& params) { return kFixedVectors * 16 + (root_count(params) + 1) / 2 * 16; }
     HOST_DEVICE static int exchange_bytes(const LongParams& params) { return params.team_threads * 64 * 4; }
     HOST_DEVICE static int team_bytes(const LongParams& params) {
         // A stage takes 8 r^2 bytes. Where there is one only, its matrices for all chunks have the place of what would go between two.
-        const int column_item = exchange_bytes(params) + kMaxOuterRadix * 8 + 8 * params.middle_radix() * params.middle_radix();
-        return kControlBytes + (column_item > kRowItemBytes ? column_item : kRowItemBytes);
+        const int column_item = exchange_bytes(params) + 8 * params.middle_radix() * params.middle_radix();
+        return int(sizeof(Control)) + (column_item > kRowItemBytes ? column_item : kRowItemBytes);
     }
     HOST_DEVICE static int shared_bytes(const LongParams& params, int teams) { return fixed_bytes(params) + teams * team_bytes(params); }
 };
@@ -28,12 +34,7 @@ struct LongForward {
     using Team = ::Team<kTeamThreads>;
     using T = LongTile<Element>;
     using Plan = LongPlan<Element, kSlots>;
-    struct Control {
-        TileHeader header;
-        LongTurns turns;
-        float exchange[8];
-    };
-    static_assert(sizeof(Control) <= Plan::kControlBytes, "shared memory of a team");
+    using Control = typename Plan::Control;
     const LongParams& params;
     const LongCounters counters;
     const Team team;
@@ -51,7 +52,7 @@ struct LongForward {
             MatrixOperand{outer(), kSlots / 8, 1}.fill(thread_index(), block_size(), radix, kSlots, Plan::kMaxOuterRadix, scale_there(radix));
             MatrixOperand{outer_back(), 1, kSlots / 8}.fill(thread_index(), block_size(), radix, Plan::kMaxOuterRadix, kSlots, scale_back(radix));
         }
-        for (int i = thread_index(); i < params.radix; i += block_size()) root_of_unity(i, params.radix, &roots()[i].re, &roots()[i].im);
+        for (int i = thread_index(); i < Plan::root_count(params); i += block_size()) root_of_unity(i, params.radix, &roots()[i].re, &roots()[i].im);
         block_barrier();
     }
 
@@ -64,12 +65,12 @@ struct LongForward {
     DEVICE Control& control() const {
         return *reinterpret_cast<Control*>(shared_memory() + Plan::fixed_bytes(params) + team.index * Plan::team_bytes(params));
     }
-    DEVICE char* region() const { return reinterpret_cast<char*>(&control()) + Plan::kControlBytes; }
-    // In the region of an item of the row pass, and of the outer passes.
+    DEVICE char* region() const { return reinterpret_cast<char*>(&control() + 1); }
+    // In the region of an item of the scales, of the row pass, and of the outer passes.
+    DEVICE float* sums() const { return reinterpret_cast<float*>(region()); }
     DEVICE uint4* rows() const { return reinterpret_cast<uint4*>(region()); }
     DEVICE uint4* column_twiddles() const { return rows() + T::kRowBytes / 16; }
-    DEVICE Complex* turns() const { return reinterpret_cast<Complex*>(region() + Plan::exchange_bytes(params)); }
-    DEVICE uint4* stage() const { return params.has_middle() ? reinterpret_cast<uint4*>(turns() + Plan::kMaxOuterRadix) : rows(); }
+    DEVICE uint4* stage() const { return rows() + (params.has_middle() ? Plan::exchange_bytes(params) / 16 : 0); }
 
     // The stage next to the rows for an item's chunks, one way, and what follows from its chunk between two stages.
     DEVICE void fill_stage(const ColumnTile<Team>& tile, bool back) const {
@@ -82,7 +83,7 @@ struct LongForward {
         for (int i = 0; i < tile.chunks(); i++)
             MatrixOperand{matrix.vectors + i * kOuterVectors<kSlots>, matrix.pair_stride, matrix.step_stride}.fill(team.thread, Team::kThreads, radix, inputs, outputs, scale, tile.first_chunk() + i, back);
         if (!params.has_middle()) return;
-        for (int i = team.thread; i < params.outer_radix; i += Team::kThreads) root_of_unity(i * tile.first_chunk(), 32 * params.radix, &turns()[i].re, &turns()[i].im);
+        for (int i = team.thread; i < params.outer_radix; i += Team::kThreads) root_of_unity(i * tile.first_chunk(), 32 * params.radix, &control().twists[i].re, &control().twists[i].im);
     }
 
     // Consecutive pairs, over the batch first, then over the channels; negative if there is no such pair.
@@ -94,7 +95,7 @@ struct LongForward {
         return static_cast<uint4*>(params.scratch) + (int64_t(item.group % params.ring) * params.group_pairs + item.pair) * (params.fft_size / 4);
     }
     DEVICE ColumnTile<Team> column_tile(const LongItem& item) const {
-        return {params, team, sheet(item), reinterpret_cast<uint4*>(region()), stage(), roots(), turns(), item.part << params.log_units, params.log_units};
+        return {params, team, sheet(item), reinterpret_cast<uint4*>(region()), stage(), roots(), control().twists, item.part << params.log_units, params.log_units};
     }
 
     // A pair's scales in global memory, before the energies of all parts.
@@ -156,7 +157,7 @@ struct LongForward {
             for (int c = 0; c < 2; c++) {
                 const auto sequence = sequence_of(c, true);
                 Energy energy;
-                if (sequence.values.length > 0) energy = part_energy(team, sequence, params.whole_units, begin, end, control().exchange);
+                if (sequence.values.length > 0) energy = part_energy(team, sequence, params.whole_units, begin, end, sums());
                 if (team.thread == 0) energies(pair)[c * params.part_count + item.part] = {bits_from_float(energy.value), u32(energy.exponent)};
             }
         });
@@ -164,7 +165,7 @@ struct LongForward {
         return finish_scales(item, pair);
     }
     DEVICE u32* finish_scales(const LongItem& item, int pair) const {
-        u32* const last = reinterpret_cast<u32*>(control().exchange);
+        u32* const last = reinterpret_cast<u32*>(sums());
         team.barrier();
         if (team.thread == 0) *last = take_ticket_in_order(counters.parts_done(pair)) == u32(params.part_count - 1);
         team.barrier();

@@ -63,6 +63,16 @@ def test_sequences_that_share_a_transform_are_off_alike() -> None:
     assert 0.9 < first / second < 1.1
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_small_shared_memory_holds_eight_slots(half: bool) -> None:
+    """The 99 KiB of blocks of consumers' GPUs."""
+    for log in range(15 if half else 14, 25 if half else 24):
+        parameters = extension.Parameters(element=0, fft_size=1 << log, half=half)
+        parameters.outer_radix = long_plan.outer_radix(1 << log, half)
+        needed = extension.call("fft_conv_shared_bytes", parameters, False)
+        assert needed <= (99 << 10 if parameters.outer_radix <= (16 if half else 8) else 163 << 10)
+
+
 @pytest.fixture
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two pairs of the smallest long transform a group; passes follow closely upon each other, so that places in memory
