@@ -35,7 +35,7 @@ struct BlockScales {
     using Element = typename T::Element;
     static constexpr int kUnit = 16 / int(sizeof(Element));     // neighbours that each thread samples
     const LaunchParams& params;
-    float* exchange;        // shared memory, one for each warp
+    float* exchange;        // shared memory, one for each warp, which nobody reads any more
     int group, warp, lane;
 
     // So many threads sample neighbours, in 64 places of a sequence from its first positions to its last, where gradients of a loss at one position are.
@@ -145,25 +145,26 @@ private:
         }
     }
 
+    // Barriers follow the reads too: what comes next in the same place may come from a warp that is ahead.
     DEVICE float group_sum(float x) const {
         for (int mask = 1; mask < 32; mask *= 2) x += shuffle_xor(x, mask);
-        group_barrier(group);
         if (lane == 0) exchange[warp] = x;
         group_barrier(group);
         float sum = 0.f;
         for (int w = 0; w < T::kWarps; w++) sum += exchange[w];
+        group_barrier(group);
         return sum;
     }
 
     DEVICE u32 group_maximum(u32 x) const {
         x = warp_maximum(x);
-        group_barrier(group);
         if (lane == 0) exchange[warp] = float_from_bits(x);
         group_barrier(group);
         for (int w = 0; w < T::kWarps; w++) {
             const u32 other = bits_from_float(exchange[w]);
             x = other > x ? other : x;
         }
+        group_barrier(group);
         return x;
     }
 };

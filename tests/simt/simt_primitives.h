@@ -47,6 +47,7 @@ struct Fiber {
     std::unique_ptr<char[]> stack{new char[kStackBytes]};   // left as it is: only what is touched costs memory
     int index = 0;
     bool done = false;
+    bool polls = false;                     // looks again in its next turn
     const long* waits_for = nullptr;        // a generation that is to change
     long generation = 0;
     std::deque<std::vector<Copy>> groups{1};
@@ -91,6 +92,12 @@ inline void yield() {
     if (_setjmp(block->current->position) == 0) _longjmp(block->scheduler, 1);
 }
 
+// A turn ends with something to look for again.
+inline void poll() {
+    block->current->polls = true;
+    yield();
+}
+
 inline void resume(Fiber* fiber) {
     block->current = fiber;
     if (_setjmp(block->scheduler) != 0) return;
@@ -120,6 +127,22 @@ inline void entry() {
     _longjmp(block->scheduler, 1);
 }
 
+// Whether anything is left to do.
+inline bool run_warp(const std::unique_ptr<Fiber>* fibers) {
+    auto for_each_fiber = [&](auto work) {
+        bool any = false;
+        for (int lane = 0; lane < 32; lane++) any |= work(fibers[lane].get());
+        return any;
+    };
+    auto go_on = [](Fiber* fiber) {
+        if (fiber->done || fiber->polls || (fiber->waits_for && *fiber->waits_for == fiber->generation)) return false;
+        resume(fiber);
+        return true;
+    };
+    while (for_each_fiber(go_on)) {}
+    return for_each_fiber([](Fiber* fiber) { fiber->polls = false; return !fiber->done; });
+}
+
 // Runs body as a grid of blocks, one cluster after the other.
 inline void launch(int blocks, int threads, int shared_bytes, std::function<void()> body, int cluster_size = 1) {
     for (int first = 0; first < blocks; first += cluster_size) {
@@ -140,16 +163,14 @@ inline void launch(int blocks, int threads, int shared_bytes, std::function<void
                 state.fibers.push_back(std::move(fiber));
             }
         }
-        // Odd rounds run the fibers backwards: an order that code without a barrier may not rely on.
+        // Each warp in turn goes on as far as it can without the others, in odd rounds the last one first: no order that code without a barrier may rely on.
+        const int warps = threads / 32;
         for (long round = 0, running = 1; running > 0; round++) {
             running = 0;
-            for (int i = 0; i < cluster_size * threads; i++) {
-                const int at = round % 2 ? cluster_size * threads - 1 - i : i;
-                block = &cluster[at / threads];
-                Fiber* fiber = block->fibers[at % threads].get();
-                if (fiber->done) continue;
-                if (!fiber->waits_for || *fiber->waits_for != fiber->generation) resume(fiber);
-                running += !fiber->done;
+            for (int i = 0; i < cluster_size * warps; i++) {
+                const int at = round % 2 ? cluster_size * warps - 1 - i : i;
+                block = &cluster[at / warps];
+                running += run_warp(block->fibers.data() + at % warps * 32);
             }
         }
         block = nullptr;
@@ -247,7 +268,7 @@ inline void barrier_wait(TransactionBarrier* p, int parity) {
         barrier.deliveries.clear();
         simt::complete(barrier);
         if (barrier.generation % 2 != parity) return;
-        simt::yield();
+        simt::poll();
     }
 }
 
@@ -361,7 +382,7 @@ inline u32 load_relaxed(const u32* counter) { return *counter; }
 inline void wait_acquire(const u32* counter, u32 count) {
     for (int turns = 0; turns < 1000000; turns++) {
         if (*counter >= count) return;
-        simt::yield();
+        simt::poll();
     }
     std::fprintf(stderr, "a block waits for ever: a counter is at %u and was to be %u\n", *counter, count);
     std::abort();
