@@ -10,13 +10,20 @@ constexpr int kLogFilterThreads = 8, kFilterThreads = 1 << kLogFilterThreads, kM
 
 DEVICE float absolute(float x) { return float_from_bits(bits_from_float(x) & 0x7fffffffu); }
 
-// Over all threads of a block, which all get it; `exchange` has room for one number of each warp.
-DEVICE float sum_of_block(float sum, float* exchange) {
-    for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
-    if (thread_index() % 32 == 0) exchange[thread_index() / 32] = sum;
-    block_barrier();
-    sum = 0.f;
+// The sum over all threads of a block: each gives its own, and after a barrier gets it; `exchange` has room for one number of each warp.
+DEVICE void give_to_sum(float own, float* exchange) {
+    for (int mask = 1; mask < 32; mask *= 2) own += shuffle_xor(own, mask);
+    if (thread_index() % 32 == 0) exchange[thread_index() / 32] = own;
+}
+DEVICE float given_sum(const float* exchange) {
+    float sum = 0.f;
     for (int warp = 0; warp < kFilterThreads / 32; warp++) sum += exchange[warp];
+    return sum;
+}
+DEVICE float sum_of_block(float own, float* exchange) {
+    give_to_sum(own, exchange);
+    block_barrier();
+    const float sum = given_sum(exchange);
     block_barrier();
     return sum;
 }
@@ -29,12 +36,15 @@ DEVICE Complex operator-(Complex x, Complex y) { return {x.re - y.re, x.im - y.i
 DEVICE Complex operator*(Complex x, Complex y) { return {x.re * y.re - x.im * y.im, x.re * y.im + x.im * y.re}; }
 DEVICE Complex conjugate(Complex x) { return {x.re, -x.im}; }
 
-// exp(-2 pi i index / 2^log_order), for indices below the order.
-DEVICE Complex unit_root(int index, int log_order) {
+// exp(-2 pi i index / order) for a power of two up to 2^24. Its error is that of single precision, absolute: nothing beside half precision's.
+DEVICE Complex root_of_unity(int index, int order) {
+    const int turned = index & (order - 1), near = turned > order / 2 ? turned - order : turned;
+    const float reciprocal = float_from_bits((254u << 23) - bits_from_float(float(order)));
     Complex root;
-    sine_cosine_pi(float(index) * power_of_two(1 - log_order), root.im, root.re);
-    return conjugate(root);
+    fast_sine_cosine(float(near) * (reciprocal * -6.2831853071795865f), root.im, root.re);
+    return root;
 }
+DEVICE Complex unit_root(int index, int log_order) { return root_of_unity(index, 1 << log_order); }
 
 // x + t and x - t with t = y exp(-2 pi i index / 16), for an index below 8 that is known at compile time.
 DEVICE void add_turned(Complex& sum, Complex& difference, Complex x, Complex y, int index) {
@@ -60,16 +70,12 @@ DEVICE void butterfly(Complex (&x)[kPoints], Complex root) {
     for (int q = 1; q < kPoints; q++, twiddle = twiddle * root) x[q] = x[q] * twiddle;
 }
 
-// Where all stages of a transform leave a frequency.
+// Where all stages of a transform leave a frequency: its digits, of which the highest may be smaller, in reverse order.
 DEVICE int index_of_frequency(int frequency, int log_count) {
-    int index = 0;
-#pragma unroll
-    for (int left = log_count; left > 0; left -= kLogStage) {
-        const int log_points = log_stage(left);
-        index += (frequency & ((1 << log_points) - 1)) << (left - log_points);
-        frequency >>= log_points;
-    }
-    return index;
+    static_assert(kLogStage == 4, "half a byte");
+    const int log_whole = log_count / kLogStage * kLogStage;
+    const u32 bytes = permute_bytes(u32(frequency) & ((1u << log_whole) - 1), 0, 0x0123), digits = (bytes >> 4 & 0x0f0f0f0fu) | (bytes & 0x0f0f0f0fu) << 4;
+    return int(digits >> (32 - log_count)) + (frequency >> log_whole);
 }
 
 struct FilterParams : fft_conv_filter_params {
@@ -119,21 +125,18 @@ struct FilterPoints {
     HOST_DEVICE static constexpr int bytes(int count) { return place(count) * 8; }
     DEVICE Complex& operator[](int index) const { return memory[place(index)]; }
 
-    // Of points that load(x, first, log_stride) gives. kOneColumn: all butterflies of a thread have the same number within their groups, as no stride is
-    // larger than the number of threads.
-    template <int kLogPoints, bool kOneColumn, class Load>
+    // Of points that load(x, first, log_stride) gives.
+    template <int kLogPoints, class Load>
     DEVICE void stage(int log_size, Load load) const {
         const int log_stride = log_size - kLogPoints;
-        Complex root;
 #pragma unroll 1
         for (int i = thread_index(); i < 1 << (log_count + log_filters - kLogPoints); i += kFilterThreads) {
             const int column = i & ((1 << log_stride) - 1);
-            if (!kOneColumn || i == thread_index()) root = unit_root(column, log_size);
             const int start = (i >> log_stride << log_size) + column;
             Complex x[1 << kLogPoints];
             load(x, start, log_stride);
             if (log_stride > 0)
-                butterfly(x, root);
+                butterfly(x, unit_root(column, log_size));
             else
                 small_transform(x);
 #pragma unroll
@@ -145,36 +148,32 @@ struct FilterPoints {
     DEVICE Complex* at(int start) const { return memory + place(start); }
 
     // Of points that are in shared memory or, if load(x, first, log_stride) is given, of those; there are at least 16.
-    template <bool kOneColumn = false>
-    DEVICE void transform() const {
-        rest_of_transform<kOneColumn>(log_count);
-    }
-    template <bool kOneColumn = false, class Load>
+    DEVICE void transform() const { rest_of_transform(log_count); }
+    template <class Load>
     DEVICE void transform(Load load) const {
-        stage<kLogStage, kOneColumn>(log_count, load);
-        rest_of_transform<kOneColumn>(log_count - kLogStage);
+        stage<kLogStage>(log_count, load);
+        rest_of_transform(log_count - kLogStage);
     }
-    template <bool kOneColumn>
     DEVICE void rest_of_transform(int log_size) const {
         const auto load = [this](auto& x, int start, int log_stride) {
 #pragma unroll
             for (int t = 0; t < int(sizeof(x) / sizeof(Complex)); t++) x[t] = at(start)[place(t << log_stride)];
         };
 #pragma unroll
-        for (; log_size >= kLogStage; log_size -= kLogStage) stage<kLogStage, kOneColumn>(log_size, load);
-        if (log_size == 3) stage<3, kOneColumn>(3, load);
-        if (log_size == 2) stage<2, kOneColumn>(2, load);
-        if (log_size == 1) stage<1, kOneColumn>(1, load);
+        for (; log_size >= kLogStage; log_size -= kLogStage) stage<kLogStage>(log_size, load);
+        if (log_size == 3) stage<3>(3, load);
+        if (log_size == 2) stage<2>(2, load);
+        if (log_size == 1) stage<1>(1, load);
     }
 
     DEVICE int index_of(int frequency) const { return index_of_frequency(frequency, log_count); }
 };
 
-// The scale of a spectrum by the bits of its largest magnitude: the power of two below; NaN if the spectrum is not finite.
-DEVICE float scale_of_largest(u32 bits) {
-    const u32 exponent = bits >> 23;
-    return exponent == 255 ? float_from_bits(0x7fc00000u) : float_from_bits((exponent == 0 ? 1 : exponent) << 23);
-}
+// No value of a spectrum is larger than the sum of the taps' magnitudes, most are smaller by some root of their number: scaled values are below 16, so that
+// sums of products with the largest values of a sequence's transform, the root of its length, are half-precision numbers. NaN if it is not finite.
+DEVICE int exponent_of(float x) { return int(bits_from_float(x) >> 23) - 127; }
+DEVICE float normal_power_of_two(int exponent) { return power_of_two(exponent < -126 ? -126 : exponent > 126 ? 126 : exponent); }
+DEVICE float scale_of_sum(float sum) { return exponent_of(sum) == 128 ? float_from_bits(0x7fc00000u) : normal_power_of_two(exponent_of(sum) - 3); }
 
 // Two frequencies of a spectrum as the other kernels read them, by the reciprocal of its scale; zeros where that says that it is not finite.
 DEVICE uint2 scaled_pair(Complex x, Complex y, float down) {
@@ -192,104 +191,90 @@ DEVICE void unpack_pair(Complex z, Complex w, Complex root, Complex& x, Complex&
     x = even + turned, y = even - turned;
 }
 
+// Two neighbouring frequencies of a row in kernel order, and in their mirror images' place these, if they are wanted: from the transform of z at both, and
+// at their mirror images, by w_N^f and what takes that from one to the next.
+DEVICE void store_spectrum(uint4* to, uint4* mirrored_to, const Complex (&z)[2], const Complex (&mirrored_z)[2], Complex root, Complex next, float down) {
+    uint2 pair[2], mirrored[2];
+#pragma unroll
+    for (int t = 0; t < 2; t++) {
+        Complex x, y;
+        unpack_pair(z[t], conjugate(mirrored_z[t]), t ? root * next : root, x, y);
+        pair[t] = scaled_pair(x, y, down), mirrored[1 - t] = scaled_pair(conjugate(y), conjugate(x), down);
+    }
+    *to = {pair[0].x, pair[0].y, pair[1].x, pair[1].y};
+    if (mirrored_to) *mirrored_to = {mirrored[0].x, mirrored[0].y, mirrored[1].x, mirrored[1].y};
+}
+// Of 64 of them in a row, that of this thread.
+DEVICE int spectrum_place() { return fresh_thread_index() % 64; }
+DEVICE int frequency_of_place(int place) { return frequency_of(1, 0, place / 32, place % 32, 0); }
+
+// A filter or a window of one that a block holds.
 struct FilterSpectrum {
     const FilterParams& params;
-    FilterPoints points;
-    u32* largest;
-    float* exchange;    // one for each warp
+    const FilterPoints points;
+    float* const exchange;      // one for each warp
 
-    DEVICE static void note(u32& magnitude, float value) {
-        const u32 bits = bits_from_float(absolute(value));
-        magnitude = bits > magnitude ? bits : magnitude;
-    }
-
-    // From the transform of z to that of the real sequence, in place. Of X[0 ... M] the first and the last, both real, share a place. Notes the largest magnitude.
-    DEVICE void unpack() const {
-        const int count = 1 << points.log_count;
-        u32 magnitude = 0;
-        for (int f = thread_index(); f <= count / 2; f += kFilterThreads) {
-            Complex &at = points[points.index_of(f)], &mirrored = points[points.index_of((count - f) & (count - 1))];
-            Complex x, y;
-            unpack_pair(at, conjugate(mirrored), unit_root(f, params.log_points), x, y);
-            mirrored = conjugate(y);
-            at = f == 0 ? Complex{x.re, y.re} : x;
-            for (float value : {x.re, x.im, y.re, y.im}) note(magnitude, value);
-        }
-        magnitude = warp_maximum(magnitude);
-        if (thread_index() % 32 == 0) atomic_maximum(largest, magnitude);
-    }
-
-    // X[f] and X[f + M] for f below M.
-    DEVICE void at(int frequency, Complex& x, Complex& y) const {
-        const int count = 1 << points.log_count;
-        x = points[points.index_of(frequency)];
-        y = conjugate(points[points.index_of((count - frequency) & (count - 1))]);
-        if (frequency == 0) x = {x.re, 0.f}, y = {-y.im, 0.f};
-    }
-
-    // A tap of the whole filter.
-    DEVICE float tap_of_filter(int channel, int n) const {
-        const float tap = params.k[channel * params.k_stride + n * params.k_tap_stride];
-        return n == 0 ? tap + params.skip_of(channel) : tap;
-    }
-
-    // All windows of a filter have one scale, from its norm: eight times that is more than most values, of all windows. All threads.
-    DEVICE float scale_of_windows(int channel) const {
-        u32 magnitude = 0;
-        for (int n = thread_index(); n < params.taps; n += kFilterThreads) note(magnitude, tap_of_filter(channel, n));
-        magnitude = warp_maximum(magnitude);
-        if (thread_index() % 32 == 0) atomic_maximum(largest, magnitude);
-        block_barrier();
-        const int exponent = int(*largest >> 23);
-        if (exponent == 255) return float_from_bits(0x7fc00000u);
-        const float down = power_of_two(exponent < 1 ? 126 : 127 - exponent);
+    // Of all windows, which have one scale.
+    DEVICE float sum_of_taps(int channel) const {
         float sum = 0.f;
         for (int n = thread_index(); n < params.taps; n += kFilterThreads) {
-            const float k = tap_of_filter(channel, n) * down;
-            sum += k * k;
+            const float tap = params.k[channel * params.k_stride + n * params.k_tap_stride];
+            sum += absolute(n == 0 ? tap + params.skip_of(channel) : tap);
         }
-        sum = sum_of_block(sum, exchange);
-        const int root = (exponent < 1 ? -126 : exponent - 127) + ((int(bits_from_float(sum) >> 23) - 127) >> 1) + 3;
-        return power_of_two(sum == 0.f || root < -126 ? -126 : root > 127 ? 127 : root);
+        return sum;
     }
 
-    DEVICE void store(int channel, int window, float scale) const {
-        const float down = 1.f / scale;
-        uint2* words = reinterpret_cast<uint2*>(params.spectrum + (int64_t(channel) * params.window_count() + window) * params.fft_size);
-        for (int i = thread_index(); i < params.fft_size / 2; i += kFilterThreads) {
-            Complex x, y;
-            at(frequency_of(params.fft_size / kColumns, i / 128, i / 64 % 2, i / 2 % 32, i % 2), x, y);
-            words[i] = scaled_pair(x, y, down);
+    // The rows r and R - r of kernel order, which are each other's mirror images, as the rows 0 and R / 2 are their own.
+    DEVICE void store(uint4* words, float down) const {
+        constexpr int kStep = kFilterThreads / 64, kLast = kColumns / 2 - 1;
+        const int rows = params.fft_size / kColumns, place = spectrum_place(), first = fresh_thread_index() / 64, q = frequency_of_place(place);
+        auto index = [&](int row, int q) { return points.index_of(row + rows * q); };
+        const int own[2] = {index(0, q), index(0, q + 1)}, mirrored[2] = {index(0, kLast - q), index(0, kLast - q - 1)};
+        const Complex step = params.root(kStep), next = params.root(rows);
+        Complex root = params.root(first + rows * q);
+        for (int row = first; row <= rows / 2; row += kStep, root = root * step) {
+            const int other = (rows - row) & (rows - 1);
+            const Complex *const at_row = points.at(index(row, 0)), *const at_other = points.at(index(other, 0));
+            Complex z[2], w[2];
+#pragma unroll
+            for (int t = 0; t < 2; t++) {
+                z[t] = at_row[FilterPoints::place(own[t])];
+                w[t] = row > 0 ? at_other[FilterPoints::place(mirrored[t])] : points[index(0, (kLast + 1 - q - t) & kLast)];
+            }
+            store_spectrum(words + row * 64 + place, other == row ? nullptr : words + other * 64 + 63 - place, z, w, root, next, down);
         }
-        if (thread_index() == 0 && window == 0) params.scale[channel] = scale;
     }
 
     DEVICE void run() const {
         for (int unit = block_index(); unit < params.channels * params.window_count(); unit += block_count()) {
             const int channel = unit / params.window_count(), window = unit % params.window_count();
+            float sum = params.windows > 0 ? sum_of_taps(channel) : 0.f;
             const int quarter = 1 << points.log_count >> 2;
             for (int i = thread_index(); i < quarter; i += kFilterThreads) {
                 Complex x[4];
                 params.load_half<2>(x, channel, window, i), params.load_half<2>(x + 2, channel, params.second_half(window), i);
-                for (int t = 0; t < 4; t++) points[i + t * quarter] = x[t];
+#pragma unroll
+                for (int t = 0; t < 4; t++) {
+                    points[i + t * quarter] = x[t];
+                    if (params.windows == 0) sum += absolute(x[t].re) + absolute(x[t].im);
+                }
             }
-            if (thread_index() == 0) *largest = 0;
+            give_to_sum(sum, exchange);
             block_barrier();
-            const float scale = params.windows > 0 ? scale_of_windows(channel) : 0.f;
             points.transform();
-            unpack();
-            block_barrier();
-            store(channel, window, params.windows > 0 ? scale : scale_of_largest(*largest));
+            const float scale = scale_of_sum(given_sum(exchange));
+            if (thread_index() == 0 && window == 0) params.scale[channel] = scale;
+            store(reinterpret_cast<uint4*>(params.spectrum) + int64_t(unit) * (params.fft_size / 4), 1.f / scale);
             block_barrier();
         }
     }
 };
 
-constexpr int kFilterControlBytes = 16 + kFilterThreads / 32 * 4;
+constexpr int kFilterControlBytes = kFilterThreads / 32 * 4;
 constexpr int filter_shared_bytes(int fft_size) { return FilterPoints::bytes(fft_size / 2) + kFilterControlBytes; }
 
 DEVICE void filter_spectra(const FilterParams& params) {
-    u32* const largest = reinterpret_cast<u32*>(shared_memory());
+    float* const exchange = reinterpret_cast<float*>(shared_memory());
     const FilterPoints points{reinterpret_cast<Complex*>(shared_memory() + kFilterControlBytes), params.log_points - 1};
-    FilterSpectrum{params, points, largest, reinterpret_cast<float*>(largest + 4)}.run();
+    FilterSpectrum{params, points, exchange}.run();
 }

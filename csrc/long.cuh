@@ -152,12 +152,6 @@ DEVICE void for_each_ticket(const LongParams& params, const Team& team, LongTurn
     }
 }
 
-// exp(-2 pi i index / order) for a power of two up to 2^24. Its error is that of single precision, absolute: nothing beside half precision's.
-DEVICE void root_of_unity(int index, int order, float* re, float* im) {
-    const int turned = index & (order - 1), near = turned > order / 2 ? turned - order : turned;
-    fast_sine_cosine(float(near) * (-6.2831853071795865f / float(order)), *im, *re);
-}
-
 // Stages are scaled by powers of two, the way there and back by 1 / radix together: 1 / sqrt(radix) is mostly no half-precision number, and its
 // error would be the same in all outputs.
 HOST_DEVICE int stage_exponent(int radix) {
@@ -186,10 +180,9 @@ struct MatrixOperand {
         const int input = thread % inputs;
         for (int output = thread / inputs; output < outputs; output += threads / inputs) {
             const int m = back ? output : input, k = back ? input : output;
-            float re, im;
-            root_of_unity(k * (32 * m + chunk), 32 * radix, &re, &im);
+            const Complex root = root_of_unity(k * (32 * m + chunk), 32 * radix);
             const float kept = input < radix && output < radix ? scale : 0.f;
-            set(input, output, re * kept, im * kept);
+            set(input, output, root.re * kept, root.im * kept);
         }
     }
 };
@@ -200,9 +193,9 @@ DEVICE void fill_column_twiddles(const Team& team, uint4* vectors, int radix, in
     const int s = team.warp % 2, t = team.warp / 2 % 2;
 #pragma unroll
     for (int i = team.warp / 4; i < 4; i += Team::kWarps / 4) {
-        float re[2], im[2];
+        Complex root[2];
         for (int half = 0; half < 2; half++)
-            root_of_unity((k0 + 8 * radix * i) * (16 * (team.lane % 4 + 4 * s + 8 * half) + 2 * (team.lane / 4) + t), fft_size, re + half, im + half);
-        reinterpret_cast<uint2*>(vectors + 64 * i + 32 * s + team.lane)[t] = make_uint2(pack(re[0], re[1]), pack(im[0], im[1]));
+            root[half] = root_of_unity((k0 + 8 * radix * i) * (16 * (team.lane % 4 + 4 * s + 8 * half) + 2 * (team.lane / 4) + t), fft_size);
+        reinterpret_cast<uint2*>(vectors + 64 * i + 32 * s + team.lane)[t] = make_uint2(pack(root[0].re, root[1].re), pack(root[0].im, root[1].im));
     }
 }

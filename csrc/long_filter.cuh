@@ -8,12 +8,6 @@
 constexpr int kLogFilterRow = 12, kLogFilterTile = 13;      // B, and the points that a block transforms at a time
 constexpr int kLongFilterBytes = FilterPoints::bytes(1 << kLogFilterTile), kFilterScaleBytes = kFilterThreads / 32 * 4;
 
-// No value of the spectrum is larger than the sum of the magnitudes, most are smaller by some root of the number of taps: scaled values are below 16, so
-// that sums of products with the largest values of a sequence's transform, the root of its length, are half-precision numbers. NaN if it is not finite.
-DEVICE int exponent_of(float x) { return int(bits_from_float(x) >> 23) - 127; }
-DEVICE float normal_power_of_two(int exponent) { return power_of_two(exponent < -126 ? -126 : exponent > 126 ? 126 : exponent); }
-DEVICE float scale_of_sum(float sum) { return exponent_of(sum) == 128 ? float_from_bits(0x7fc00000u) : normal_power_of_two(exponent_of(sum) - 3); }
-
 // The sum of the magnitudes and the norm of a filter's taps. Outputs of two filters that share a transform are to be of one size, so that none drowns in
 // the other's rounding: their scales are as many times their norms as the one needs that needs more.
 struct FilterSize {
@@ -56,10 +50,10 @@ struct LongFilter {
     // Takes the transform of these points, equal parts of a window apart, half a frequency further. Those of the second half lie before the start.
     template <int kLogPoints>
     DEVICE void half_way(Complex (&x)[1 << kLogPoints], int first) const {
-        const Complex step = unit_root(1, kLogPoints + 1);
+        constexpr Complex kSteps[] = {{0.70710678118654752f, -0.70710678118654752f}, {0.92387953251128674f, -0.38268343236508977f}, {0.98078528040323044f, -0.19509032201612827f}};
         Complex turn = unit_root(first, params.log_points);
 #pragma unroll
-        for (int t = 0; t < 1 << kLogPoints; t++, turn = turn * step) {
+        for (int t = 0; t < 1 << kLogPoints; t++, turn = turn * kSteps[kLogPoints - 2]) {
             if (t == 1 << kLogPoints >> 1) turn = {-turn.re, -turn.im};
             x[t] = x[t] * turn;
         }
@@ -105,7 +99,9 @@ struct LongFilter {
                 const int64_t filter = int64_t(channel) * params.window_count() + window;
                 note_size(x, channel, params.partial_sums + (filter << log_tiles) + part, lane, log_lanes);
                 if (params.channel_pairs) half_way<kLogPoints>(x, column);
-                butterfly(x, unit_root(column, params.log_points - 1));
+                int of_root = column;
+                forget(of_root);
+                butterfly(x, unit_root(of_root, params.log_points - 1));
                 if (channel < params.channels)
 #pragma unroll
                     for (int q = 0; q < kPoints; q++) intermediate(filter)[column + (q << log_stride)] = x[q];
@@ -183,15 +179,14 @@ struct LongFilter {
         const int log_a = log_rows(), other = themselves ? 1 << log_a >> 1 : (1 << log_a) - fa - half_way, kernel_rows = params.fft_size / kColumns;
         const FilterPoints both{reinterpret_cast<Complex*>(memory), kLogFilterRow, 1};
         const Complex *const points = intermediate(filter) + (index_of_frequency(fa, log_a) << kLogFilterRow), *const others = intermediate(filter) + (index_of_frequency(other, log_a) << kLogFilterRow);
-        static_assert(kLogFilterRow - kLogStage <= kLogFilterThreads, "one column");
-        both.transform<true>([&](auto& x, int first, int log_stride) {
+        both.transform([&](auto& x, int first, int log_stride) {
             const Complex* const from = first < kRow ? points + first : others + first - kRow;
 #pragma unroll
             for (int t = 0; t < int(sizeof(x) / sizeof(Complex)); t++) x[t] = from[t << log_stride];
         });
         // Each thread has two neighbouring places of kernel order in every fourth of the rows of csrc/transform.cuh that a row holds, which are every A-th.
         constexpr int kStep = kFilterThreads / 64;
-        const int place = thread_index() % 64, q = frequency_of(1, 0, place / 32, place % 32, 0);
+        const int place = spectrum_place(), q = frequency_of_place(place);
         const float down = 1.f / params.scale[filter / params.window_count()];
         const Complex step = unit_root(kStep << log_a, params.log_points), next = unit_root(kernel_rows, params.log_points);
         uint4* const words = reinterpret_cast<uint4*>(params.spectrum) + (filter << (params.log_points - 2));
@@ -199,16 +194,14 @@ struct LongFilter {
             const int first = own ? other : fa, turn = kRow - (first > 0 || half_way);      // from a frequency of a row to its mirror image
             Complex root = params.root(first + ((thread_index() / 64) << log_a) + kernel_rows * q);
             for (int row = thread_index() / 64; row < kRow / (kColumns / 2); row += kStep, root = root * step) {
-                uint2 pair[2], mirrored[2];
+                Complex z[2], w[2];
+#pragma unroll
                 for (int t = 0; t < 2; t++) {
                     const int fb = row + kRow / (kColumns / 2) * (q + t), gb = (turn - fb) & (kRow - 1);
-                    const Complex z = both[(own << kLogFilterRow) + place_in_row(fb)], w = both[((themselves ? own : 1) << kLogFilterRow) + place_in_row(gb)];
-                    Complex x, y;
-                    unpack_pair(z, conjugate(w), t ? root * next : root, x, y);
-                    pair[t] = scaled_pair(x, y, down), mirrored[1 - t] = scaled_pair(conjugate(y), conjugate(x), down);
+                    z[t] = both[(own << kLogFilterRow) + place_in_row(fb)], w[t] = both[((themselves ? own : 1) << kLogFilterRow) + place_in_row(gb)];
                 }
-                words[(first + (row << log_a)) * 64 + place] = {pair[0].x, pair[0].y, pair[1].x, pair[1].y};
-                if (!themselves) words[(other + (kRow / (kColumns / 2) - 1 - row << log_a)) * 64 + 63 - place] = {mirrored[0].x, mirrored[0].y, mirrored[1].x, mirrored[1].y};
+                uint4* const mirrored = words + (other + (kRow / (kColumns / 2) - 1 - row << log_a)) * 64 + 63 - place;
+                store_spectrum(words + (first + (row << log_a)) * 64 + place, themselves ? nullptr : mirrored, z, w, root, next, down);
             }
         }
         block_barrier();

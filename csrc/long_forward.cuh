@@ -52,7 +52,7 @@ struct LongForward {
             MatrixOperand{outer(), kSlots / 8, 1}.fill(thread_index(), block_size(), radix, kSlots, Plan::kMaxOuterRadix, scale_there(radix));
             MatrixOperand{outer_back(), 1, kSlots / 8}.fill(thread_index(), block_size(), radix, Plan::kMaxOuterRadix, kSlots, scale_back(radix));
         }
-        for (int i = thread_index(); i < Plan::root_count(params); i += block_size()) root_of_unity(i, params.radix, &roots()[i].re, &roots()[i].im);
+        for (int i = thread_index(); i < Plan::root_count(params); i += block_size()) roots()[i] = root_of_unity(i, params.radix);
         block_barrier();
     }
 
@@ -83,7 +83,7 @@ struct LongForward {
         for (int i = 0; i < tile.chunks(); i++)
             MatrixOperand{matrix.vectors + i * kOuterVectors<kSlots>, matrix.pair_stride, matrix.step_stride}.fill(team.thread, Team::kThreads, radix, inputs, outputs, scale, tile.first_chunk() + i, back);
         if (!params.has_middle()) return;
-        for (int i = team.thread; i < params.outer_radix; i += Team::kThreads) root_of_unity(i * tile.first_chunk(), 32 * params.radix, &control().twists[i].re, &control().twists[i].im);
+        for (int i = team.thread; i < params.outer_radix; i += Team::kThreads) control().twists[i] = root_of_unity(i * tile.first_chunk(), 32 * params.radix);
     }
 
     // Consecutive pairs, over the batch first, then over the channels; negative if there is no such pair.

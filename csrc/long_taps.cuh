@@ -44,42 +44,56 @@ struct LongTaps {
         return reinterpret_cast<Complex*>(params.window_sums(channel, window) + row * (kColumns / 2))[b % (kColumns / 2)];
     }
 
-    // Conjugated, of the M points at f, from the sums v at f and w at M - f, the latter in turn where f = 0.
-    DEVICE Complex half_spectrum(float4 v, float4 w, int frequency) const {
+    // Conjugated, of the M points at f, from the sums v at f and w at M - f, the latter in turn where f = 0, and w_N^f.
+    DEVICE static Complex half_spectrum(float4 v, float4 w, Complex root) {
         const Complex x = {0.5f * (v.x + w.z), 0.5f * (v.y - w.w)}, y = {0.5f * (v.z + w.x), 0.5f * (v.w - w.y)};
-        const Complex even = x + y, odd = (x - y) * conjugate(unit_root(frequency, params.log_points));
+        const Complex even = x + y, odd = (x - y) * conjugate(root);
         return {even.re - odd.im, -even.im - odd.re};
     }
 
-    // The rows fa and A - fa, which may be the same.
+    // The rows fa and A - fa or, for fa = 0, the rows 0 and A / 2, each its own mirror image. Each thread has one place of every other of the rows of
+    // csrc/transform.cuh that these hold, which are every A-th. The mirror image of row r and frequency q is row R - r and frequency 127 - q, whose place has
+    // all bits turned, but that of row 0 is in row 0.
     DEVICE void rows(int64_t channel, int window, int fa) const {
-        const int columns = 1 << log_columns(), mirrored = (columns - fa) & (columns - 1), count = mirrored == fa ? 1 : 2, half = params.fft_size / 2;
-        const FilterPoints both{points.memory, kLogFilterRow, count - 1};
+        constexpr int kPlaces = kColumns / 2, kRow = 1 << kLogFilterRow, kRows = kRow / kPlaces, kStep = kFilterThreads / kPlaces;
+        const bool themselves = fa == 0;
+        const int log_a = log_columns(), other = themselves ? 1 << log_a >> 1 : (1 << log_a) - fa;
+        const FilterPoints both{points.memory, kLogFilterRow, 1};
         const float4* const sums = params.window_sums(channel, window);
-        for (int i = thread_index(); i < 1 << kLogFilterRow; i += kFilterThreads) {
-            const int place = (fa + (i / (kColumns / 2) << log_columns())) * (kColumns / 2) + i % (kColumns / 2);
-            const int f = frequency_of_sum(params.rows(), place), g = (half - f) & (half - 1);
-            const float4 v = params.sum(sums, place), w = params.sum(sums, place_of_frequency(g));
-            both[f >> log_columns()] = half_spectrum(v, f == 0 ? make_float4(v.z, v.w, v.x, v.y) : w, f);
-            if (count == 2) both[(1 << kLogFilterRow) + (g >> log_columns())] = half_spectrum(w, v, g);
+        const int place = thread_index() % kPlaces, q = frequency_of_sum(1, place);
+        const Complex step = unit_root(kStep << log_a, params.log_points);
+        for (int own = 0; own < (themselves ? 2 : 1); own++) {
+            const int first = own ? other : fa, mirrored = themselves ? first : other;
+            Complex root = unit_root(first + (thread_index() / kPlaces << log_a) + params.rows() * q, params.log_points);
+#pragma unroll 4
+            for (int row = thread_index() / kPlaces; row < kRows; row += kStep, root = root * step) {
+                const bool zero = first == 0 && row == 0;
+                const int mirrored_row = zero ? 0 : kRows - (first > 0) - row, mirrored_q = zero ? -q & (kPlaces - 1) : kPlaces - 1 - q;
+                const float4 v = params.sum(sums, (first + (row << log_a)) * kPlaces + place);
+                const float4 w = params.sum(sums, (mirrored + (mirrored_row << log_a)) * kPlaces + (zero ? place_of_frequency(mirrored_q) : kPlaces - 1 - place));
+                both[own * kRow + row + kRows * q] = half_spectrum(v, zero && q == 0 ? make_float4(v.z, v.w, v.x, v.y) : w, root);
+                if (!themselves) both[kRow + mirrored_row + kRows * mirrored_q] = half_spectrum(w, v, {-root.re, root.im});
+            }
         }
         block_barrier();
         both.transform();
-        for (int i = thread_index(); i < count << kLogFilterRow; i += kFilterThreads) {
-            const int own = i >> kLogFilterRow ? mirrored : fa, b = i & ((1 << kLogFilterRow) - 1), first = i >> kLogFilterRow << kLogFilterRow;
-            intermediate(channel, window, own, b) = both[first + both.index_of(b)] * unit_root(own * b, params.log_points - 1);
+        for (int half = 0; half < 2; half++) {
+            const int own = half ? other : fa;
+            const Complex turn = unit_root(own * kFilterThreads, params.log_points - 1);
+            Complex twist = unit_root(own * thread_index(), params.log_points - 1);
+            for (int b = thread_index(); b < kRow; b += kFilterThreads, twist = twist * turn)
+                intermediate(channel, window, own, b) = both[half * kRow + LongFilter::place_in_row(b)] * twist;
         }
         block_barrier();
     }
-    DEVICE int place_of_frequency(int f) const {
-        const int row = f % params.rows(), q = f / params.rows();
-        return row * (kColumns / 2) + q / 64 * 64 + q % 2 * 32 + q / 2 % 8 * 4 + q / 16 % 4;
-    }
+    // Of row 0.
+    DEVICE static int place_of_frequency(int q) { return q / 64 * 64 + q % 2 * 32 + q / 2 % 8 * 4 + q / 16 % 4; }
 
     // The taps after the lag of a window get what the next window gives to those before its own: half a circle on, a change of sign of every other fa.
     DEVICE void columns(const TapTile& tile) const {
         const int half = params.fft_size / 2;
         const bool last = tile.window == params.windows - 1;
+#pragma unroll 4
         for (int i = thread_index(); i < 1 << kLogFilterTile; i += kFilterThreads) {
             const int channel = tile.channel(i) < params.channels ? tile.channel(i) : 0, fa = tile.a(i);
             Complex value = intermediate(channel, tile.window, fa, tile.b(i));
@@ -100,10 +114,10 @@ struct LongTaps {
         block_barrier();
     }
 
+    HOST_DEVICE static int row_pairs(const TapParams& params) { return 1 << (params.log_points - 1 - kLogFilterTile); }      // of a window
     DEVICE void row_pass() const {
-        const int pairs = (1 << log_columns() >> 1) + 1;
-        const int64_t filters = int64_t(params.channels) * params.windows;
-        for (int64_t i = block_index(); i < filters * pairs; i += block_count()) rows(i / pairs / params.windows, int(i / pairs % params.windows), int(i % pairs));
+        const int pairs = row_pairs(params);
+        for (int64_t i = block_index(); i < int64_t(params.channels) * params.windows * pairs; i += block_count()) rows(i / pairs / params.windows, int(i / pairs % params.windows), int(i % pairs));
     }
     DEVICE void column_pass() const {
         for (int64_t i = block_index(); i < tiles(params); i += block_count()) columns(TapTile(points.memory, log_columns(), params.log_group, params.windows, i));

@@ -242,7 +242,6 @@ DEVICE float float_from_bits(u32 x) { return __uint_as_float(x); }
 DEVICE u32 bits_from_float(float x) { return __float_as_uint(x); }
 
 DEVICE float square_root(float x) { return sqrtf(x); }
-DEVICE void sine_cosine_pi(float x, float& sine, float& cosine) { sincospif(x, &sine, &cosine); }
 // Of an angle from -pi to pi, to a few 2^-22.
 DEVICE void fast_sine_cosine(float x, float& sine, float& cosine) { sine = __sinf(x), cosine = __cosf(x); }
 DEVICE float power_of_two(int exponent) { return __uint_as_float(u32(exponent + 127) << 23); }

@@ -251,7 +251,7 @@ SPILL_LIMITS = {
     r"14cluster_kernel.*(bfloat16|half)Li32ELb1ELi1ELb1E": 1600,
     r"15backward_kernel.*Li32ELb1": 640,
     r"long_forward_kernel.*Li8E": 0,
-    r"long_forward_kernel.*(bfloat16|half)Li32E": 620,
+    r"long_forward_kernel.*(bfloat16|half)Li32E": 610,
     r"short_(forward|backward)_kernel": 0,
 }
 

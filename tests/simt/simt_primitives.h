@@ -277,7 +277,6 @@ inline void add_to_global(float4* p, float4 v) { p->x += v.x, p->y += v.y, p->z 
 inline float float_from_bits(u32 x) { float f; std::memcpy(&f, &x, 4); return f; }
 inline u32 bits_from_float(float x) { u32 u; std::memcpy(&u, &x, 4); return u; }
 inline float square_root(float x) { return std::sqrt(x); }
-inline void sine_cosine_pi(float x, float& sine, float& cosine) { sine = float(std::sin(M_PI * x)), cosine = float(std::cos(M_PI * x)); }
 inline void fast_sine_cosine(float x, float& sine, float& cosine) { sine = std::sin(x), cosine = std::cos(x); }
 inline float power_of_two(int exponent) { return float_from_bits(u32(exponent + 127) << 23); }
 
