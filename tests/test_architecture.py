@@ -182,8 +182,9 @@ def test_import_is_light() -> None:
 import socket, sys
 def refuse(*_): raise RuntimeError("network")
 socket.socket.connect = refuse
-import hf_flashfftconv, torch
-assert not torch.cuda.is_initialized()
+import hf_flashfftconv.functional, torch
+from hf_flashfftconv.ops import extension
+assert not torch.cuda.is_initialized() and extension.load.cache_info().currsize == 0
 assert "matplotlib" not in sys.modules and "hf_flashfftconv.hub" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=PACKAGE.parent)

@@ -1,9 +1,11 @@
-"""The examples, run as a reader runs them, with fewer steps."""
+"""The examples, run as a reader runs them, with fewer steps; those that need no process of their own share this one."""
 
 import os
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,19 @@ def run_example(
     result = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
+
+
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The same without another process, whose imports would take most of the time."""
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+
+    def run(name: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
 def table(output: str) -> dict[str, float]:
@@ -58,13 +73,15 @@ def test_quickstart(quickstart: tuple[Path, str]) -> None:
     }
 
 
-def test_quickstart_on_a_saved_model(quickstart: tuple[Path, str], tmp_path: Path) -> None:
-    output = run_example("quickstart.py", "--model", quickstart[0], "--steps", 2, "--output", tmp_path / "tuned")
+def test_quickstart_on_a_saved_model(
+    quickstart: tuple[Path, str], tmp_path: Path, run_here: Callable[..., str]
+) -> None:
+    output = run_here("quickstart.py", "--model", quickstart[0], "--steps", 2, "--output", tmp_path / "tuned")
     check(output)
 
 
-def test_generate_dna(quickstart: tuple[Path, str]) -> None:
-    output = run_example("generate_dna.py", "--model", quickstart[0], "--prompt", 50, "--bases", 20)
+def test_generate_dna(quickstart: tuple[Path, str], run_here: Callable[..., str]) -> None:
+    output = run_here("generate_dna.py", "--model", quickstart[0], "--prompt", 50, "--bases", 20)
     assert re.search(r"^continuation  [ACGT]{20}$", output, re.MULTILINE)
     assert re.search(r"^genome +0\.25 +0\.23 +0\.26 +0\.25$", output, re.MULTILINE)
     assert output.endswith("the same bases: True\n")
@@ -83,9 +100,9 @@ def test_push_to_hub(quickstart: tuple[Path, str], tmp_path: Path) -> None:
     assert {"README.md", "config.json", "model.safetensors", "tokenizer_config.json"} <= files.keys()
 
 
-def test_long_dna() -> None:
+def test_long_dna(run_here: Callable[..., str]) -> None:
     sizes = ("--length", 3000, "--positions", 1000, "--width", 16)
-    output = run_example("long_dna.py", *sizes, "--train", "--steps", 2, "--dtype", "bfloat16")
+    output = run_here("long_dna.py", *sizes, "--train", "--steps", 2, "--dtype", "bfloat16")
     assert output.startswith("3,000 bases in one piece")
     first, second = re.findall(r"perplexity per base (\S+)$", output, re.MULTILINE)
     assert 10 < float(second) < float(first) < 20, "a model that knows nothing guesses among all tokens"
