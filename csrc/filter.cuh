@@ -191,8 +191,8 @@ DEVICE void unpack_pair(Complex z, Complex w, Complex root, Complex& x, Complex&
     x = even + turned, y = even - turned;
 }
 
-// Two neighbouring frequencies of a row in kernel order, and in their mirror images' place these, if they are wanted: from the transform of z at both, and
-// at their mirror images, by w_N^f and what takes that from one to the next.
+// Stores a spectrum at two neighbouring frequencies of a row in kernel order and, where these have a place of their own, at their mirror images: from the
+// transform of z at both and at the mirror images, with w_N^f of the first and what takes that to the next.
 DEVICE void store_spectrum(uint4* to, uint4* mirrored_to, const Complex (&z)[2], const Complex (&mirrored_z)[2], Complex root, Complex next, float down) {
     uint2 pair[2], mirrored[2];
 #pragma unroll
@@ -228,7 +228,7 @@ struct FilterSpectrum {
     DEVICE void store(uint4* words, float down) const {
         constexpr int kStep = kFilterThreads / 64, kLast = kColumns / 2 - 1;
         const int rows = params.fft_size / kColumns, place = spectrum_place(), first = fresh_thread_index() / 64, q = frequency_of_place(place);
-        auto index = [&](int row, int q) { return points.index_of(row + rows * q); };
+        auto index = [&](int row, int column) { return points.index_of(row + rows * column); };
         const int own[2] = {index(0, q), index(0, q + 1)}, mirrored[2] = {index(0, kLast - q), index(0, kLast - q - 1)};
         const Complex step = params.root(kStep), next = params.root(rows);
         Complex root = params.root(first + rows * q);

@@ -99,7 +99,7 @@ struct LongFilter {
                 const int64_t filter = int64_t(channel) * params.window_count() + window;
                 note_size(x, channel, params.partial_sums + (filter << log_tiles) + part, lane, log_lanes);
                 if (params.channel_pairs) half_way<kLogPoints>(x, column);
-                int of_root = column;
+                int of_root = column;       // whose root, worked out ahead, would want registers that the points need
                 forget(of_root);
                 butterfly(x, unit_root(of_root, params.log_points - 1));
                 if (channel < params.channels)

@@ -27,6 +27,6 @@ int launch_taps(const TapParams& params, void* stream) {
         return launch(tap_gradient_kernel, prepared, {params.channels, 2, kTapThreads, bytes, bytes}, params, stream);
     }
     const int64_t filters = int64_t(params.channels) * params.windows;
-    const int second_error = launch(tap_rows_kernel, rows_prepared, {filters * (params.fft_size >> 1 >> kLogFilterTile), 3, kFilterThreads, kLongFilterBytes, kLongFilterBytes}, params, stream);
+    const int second_error = launch(tap_rows_kernel, rows_prepared, {filters * LongTaps::row_pairs(params), 3, kFilterThreads, kLongFilterBytes, kLongFilterBytes}, params, stream);
     return second_error ? second_error : launch(tap_columns_kernel, columns_prepared, {LongTaps::tiles(params), 3, kFilterThreads, kLongFilterBytes, kLongFilterBytes}, params, stream);
 }
