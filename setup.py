@@ -27,6 +27,8 @@ from setuptools.errors import CompileError, SetupError
 PACKAGE = "hf_flashfftconv"
 LIBRARY = f"lib{PACKAGE}.so"
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+# Of major versions with clusters of thread blocks, what opens the instructions that later versions may lack.
+OWN_INSTRUCTIONS = {"9": "a", "10": "f"}
 COMPILE_FLAGS = ("-std=c++17", "-O3", "-Xptxas", "-v", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC")
 LINK_FLAGS = ("-shared", "-cudart", "static")
 
@@ -66,7 +68,8 @@ def gencode_flags(architectures: str) -> list[str]:
         if match is None:
             raise SetupError(f"HF_FLASHFFTCONV_CUDA_ARCHS: {name!r} is not one of native, all or a list such as 80;90")
         sm = match[1] + match[2] + match[3]
-        flags += ["-gencode", f"arch=compute_{sm},code=sm_{sm}"]
+        own = sm if match[3] else sm + OWN_INSTRUCTIONS.get(match[1], "")
+        flags += ["-gencode", f"arch=compute_{own},code=sm_{own}"]
         if match[4]:
             flags += ["-gencode", f"arch=compute_{sm},code=compute_{sm}"]
     return flags

@@ -8,8 +8,9 @@
 // is the same: a DFT of R points, rows that return to the blocks of their positions, a contraction of q. Rows travel from block to block as
 // asynchronous stores that count for a barrier of the receiver; a receiver tells all blocks when its buffer is free.
 //
-// Of the three groups of warps, the first packs, sends and does the DFTs of what has come of the pair before; the second does the rows; the third does
-// the DFTs on the way back, contracts and stores.
+// Of the three groups of warps, the first packs and sends, the second does the rows, the third contracts and stores. In clusters of two or four, the second
+// also does the DFTs of R points, a warp having all R rows of one in registers, and sends the rows back. In larger ones the first does the DFTs of what has
+// come of the pair before, and the third those on the way back.
 //
 // Longer causal sequences go in blocks, as in csrc/forward.cuh: a cluster works on the blocks of a pair one after the other, and its second group adds up
 // the products of their transforms with the windows of the filter. Neighbouring channels of a batch of one are a pair of sequences with two filters:
@@ -21,8 +22,8 @@
 // two for each window. The row q + 32 s meets the row 31 - q + 32 (R - 1 - s), which the same block has.
 //
 // For gradients every pair goes through all this twice: first pre_gate * u, for grad_post_gate, and then post_gate * grad_output, for the others. A warp of
-// the second group keeps the rows of the first transform until it has those of the second, and adds the products to the sums of the channel. The pairs of
-// a channel, or of a part of it, are those of one cluster: the same bits every time.
+// the second group keeps the rows of the first transform, where they came or else in global memory, until it has those of the second, and adds the products
+// to the sums of the channel. The pairs of a channel, or of a part of it, are those of one cluster: the same bits every time.
 #pragma once
 #include "cluster_rows.cuh"
 #include "small_transform.cuh"
@@ -31,10 +32,11 @@
 template <class T, bool kGradients>
 struct ClusterPass {
     static_assert(!kGradients || !T::kBlocked, "gradients of whole sequences");
-    using Plan = ClusterPlan<T>;
+    using Plan = ClusterPlan<T, kGradients>;
     using Control = typename Plan::Control;
+    using TurnSums = typename Plan::TurnSums;
     using Tables = ::Tables<T, true>;
-    using Result = OuterResult<T>;
+    using Result = OuterResult<T, typename Plan::Sums>;
     static constexpr int kRemoteBytes = (T::kCluster - 1) * T::kOwnRows * kRowUnits * 16;     // that come from other blocks
     using Vector = typename Choose<(T::kCluster > 8), uint2, uint4>::type;      // of a row, that a thread transforms across the blocks
     static constexpr int kVectors = kRowUnits * 16 / int(sizeof(Vector));      // of a row
@@ -54,9 +56,9 @@ struct ClusterPass {
           tables(params.tables, shared_memory(), T::kRows), memory(shared_memory() + Tables::kSharedBytes) {}
 
     DEVICE uint4* rows(int buffer) const { return reinterpret_cast<uint4*>(memory + buffer * T::kRowBytes); }
-    DEVICE uint4* returned_rows() const { return rows(Plan::kBuffers); }
-    DEVICE uint4* operands() const { return rows(Plan::kBuffers + 1) + warp * Plan::kAhead * Plan::kOperandVectors + lane; }     // of this lane
-    DEVICE char* control_memory() const { return memory + (Plan::kBuffers + 1) * T::kRowBytes + Plan::kOperandBytes; }
+    DEVICE uint4* returned_rows(int output) const { return rows(Plan::kBuffers + output % Plan::kReturnBuffers); }
+    DEVICE uint4* operands() const { return rows(Plan::kBuffers + Plan::kReturnBuffers) + warp * Plan::kOperandVectors + lane; }     // of this lane, and so much for each row or step
+    DEVICE char* control_memory() const { return memory + (Plan::kBuffers + Plan::kReturnBuffers) * T::kRowBytes + Plan::kOperandBytes; }
     DEVICE Control& control() const { return *reinterpret_cast<Control*>(control_memory()); }
     // Of an input, its gate and the gate of an output, where there are such.
     DEVICE Stage<T> stage(int place, bool wanted = true) const { return {Plan::kStaged && wanted ? control_memory() + Plan::kControlBytes + place * T::kStageBytes : nullptr}; }
@@ -128,7 +130,7 @@ struct ClusterPass {
 #pragma unroll 1
         for (;; done(kPacking) = done(kPacking) + 1) {
             if (tile(kPacking) == range().last) {
-                if (const int number = done(kPacking); number > first()) transform_across(number - 1);
+                transform_last_across();
                 break;
             }
             copy_async_wait<0>();
@@ -147,7 +149,7 @@ struct ClusterPass {
                     sequence_scales.known_direct(x, params.u, params.pre_gate, params, current(), scale);
                 note_block(sequence_scales.mean_square());
                 start_inputs(1);
-                if (const int number = done(kPacking); number > first()) transform_across(number - 1);
+                transform_last_across();
                 send(x, done(kPacking));
                 end_block();
                 continue;
@@ -160,7 +162,7 @@ struct ClusterPass {
             if (warp == 0) control().scale_words.send(done(kPacking), {shuffle(own, 0), shuffle(own, 1)}, lane);
             // Every thread has read its inputs (a barrier has passed): the next pair's may come.
             start_inputs(1);
-            if (const int number = done(kPacking); number > first()) transform_across(number - 1);
+            transform_last_across();
             const Pair both = control().scale_words.root_mean_squares(done(kPacking), lane);
             const float up = lane % 2 == 0 ? both.x : both.y;
             const int down = int(own >> 23) - int(bits_from_float(up) >> 23) - sequence_scales.root;
@@ -168,10 +170,17 @@ struct ClusterPass {
             if (warp == 0) {
                 const int own = tile(kPacking);
                 scales(own)[lane] = undo_of(current(), up);
-                if (kGradients && lane == 0) control().pair_scales[own % Plan::kScaleSlots] = larger_or_nan(both.x, both.y);
+                if (kGradients && lane == 0) sums_of(own) = own_sums(own, larger_or_nan(both.x, both.y));
             }
             send(x, done(kPacking));
         }
+    }
+
+    // Of the gradients of taps. The pairs of a channel are dealt to splits.
+    DEVICE TurnSums& sums_of(int tile) const { return control().sums[tile % Plan::kScaleSlots]; }
+    DEVICE TurnSums own_sums(int tile, float scale) const {
+        const int own = pair(tile), channel = params.pairs.divide(own), in_channel = own - channel * params.pairs.divisor, split = params.tiles_per_split.divide(in_channel);
+        return {scale, channel * params.splits.divisor + split, in_channel == split * params.tiles_per_split.divisor};
     }
 
     // What undoes the scale of this lane's sequence and its filter's.
@@ -231,20 +240,29 @@ struct ClusterPass {
         return reinterpret_cast<int*>(ring_end) + int64_t(block_index()) * ((params.batch + 1) / 2 * params.channels / OwnPairs<T>::workers() + 1);
     }
 
-    // Sends a pair's rows to their blocks.
+    // Sends a pair's rows to their blocks, part by part.
     DEVICE void send(const u32 (&x)[T::kSlots / 4][4], int number) const {
-        const int buffer = number % Plan::kBuffers, round = number / Plan::kBuffers;
-        TransactionBarrier* const came = control().rows_came + buffer;
-        if (round > 0) barrier_wait(control().rows_free + buffer, (round - 1) % 2u);
+        constexpr int kEights = T::kRows / 8 / Plan::kParts;       // of rows, in a part
+        const u32 buffer = Plan::buffer(number), round = Plan::round(number);
         const int first = rank * T::kOwnRows;       // where they have this block's rows
         // Rows four apart have their units in the same places.
         const int slot = lane % 4, there = first + slot % T::kOwnRows;
         uint4* const units = rows(buffer) + there * kRowUnits + row_unit(there, warp, lane);
-        contract<T::kSlots>(x, tables.outer, T::kRows / 4, lane, [&](int n, const SingleSums (&d)[2]) {
-            store_in_cluster(4 * n / T::kOwnRows + slot / T::kOwnRows, rank, units + 4 * n % T::kOwnRows * kRowUnits, packed(d), came);
-        });
-        warp_barrier();
-        if (lane == 0) barrier_expect(came, kRemoteBytes / T::kWarps);
+#pragma unroll
+        for (int part = 0; part < Plan::kParts; part++) {
+            TransactionBarrier* const came = &control().rows_came[buffer][part];
+            if (round > 0) barrier_wait(&control().rows_free[buffer][part], (round - 1) % 2);
+#pragma unroll
+            for (int i = 0; i < kEights; i++) {
+                const int eight = i * Plan::kParts + part;
+                contract<T::kSlots>(x, tables.outer + eight * (T::kSlots / 8) * 32, 2, lane, [&](int n, const SingleSums (&d)[2]) {
+                    const int row = 8 * eight + 4 * n;
+                    store_in_cluster(row / T::kOwnRows + slot / T::kOwnRows, rank, units + row % T::kOwnRows * kRowUnits, packed(d), came);
+                });
+            }
+            warp_barrier();
+            if (lane == 0) barrier_expect(came, kRemoteBytes / Plan::kParts / T::kWarps);
+        }
     }
 
     // A vector of a row, the one that is number `at` in rows whose number four divides: see row_unit().
@@ -274,28 +292,39 @@ struct ClusterPass {
     DEVICE static uint4 vector(const PlanarPair (&x)[2][T::kCluster], int b) { return make_uint4(x[0][b].re, x[0][b].im, x[1][b].re, x[1][b].im); }
     DEVICE static uint2 vector(const PlanarPair (&x)[1][T::kCluster], int b) { return make_uint2(x[0][b].re, x[0][b].im); }
 
-    // From the rows that have come to those of the whole transform, in place.
-    DEVICE void transform_across(int number) const {
-        const int buffer = number % Plan::kBuffers;
-        barrier_wait(control().rows_came + buffer, number / Plan::kBuffers % 2);
+    // From the rows of the pair before, which have come, to those of the whole transform, in place.
+    DEVICE void transform_last_across() {
+        const int number = done(kPacking) - 1, buffer = Plan::buffer(number);
+        if (Plan::kInRegisters || number < first()) return;
+        barrier_wait(control().rows_came[buffer], Plan::round(number) % 2);
         across(rows(buffer), [&](int s, int own, int at, Vector v) { *vector_of(rows(buffer), s * T::kOwnRows + own, at) = v; });
         named_barrier_arrive<512>(kReady + buffer);
     }
 
+    // Of the rows of an output, by how many have gone before: the barriers of those that come back to a block, the wait for room, and what follows the stores.
+    DEVICE TransactionBarrier* returned(int output) const { return control().returned + output % Plan::kReturnBuffers; }
+    DEVICE TransactionBarrier* return_free(int output) const { return control().return_free + output % Plan::kReturnBuffers; }
+    DEVICE void wait_for_return(int output) const {
+        if (const u32 round = output / Plan::kReturnBuffers; round > 0) barrier_wait(return_free(output), (round - 1) % 2);
+    }
+    DEVICE void has_returned(int output) const {
+        warp_barrier();
+        if (lane == 0) barrier_expect(returned(output), kRemoteBytes / T::kWarps);
+    }
+
     // The way back, to the blocks of the positions.
     DEVICE void return_rows(int number) const {
-        const int buffer = number % Plan::kBuffers, before = outputs(number);
+        const int buffer = Plan::buffer(number), before = outputs(number);
         named_barrier<512>(kTransformed + buffer);
         if (tensors(range().first + number).output.data) {
-            if (before > 0) barrier_wait(&control().return_free, (before - 1) % 2u);
+            wait_for_return(before);
             across(rows(buffer), [&](int b, int own, int at, Vector v) {
-                store_in_cluster(b, rank, vector_of(returned_rows(), rank * T::kOwnRows + own, at), v, &control().returned);
+                store_in_cluster(b, rank, vector_of(returned_rows(before), rank * T::kOwnRows + own, at), v, returned(before));
             });
-            warp_barrier();
-            if (lane == 0) barrier_expect(&control().returned, kRemoteBytes / T::kWarps);
+            has_returned(before);
         }
         named_barrier<256>(kStore);
-        if (warp == 0 && lane < T::kCluster) barrier_arrive(lane, control().rows_free + buffer);
+        if (warp == 0 && lane < T::kCluster) barrier_arrive(lane, control().rows_free[buffer]);
     }
 
     // The third group: while the second works on a pair, stores the one before.
@@ -314,27 +343,34 @@ struct ClusterPass {
         for (;;) {
             const int number = done(kStoring), stored = tile(kStoring, -1);
             if (number > first() && tensors(stored).output.data) {
-                barrier_wait(&control().returned, outputs(number - 1) % 2u);
+                const int output = outputs(number - 1);
+                barrier_wait(returned(output), output / Plan::kReturnBuffers % 2u);
                 Result result;
-                result.add(returned_rows(), tables.outer_inverse, warp, lane);
+                result.add(returned_rows(output), tables.outer_inverse, warp, lane);
                 const float scale = scales(stored)[lane];
                 copy_async_wait<0>();
                 named_barrier<256>(kStore);
                 auto all = [&] { return sequences(tile(kStoring, -1)); };
                 auto leave_rows = [&] {
-                    if (warp == 0 && lane < T::kCluster) barrier_arrive(lane, &control().return_free);
+                    if (warp == 0 && lane < T::kCluster) barrier_arrive(lane, return_free(output));
                 };
-                // The second gate comes to where the rows were.
-                const Stage<T> second{Plan::kStaged && kTwoOutputs && tensors(stored).second_output.data ? reinterpret_cast<char*>(returned_rows()) : nullptr};
-                if (second)
-                    stager(stored).start(header(1, stored), all, second, kSecondGate);
-                else
-                    leave_rows();
-                copy_async_commit();
+                // The second gate comes to where the rows were or, if the second group waits for room there, to where the first gate was.
+                const bool two = kTwoOutputs && Plan::kStaged && tensors(stored).second_output.data;
+                const Stage<T> second{!two ? nullptr : Plan::kStay ? stage(2).memory : reinterpret_cast<char*>(returned_rows(output))};
+                auto start_second_gate = [&] {
+                    if (second) stager(stored).start(header(1, stored), all, second, kSecondGate);
+                    copy_async_commit();
+                };
+                if (Plan::kStay || !second) leave_rows();
+                if (!Plan::kStay) start_second_gate();
                 fill_header(1, stored + 1);
-                const TileStore<T, Result, kTwoOutputs> output{tensors(stored), slots, warp, lane};
-                output.store(result, header(1, stored), gate_stage(stored), second, scale, kStore, [] {}, all);
-                if (second) leave_rows();
+                const TileStore<T, Result, kTwoOutputs> out{tensors(stored), slots, warp, lane};
+                out.store(result, header(1, stored), gate_stage(stored), second, scale, kStore, [&] {
+                    if (!Plan::kStay) return;
+                    named_barrier<256>(kStore);
+                    start_second_gate();
+                }, all);
+                if (!Plan::kStay && second) leave_rows();
                 start_gate();
             } else if (kGradients && number > first()) {
                 fill_header(1, stored + 1);
@@ -342,7 +378,7 @@ struct ClusterPass {
                 start_gate();
             }
             if (tile(kStoring) >= range().last) break;
-            return_rows(done(kStoring));
+            if constexpr (!Plan::kInRegisters) return_rows(done(kStoring));
             done(kStoring) = done(kStoring) + 1;
         }
         copy_async_wait<0>();
@@ -355,17 +391,28 @@ struct ClusterPass {
             else
                 control().range = tile_range();
             control().scale_words.start();
-            for (u32 i = 0; i < Plan::kBuffers; i++) barrier_start(control().rows_came + i, T::kWarps), barrier_start(control().rows_free + i, T::kCluster);
-            barrier_start(&control().returned, T::kWarps), barrier_start(&control().return_free, T::kCluster);
+            for (auto& buffer : control().rows_came)
+                for (TransactionBarrier& part : buffer) barrier_start(&part, T::kWarps);
+            for (auto& buffer : control().rows_free)
+                for (TransactionBarrier& part : buffer) barrier_start(&part, Plan::kInRegisters ? T::kCluster * T::kWarps : T::kCluster);
+            for (u32 i = 0; i < Plan::kReturnBuffers; i++) barrier_start(control().returned + i, T::kWarps), barrier_start(control().return_free + i, T::kCluster);
         }
         copy_async_wait<0>();
         cluster_barrier();
 #pragma unroll 1
         for (bool ends = !T::kBlocked;; ends = true) {
             switch (thread_index() / T::kThreads) {
-                case 0: pack(); break;
-                case 1: ClusterRows<T, kGradients, ClusterPass>{*this}.run(); break;
-                default: store();
+                case kPacking:
+                    own_registers<Plan::registers(kPacking), Plan::kRegisters>();
+                    pack();
+                    break;
+                case kTransforming:
+                    own_registers<Plan::registers(kTransforming), Plan::kRegisters>();
+                    ClusterRows<T, kGradients, ClusterPass>{*this}.run();
+                    break;
+                default:
+                    own_registers<Plan::registers(kStoring), Plan::kRegisters>();
+                    store();
             }
             // Until all have read what others had for them.
             cluster_barrier();

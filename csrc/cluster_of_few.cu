@@ -1,4 +1,7 @@
+#define OWN_REGISTERS
 #include "launch.cuh"
 
-INSTANTIATE_CLUSTER(2)
-INSTANTIATE_CLUSTER(4)
+template struct ClusterLauncher<bfloat16, 2>;
+template struct ClusterLauncher<bfloat16, 4>;
+template struct ClusterLauncher<float16, 2>;
+template struct ClusterLauncher<float16, 4>;

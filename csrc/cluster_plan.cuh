@@ -61,11 +61,28 @@ inline ClusterParams<true> turns_of(const LaunchParams& params) {
     return both;
 }
 
-template <class T>
+template <class T, bool kGradients>
 struct ClusterPlan {
     static constexpr int kThreads = 3 * T::kThreads;
-    static constexpr u32 kBuffers = 2;          // of rows that come; there is one for rows that return
-    static constexpr u32 kScaleSlots = 4;       // tiles under way between the first and the third group
+    // Where a warp of the second group has all rows of a DFT across blocks, it does them in registers, of which it gets more than the others: the first group
+    // can spare some where inputs come through shared memory. Rows then come in parts, one row of each block for every warp.
+    static constexpr bool kInRegisters = T::kOwnRows >= T::kWarps && sizeof(typename T::Element) == 2;
+    static constexpr int kParts = kInRegisters ? T::kOwnRows / T::kWarps : 1;
+    static constexpr u32 kBuffers = kInRegisters && !kGradients ? 1 : 2, kReturnBuffers = 3 - kBuffers;      // of rows that come, and of rows that return
+    // Which buffer the rows of a tile come to, and how often it has been used before. The rows of a pair's first turn may stay there until the second has
+    // come to the other; the first turn of the next pair follows in that one.
+    static constexpr bool kStay = kInRegisters && kGradients;
+    DEVICE static u32 buffer(int number) { return u32(kStay ? (number + 1) / 2 : number) % kBuffers; }
+    DEVICE static u32 round(int number) { return u32(number) / kBuffers; }
+    // Of an outer stage on the way back. Those in single precision take registers from the second group.
+    using Sums = typename Choose<kStay, typename NeededInnerTables<typename T::Element>::type::Sums, SingleSums>::type;
+    // Registers of a group's threads, where they have their own and not as many as they are launched with.
+    static constexpr int kRegisters = 80;
+    static constexpr int registers(int group) {
+        constexpr int kForward[] = {64, 104, 72}, kSingle[] = {56, 112, 72}, kHalf[] = {56, 120, 64};
+        return !kInRegisters ? kRegisters : !kGradients ? kForward[group] : sizeof(Sums) > sizeof(HalfSums) ? kSingle[group] : kHalf[group];
+    }
+    static constexpr u32 kScaleSlots = 6;       // tiles under way between the first and the third group
     static constexpr int kRowsPerWarp = T::kRows / T::kWarps;
     // What a warp of the second group has before it comes to it: the spectra of its rows or, of blocked sequences, the operands of its next products.
     static constexpr int kAhead = T::kBlocked ? 2 : kRowsPerWarp, kOperandVectors = T::kBlocked ? 128 : 64;
@@ -78,20 +95,26 @@ struct ClusterPlan {
         OwnPairs<T> pairs;
         int first, misfits;
     };
+    // Of a turn of a pair: what undoes the scale of both sequences, and the number of the sums that its products are added to, or are the first of.
+    struct TurnSums {
+        float scale;
+        int number;
+        bool first;
+    };
     struct Control {
         alignas(16) float energies[2 * 8];
         BlockWords<T::kCluster> scale_words;
         float scales[kScaleSlots][32];
-        float pair_scales[kScaleSlots];     // what undoes those of both sequences of a pair
+        TurnSums sums[kScaleSlots];
         WorkRange range;                // of tiles
         Blocked blocked;
         int done[3][T::kThreads];       // of them, by each group, for each thread
         TileHeader headers[2][2];       // of a tile and the next in turn, for the first and for the third group
-        TransactionBarrier rows_came[kBuffers], rows_free[kBuffers], returned, return_free;
+        TransactionBarrier rows_came[kBuffers][kParts], rows_free[kBuffers][kParts], returned[kReturnBuffers], return_free[kReturnBuffers];
     };
     static constexpr int kControlBytes = (int(sizeof(Control)) + 127) / 128 * 128;
-    static constexpr int kFixedBytes = Tables<T, true>::kSharedBytes + int(kBuffers + 1) * T::kRowBytes + kOperandBytes + kControlBytes;
+    static constexpr int kFixedBytes = Tables<T, true>::kSharedBytes + int(kBuffers + kReturnBuffers) * T::kRowBytes + kOperandBytes + kControlBytes;
     static constexpr bool kStaged = kFixedBytes + 3 * T::kStageBytes <= kSharedLimit;   // else inputs come from global memory
     static constexpr int kSharedBytes = kFixedBytes + (kStaged ? 3 * T::kStageBytes : 0);
-    static_assert(kSharedBytes <= kSharedLimit, "shared memory of a block");
+    static_assert(kSharedBytes <= kSharedLimit && (kStaged || !kInRegisters), "shared memory of a block");
 };

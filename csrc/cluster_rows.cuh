@@ -1,10 +1,11 @@
 // The second group of a cluster's block: the rows, from which the two transforms of csrc/cluster.cuh have come and to which they go back.
 #pragma once
 #include "cluster_plan.cuh"
+#include "small_transform.cuh"
 
 template <class T, bool kGradients, class Pass>
 struct ClusterRows {
-    using Plan = ClusterPlan<T>;
+    using Plan = ClusterPlan<T, kGradients>;
     Pass& pass;
 
     DEVICE void run() const {
@@ -18,88 +19,109 @@ private:
     // This lane's units of a row.
     DEVICE uint4* units_of(int buffer, int row) const { return pass.rows(buffer) + row * kRowUnits + fragment_unit(row, pass.lane); }
 
-    // Of the gradients of taps, where they are wanted: the sums over pairs of conj(G) E for the rows of this block, with the transforms G of the first turn,
-    // which are kept for the second, and E of that. What fft_conv_tap_gradient wants in its order.
-    struct RowSums {
-        const Pass& pass;
-        float4* to;         // the first row of all
-        float weight;       // that undoes the scales of both transforms
-        bool first;         // pair of the sums
-
-        DEVICE RowSums(const Pass& pass, int tile) : pass(pass) {
-            const LaunchParams& params = pass.params;
-            if (!kGradients || !params.grad_filter) return;
-            const int own = pass.pair(tile), channel = params.pairs.divide(own), in_channel = own - channel * params.pairs.divisor;
-            const int split = params.tiles_per_split.divide(in_channel);
-            first = in_channel == split * params.tiles_per_split.divisor;
-            to = reinterpret_cast<float4*>(params.grad_filter) + int64_t(channel * params.splits.divisor + split) * (2 * kBlockVectors<T>) + pass.lane;
-            const float* const scales = pass.control().pair_scales;
-            weight = scales[tile % Plan::kScaleSlots] * scales[(tile - 1) % Plan::kScaleSlots];
-        }
-        // Where the transform of the first turn waits, for the row that comes so many after the warp's first.
-        DEVICE uint4* kept(int after) const { return static_cast<uint4*>(pass.params.scratch) + ((block_index() * T::kRows + pass.warp + after) * 64 + pass.lane); }
-        DEVICE void add(const RowFragment& g, const RowFragment& e, int after) const {
-            float4* const sums = to + cluster_row<T>(pass.rank, pass.warp + after) * (kColumns / 2);
+    // Of the gradients of taps, where they are wanted: the sums over pairs of conj(G) E for the rows of this block, with the transforms G of the first turn
+    // and E of the second. What fft_conv_tap_gradient wants in its order.
+    DEVICE void add_product(const RowFragment& g, const RowFragment& e, int row) const {
+        const int tile = pass.tile(Pass::kTransforming);
+        const typename Plan::TurnSums sums = pass.sums_of(tile);
+        const float weight = sums.scale * pass.sums_of(tile - 1).scale;     // undoes the scales of both
+        float4* const to = reinterpret_cast<float4*>(pass.params.grad_filter) + int64_t(sums.number) * (2 * kBlockVectors<T>) + cluster_row<T>(pass.rank, row) * (kColumns / 2) + pass.lane;
 #pragma unroll
-            for (int n = 0; n < 4; n++) {
-                const float4 product = weighted_product_of_conjugate(g.value[n / 2][n % 2], e.value[n / 2][n % 2], weight);
-                if (first)
-                    sums[32 * n] = product;
-                else
-                    add_to_global(sums + 32 * n, product);
-            }
+        for (int n = 0; n < 4; n++) {
+            const float4 product = weighted_product_of_conjugate(g.value[n / 2][n % 2], e.value[n / 2][n % 2], weight);
+            if (sums.first)
+                to[32 * n] = product;
+            else
+                add_to_global(to + 32 * n, product);
         }
-    };
+    }
+    // Where a row of the first turn waits for that, if not where it came.
+    DEVICE uint4* kept(int row) const { return static_cast<uint4*>(pass.params.scratch) + ((block_index() * T::kRows + row) * 64 + pass.lane); }
 
     DEVICE void transform() const {
+        constexpr int kRowsPerPart = Plan::kRowsPerWarp / Plan::kParts;
         const InnerConstants constants(InnerTables{pass.tables.inner, pass.lane});
+        // How far behind the warp's first row another one is.
+        auto behind = [](int part, int row) { return (row * Plan::kParts + part) * T::kWarps; };
         // Every lane copies what it will read itself: nothing but its own wait is needed. The spectrum stays as long as the channel does.
-        auto operand = [&](int i) { return pass.operands() + i * 64; };
-        auto start_operand = [&](int i, int of_tile, bool wanted) {
-            if (wanted) {
-                const uint4* const from = reinterpret_cast<const uint4*>(pass.params.spectrum) + int64_t(pass.channel_of(pass.pair(of_tile))) * kBlockVectors<T> + pass.row_vector(pass.warp + i * T::kWarps);
-                copy_async<16>(operand(i), from), copy_async<16>(operand(i) + 32, from + 32);
-            }
-            copy_async_commit();
+        auto operand = [&](int behind) { return pass.operands() + behind * 64; };
+        auto start_operand = [&](int behind, int of_tile) {
+            forget(pass.lane), forget(pass.warp);
+            const uint4* const from = reinterpret_cast<const uint4*>(pass.params.spectrum) + int64_t(pass.channel_of(pass.pair(of_tile))) * kBlockVectors<T> + pass.row_vector(pass.warp + behind);
+            copy_async<16>(operand(behind), from), copy_async<16>(operand(behind) + 32, from + 32);
         };
+        for (int part = 0; part < Plan::kParts; part++)
+            for (int row = 0; row < kRowsPerPart; row++) start_operand(behind(part, row), pass.range().first), copy_async_commit();
         pass.done(Pass::kTransforming) = 0;
-        for (int i = 0; i < Plan::kRowsPerWarp; i++) start_operand(i, pass.range().first, true);
 #pragma unroll 1
         for (; pass.tile(Pass::kTransforming) < pass.range().last; pass.done(Pass::kTransforming) = pass.done(Pass::kTransforming) + 1) {
-            const int buffer = pass.done(Pass::kTransforming) % Plan::kBuffers, next = pass.tile(Pass::kTransforming, 1);
-            const bool channel_ends = next < pass.range().last && pass.channel_of(pass.pair(next)) != pass.channel_of(pass.pair(next - 1));
-            named_barrier<512>(Pass::kReady + buffer);
-            uint4* const first_row = pass.rows(buffer) + pass.warp * kRowUnits + fragment_unit(pass.warp, pass.lane);
-            const uint4* const first_twiddle = pass.tables.twiddle + pass.warp * 64 + pass.lane;
-            const bool second = pass.second_turn(next - 1), wanted = pass.tensors(next - 1).output.data;
-            const RowSums sums(pass, next - 1);
-#pragma unroll(kGradients ? 1 : 2)
-            for (int i = 0; i < Plan::kRowsPerWarp; i++) {
-                const int own = i * T::kWarps;
-                RowFragment value, factors, twiddles;
-                value.load(first_row + own * kRowUnits);
-                RowFragment g = {};
-                if (kGradients && second && pass.params.grad_filter) g.load_again(sums.kept(own));
+            const int number = pass.done(Pass::kTransforming), tile = pass.tile(Pass::kTransforming);
+            const bool channel_ends = tile + 1 < pass.range().last && pass.channel_of(pass.pair(tile + 1)) != pass.channel_of(pass.pair(tile));
+            const bool second = pass.second_turn(tile), wanted = !kGradients || pass.tensors(tile).output.data, summed = kGradients && pass.params.grad_filter;
+            auto units = [&](int number) { return pass.rows(Plan::buffer(number)) + pass.warp * kRowUnits + fragment_unit(pass.warp, pass.lane); };     // of the first row
+            // A row of the transform, to frequencies and back.
+            auto there_and_back = [&](RowFragment value, int behind) {
+                RowFragment factors, twiddles, g = {};
+                forget(pass.lane), forget(pass.warp);
+                if (summed && second && !Plan::kStay) g.load_again(kept(pass.warp + behind));
                 copy_async_wait<Plan::kRowsPerWarp - 1>();
-                twiddles.load(first_twiddle + own * 64);
+                twiddles.load(pass.tables.twiddle + (pass.warp + behind) * 64 + pass.lane);
                 value = inner_transform(value * twiddles, constants);
-                if constexpr (kGradients) {
-                    if (!second)
-                        value.store(sums.kept(own));
-                    else if (pass.params.grad_filter)
-                        sums.add(g, value, own);
-                    // Read again rather than kept: registers are scarce.
-                    twiddles.load(first_twiddle + own * 64);
+                if (summed && !second) value.store(Plan::kStay ? units(number) + behind * kRowUnits : kept(pass.warp + behind));
+                if (summed && second) {
+                    if (Plan::kStay) g.load(units(number - 1) + behind * kRowUnits);
+                    add_product(g, value, pass.warp + behind);
                 }
-                if (!kGradients || wanted) {
-                    factors.load(operand(i));
+                // Read again rather than kept: registers are scarce.
+                if (kGradients) twiddles.load(pass.tables.twiddle + (pass.warp + behind) * 64 + pass.lane);
+                if (wanted) {
+                    factors.load(operand(behind));
                     factors.conjugate_if(second);
                     value = inner_transform(conjugate_product(value, factors), constants) * twiddles;
-                    value.store(first_row + own * kRowUnits);
                 }
-                start_operand(i, next, channel_ends);
+                if (channel_ends) start_operand(behind, pass.tile(Pass::kTransforming, 1));
+                copy_async_commit();
+                return value;
+            };
+            if constexpr (Plan::kInRegisters) {
+                const int output = pass.outputs(number);
+                auto leave = [&](int number, int part) {
+                    warp_barrier();
+                    if (pass.lane < T::kCluster) barrier_arrive(pass.lane, &pass.control().rows_free[Plan::buffer(number)][part]);
+                };
+#pragma unroll 1
+                for (int part = 0; part < Plan::kParts; part++) {
+                    RowFragment x[T::kCluster];
+                    barrier_wait(&pass.control().rows_came[Plan::buffer(number)][part], Plan::round(number) % 2);
+#pragma unroll
+                    for (int b = 0; b < T::kCluster; b++) x[b].load(units(number) + behind(part, b) * kRowUnits);
+                    if (!summed || second) leave(number, part);
+                    small_transform(x);
+#pragma unroll
+                    for (int s = 0; s < T::kCluster; s++) x[s] = there_and_back(x[s], behind(part, s));
+                    if (summed && second) leave(number - 1, part);
+                    if (!wanted) continue;
+                    small_transform(x);
+                    if (part == 0) pass.wait_for_return(output);
+                    const int there = pass.rank * T::kOwnRows + pass.warp + part * T::kWarps;
+                    uint4* const to = pass.returned_rows(output) + there * kRowUnits + fragment_unit(there, pass.lane);
+#pragma unroll
+                    for (int b = 0; b < T::kCluster; b++)
+                        for (int i = 0; i < 2; i++) store_in_cluster(b, pass.rank, to + 32 * i, x[b].vector(i), pass.returned(output));
+                }
+                if (wanted) pass.has_returned(output);
+            } else {
+                named_barrier<512>(Pass::kReady + Plan::buffer(number));
+#pragma unroll(kGradients ? 1 : 2)
+                for (int row = 0; row < Plan::kRowsPerWarp; row++) {
+                    uint4* const own = units(number) + behind(0, row) * kRowUnits;
+                    RowFragment value;
+                    value.load(own);
+                    value = there_and_back(value, behind(0, row));
+                    if (wanted) value.store(own);
+                }
+                named_barrier_arrive<512>(Pass::kTransformed + Plan::buffer(number));
             }
-            named_barrier_arrive<512>(Pass::kTransformed + pass.done(Pass::kTransforming) % Plan::kBuffers);
         }
         copy_async_wait<0>();
     }
@@ -111,7 +133,7 @@ private:
         ::Products<T, 1> next(pass);
         auto start_operands = [&] {
             if (next.own < pass.control().blocked.pairs.count) {
-                uint4* const to = pass.operands() + place * Plan::kOperandVectors;
+                uint4* const to = pass.operands() + place * T::kWarps * Plan::kOperandVectors;
                 const uint4 *const spectrum = next.spectra + next.window, *const block = next.history.blocks + next.block;
                 copy_async<16>(to, spectrum), copy_async<16>(to + 32, spectrum + 32);
                 if (next.left < next.windows) copy_async<16>(to + 64, block), copy_async<16>(to + 96, block + 32);
@@ -138,7 +160,7 @@ private:
                     auto add_product = [&](RowFragment& sum, bool of_block) {
                         RowFragment factors;
                         copy_async_wait<Plan::kAhead - 1>();
-                        const uint4* const operand = pass.operands() + place * Plan::kOperandVectors;
+                        const uint4* const operand = pass.operands() + place * T::kWarps * Plan::kOperandVectors;
                         factors.load(operand);
                         factors.conjugate_if(pass.params.reverse);
                         if (of_block) value.load(operand + 64);

@@ -11,7 +11,7 @@ __global__ void __launch_bounds__(ForwardPlan<T>::kThreads, 1) forward_kernel(co
 }
 
 template <class T, bool kGradients>
-__global__ void __launch_bounds__(ClusterPlan<T>::kThreads, 1) cluster_kernel(const __grid_constant__ ClusterParams<kGradients> params) {
+__global__ void __launch_bounds__(ClusterPlan<T, kGradients>::kThreads, 1) cluster_kernel(const __grid_constant__ ClusterParams<kGradients> params) {
     ClusterPass<T, kGradients>(params.turns).run();
 }
 
@@ -90,9 +90,9 @@ int LongLauncher<Element, kSlots, kTeamThreads>::forward(const LongParams& param
 }
 
 // A launch of clusters, of as many as asked for.
-template <class T>
+template <class T, bool kGradients>
 cudaLaunchConfig_t cluster_launch(int clusters, cudaLaunchAttribute* attribute, void* stream) {
-    using Plan = ClusterPlan<T>;
+    using Plan = ClusterPlan<T, kGradients>;
     attribute->id = cudaLaunchAttributeClusterDimension;
     attribute->val.clusterDim.x = T::kCluster, attribute->val.clusterDim.y = attribute->val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
@@ -111,8 +111,8 @@ int cluster_count() {
     if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != 0 || major < 9) return 0;
     const auto kernel = cluster_kernel<T, kGradients>;
     cudaLaunchAttribute attribute;
-    const cudaLaunchConfig_t config = cluster_launch<T>(1, &attribute, nullptr);
-    int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ClusterPlan<T>::kSharedBytes);
+    const cudaLaunchConfig_t config = cluster_launch<T, kGradients>(1, &attribute, nullptr);
+    int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ClusterPlan<T, kGradients>::kSharedBytes);
     // More than eight blocks is more than every device promises.
     if (error == 0 && T::kCluster > 8) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error == 0) error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
@@ -128,7 +128,7 @@ int launch_clusters(int most, const ClusterParams<kGradients>& params, void* str
     const int count = std::min(cluster_count<T, kGradients>(), most);
     if (count <= 0) return kUnsupported;
     cudaLaunchAttribute attribute;
-    const cudaLaunchConfig_t config = cluster_launch<T>(count, &attribute, stream);
+    const cudaLaunchConfig_t config = cluster_launch<T, kGradients>(count, &attribute, stream);
     const int error = cudaLaunchKernelEx(&config, cluster_kernel<T, kGradients>, params);
     const int launch_error = cudaGetLastError();
     return error ? error : launch_error;

@@ -24,8 +24,8 @@ struct ClusterLauncher {
     static int backward(const LaunchParams& params, void* stream);
     // That run at a time on the current device; zero or less where it has none.
     static int clusters();
-    static constexpr int kForwardSharedBytes = ClusterPlan<T>::kSharedBytes;
-    static constexpr int kKeptBytes = T::kCluster * T::kRowBytes;       // of a cluster, between the two turns of a pair
+    static constexpr int kForwardSharedBytes = ClusterPlan<T, false>::kSharedBytes;
+    static constexpr int kKeptBytes = ClusterPlan<T, true>::kStay ? 0 : T::kCluster * T::kRowBytes;     // of a cluster, between the two turns of a pair
 };
 
 int launch_filter(const FilterParams& params, void* stream);

@@ -13,8 +13,12 @@ using bfloat16 = __nv_bfloat16;
 using float16 = __half;
 #define DEVICE __device__ __forceinline__
 #define HOST_DEVICE __host__ __device__ __forceinline__
-// What few calls need: its registers and addresses are nothing to the code around it.
+// What few calls need: its registers and addresses are nothing to the code around it. Not so where warps have registers of their own.
+#ifdef OWN_REGISTERS
+#define RARE static DEVICE
+#else
 #define RARE static __device__ __noinline__
+#endif
 
 DEVICE int thread_index() { return threadIdx.x; }
 // The same for rare work in a loop: what follows from it is computed there, and not ahead of the loop to be parked.
@@ -43,6 +47,17 @@ DEVICE void group_barrier(int group) {
         __syncthreads();
     else
         named_barrier<256>(1 + group);
+}
+// How many registers the threads of a warp have from here on: first those of some warps get fewer, then those of others more. All the code for them must
+// be in place, without calls. Where the architecture has no such thing, all keep what they are launched with.
+template <int kCount, int kLaunched>
+DEVICE void own_registers() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FAMILY_SPECIFIC__)
+    if constexpr (kCount > kLaunched)
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(kCount));
+    else if constexpr (kCount < kLaunched)
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(kCount));
+#endif
 }
 DEVICE char* shared_memory() {
     extern __shared__ __align__(128) char memory[];

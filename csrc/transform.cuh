@@ -126,9 +126,9 @@ struct RowFragment {
         }
     }
 
+    DEVICE uint4 vector(int s) const { return make_uint4(value[s][0].re, value[s][0].im, value[s][1].re, value[s][1].im); }
     DEVICE void store(uint4* units) const {
-        for (int s = 0; s < 2; s++)
-            units[32 * s] = make_uint4(value[s][0].re, value[s][0].im, value[s][1].re, value[s][1].im);
+        for (int s = 0; s < 2; s++) units[32 * s] = vector(s);
     }
 
     DEVICE void conjugate_if(bool wanted) {
@@ -179,6 +179,11 @@ DEVICE RowFragment operator-(const RowFragment& x, const RowFragment& y) {
     for (int s = 0; s < 2; s++)
         for (int t = 0; t < 2; t++) z.value[s][t] = x.value[s][t] - y.value[s][t];
     return z;
+}
+
+DEVICE void add_turned(RowFragment& sum, RowFragment& difference, const RowFragment& x, const RowFragment& y, int index) {
+    for (int s = 0; s < 2; s++)
+        for (int t = 0; t < 2; t++) add_turned(sum.value[s][t], difference.value[s][t], x.value[s][t], y.value[s][t], index);
 }
 
 // Conjugated, column p in the place of column 255 - p. All lanes of a warp.

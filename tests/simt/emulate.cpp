@@ -15,7 +15,7 @@ int Launcher<T>::backward(const LaunchParams& params, void*) {
 
 template <class T, bool kGradients>
 int emulate_clusters(int most, const ClusterParams<kGradients>& params) {
-    simt::launch(std::min(2, most) * T::kCluster, ClusterPlan<T>::kThreads, ClusterPlan<T>::kSharedBytes, [&] { ClusterPass<T, kGradients>(params.turns).run(); }, T::kCluster);
+    simt::launch(std::min(2, most) * T::kCluster, ClusterPlan<T, kGradients>::kThreads, ClusterPlan<T, kGradients>::kSharedBytes, [&] { ClusterPass<T, kGradients>(params.turns).run(); }, T::kCluster);
     return 0;
 }
 

@@ -221,6 +221,8 @@ void named_barrier(int number) { simt::meet(simt::block->named_barriers[number],
 template <int kThreads>
 void named_barrier_arrive(int number) { simt::arrive(simt::block->named_barriers[number], kThreads); }
 inline void group_barrier(int group) { named_barrier<256>(1 + group); }
+template <int kCount, int kLaunched>
+inline void own_registers() {}
 inline char* shared_memory() { return simt::shared_memory(*simt::block); }
 
 inline int cluster_rank() { return simt::block->rank; }
