@@ -25,8 +25,8 @@
 // the second group keeps the rows of the first transform, where they came or else in global memory, until it has those of the second, and adds the products
 // to the sums of the channel. The pairs of a channel, or of a part of it, are those of one cluster: the same bits every time.
 #pragma once
+#include "cluster_across.cuh"
 #include "cluster_rows.cuh"
-#include "small_transform.cuh"
 #include "tile_store.cuh"
 
 template <class T, bool kGradients>
@@ -38,8 +38,8 @@ struct ClusterPass {
     using Tables = ::Tables<T, true>;
     using Result = OuterResult<T, typename Plan::Sums>;
     static constexpr int kRemoteBytes = (T::kCluster - 1) * T::kOwnRows * kRowUnits * 16;     // that come from other blocks
-    using Vector = typename Choose<(T::kCluster > 8), uint2, uint4>::type;      // of a row, that a thread transforms across the blocks
-    static constexpr int kVectors = kRowUnits * 16 / int(sizeof(Vector));      // of a row
+    using Across = AcrossBlocks<T>;
+    using Vector = typename Across::Vector;
     enum Barrier { kPack = 1, kStore = 3, kReady = 4, kTransformed = kReady + Plan::kBuffers };
     static constexpr bool kTwoOutputs = T::kBlocked || kGradients;
     enum Group { kPacking, kTransforming, kStoring };
@@ -265,39 +265,12 @@ struct ClusterPass {
         }
     }
 
-    // A vector of a row, the one that is number `at` in rows whose number four divides: see row_unit().
-    DEVICE static Vector* vector_of(uint4* rows, int row, int at) {
-        return reinterpret_cast<Vector*>(rows) + row * kVectors + (at ^ (row & 3) * (32 / int(sizeof(Vector))));
-    }
-
-    // Calls function(b, own, at, vector) for the DFTs of R points that this thread does: of vector `at` of row `own` of each block.
-    template <class Function>
-    DEVICE void across(uint4* rows, Function function) const {
-        constexpr int kPairs = int(sizeof(Vector)) / 8;
-        const int first = warp * 32 + lane, at = first % kVectors;
-#pragma unroll 2
-        for (int i = 0; i < T::kOwnRows * kVectors / T::kThreads; i++) {
-            const int own = first / kVectors + i * (T::kThreads / kVectors);
-            PlanarPair x[kPairs][T::kCluster];
-#pragma unroll
-            for (int b = 0; b < T::kCluster; b++) unpack(*vector_of(rows, b * T::kOwnRows + own, at), x, b);
-#pragma unroll
-            for (int j = 0; j < kPairs; j++) small_transform(x[j]);
-#pragma unroll
-            for (int b = 0; b < T::kCluster; b++) function(b, own, at, vector(x, b));
-        }
-    }
-    DEVICE static void unpack(uint4 v, PlanarPair (&x)[2][T::kCluster], int b) { x[0][b] = {v.x, v.y}, x[1][b] = {v.z, v.w}; }
-    DEVICE static void unpack(uint2 v, PlanarPair (&x)[1][T::kCluster], int b) { x[0][b] = {v.x, v.y}; }
-    DEVICE static uint4 vector(const PlanarPair (&x)[2][T::kCluster], int b) { return make_uint4(x[0][b].re, x[0][b].im, x[1][b].re, x[1][b].im); }
-    DEVICE static uint2 vector(const PlanarPair (&x)[1][T::kCluster], int b) { return make_uint2(x[0][b].re, x[0][b].im); }
-
     // From the rows of the pair before, which have come, to those of the whole transform, in place.
     DEVICE void transform_last_across() {
         const int number = done(kPacking) - 1, buffer = Plan::buffer(number);
         if (Plan::kInRegisters || number < first()) return;
         barrier_wait(control().rows_came[buffer], Plan::round(number) % 2);
-        across(rows(buffer), [&](int s, int own, int at, Vector v) { *vector_of(rows(buffer), s * T::kOwnRows + own, at) = v; });
+        Across::transform(rows(buffer), warp, lane, [&](int s, int own, int at, Vector v) { *Across::vector_of(rows(buffer), s * T::kOwnRows + own, at) = v; });
         named_barrier_arrive<512>(kReady + buffer);
     }
 
@@ -318,8 +291,8 @@ struct ClusterPass {
         named_barrier<512>(kTransformed + buffer);
         if (tensors(range().first + number).output.data) {
             wait_for_return(before);
-            across(rows(buffer), [&](int b, int own, int at, Vector v) {
-                store_in_cluster(b, rank, vector_of(returned_rows(before), rank * T::kOwnRows + own, at), v, returned(before));
+            Across::transform(rows(buffer), warp, lane, [&](int b, int own, int at, Vector v) {
+                store_in_cluster(b, rank, Across::vector_of(returned_rows(before), rank * T::kOwnRows + own, at), v, returned(before));
             });
             has_returned(before);
         }

@@ -38,92 +38,113 @@ private:
     // Where a row of the first turn waits for that, if not where it came.
     DEVICE uint4* kept(int row) const { return static_cast<uint4*>(pass.params.scratch) + ((block_index() * T::kRows + row) * 64 + pass.lane); }
 
+    static constexpr int kRowsPerPart = Plan::kRowsPerWarp / Plan::kParts;
+    // How far behind the warp's first row another one is, and this lane's units of that first row.
+    DEVICE static int behind(int part, int row) { return (row * Plan::kParts + part) * T::kWarps; }
+    DEVICE uint4* first_units(int number) const { return pass.rows(Plan::buffer(number)) + pass.warp * kRowUnits + fragment_unit(pass.warp, pass.lane); }
+
+    // The spectrum for a row, which stays as long as the channel does. Every lane copies what it will read itself: nothing but its own wait is needed.
+    DEVICE uint4* spectrum(int behind) const { return pass.operands() + behind * 64; }
+    DEVICE void start_spectrum(int behind, int tile) const {
+        forget(pass.lane), forget(pass.warp);
+        const uint4* const from = reinterpret_cast<const uint4*>(pass.params.spectrum) + int64_t(pass.channel_of(pass.pair(tile))) * kBlockVectors<T> + pass.row_vector(pass.warp + behind);
+        copy_async<16>(spectrum(behind), from), copy_async<16>(spectrum(behind) + 32, from + 32);
+    }
+
+    // What a tile is, by how many have gone before in this block.
+    struct Work {
+        int number;
+        bool channel_ends, second, wanted, summed;      // the last of its channel, a second turn; with an output, with gradients of taps
+    };
+
     DEVICE void transform() const {
-        constexpr int kRowsPerPart = Plan::kRowsPerWarp / Plan::kParts;
         const InnerConstants constants(InnerTables{pass.tables.inner, pass.lane});
-        // How far behind the warp's first row another one is.
-        auto behind = [](int part, int row) { return (row * Plan::kParts + part) * T::kWarps; };
-        // Every lane copies what it will read itself: nothing but its own wait is needed. The spectrum stays as long as the channel does.
-        auto operand = [&](int behind) { return pass.operands() + behind * 64; };
-        auto start_operand = [&](int behind, int of_tile) {
-            forget(pass.lane), forget(pass.warp);
-            const uint4* const from = reinterpret_cast<const uint4*>(pass.params.spectrum) + int64_t(pass.channel_of(pass.pair(of_tile))) * kBlockVectors<T> + pass.row_vector(pass.warp + behind);
-            copy_async<16>(operand(behind), from), copy_async<16>(operand(behind) + 32, from + 32);
-        };
         for (int part = 0; part < Plan::kParts; part++)
-            for (int row = 0; row < kRowsPerPart; row++) start_operand(behind(part, row), pass.range().first), copy_async_commit();
+            for (int row = 0; row < kRowsPerPart; row++) start_spectrum(behind(part, row), pass.range().first), copy_async_commit();
         pass.done(Pass::kTransforming) = 0;
 #pragma unroll 1
         for (; pass.tile(Pass::kTransforming) < pass.range().last; pass.done(Pass::kTransforming) = pass.done(Pass::kTransforming) + 1) {
             const int number = pass.done(Pass::kTransforming), tile = pass.tile(Pass::kTransforming);
             const bool channel_ends = tile + 1 < pass.range().last && pass.channel_of(pass.pair(tile + 1)) != pass.channel_of(pass.pair(tile));
-            const bool second = pass.second_turn(tile), wanted = !kGradients || pass.tensors(tile).output.data, summed = kGradients && pass.params.grad_filter;
-            auto units = [&](int number) { return pass.rows(Plan::buffer(number)) + pass.warp * kRowUnits + fragment_unit(pass.warp, pass.lane); };     // of the first row
-            // A row of the transform, to frequencies and back.
-            auto there_and_back = [&](RowFragment value, int behind) {
-                RowFragment factors, twiddles, g = {};
-                forget(pass.lane), forget(pass.warp);
-                if (summed && second && !Plan::kStay) g.load_again(kept(pass.warp + behind));
-                copy_async_wait<Plan::kRowsPerWarp - 1>();
-                twiddles.load(pass.tables.twiddle + (pass.warp + behind) * 64 + pass.lane);
-                value = inner_transform(value * twiddles, constants);
-                if (summed && !second) value.store(Plan::kStay ? units(number) + behind * kRowUnits : kept(pass.warp + behind));
-                if (summed && second) {
-                    if (Plan::kStay) g.load(units(number - 1) + behind * kRowUnits);
-                    add_product(g, value, pass.warp + behind);
-                }
-                // Read again rather than kept: registers are scarce.
-                if (kGradients) twiddles.load(pass.tables.twiddle + (pass.warp + behind) * 64 + pass.lane);
-                if (wanted) {
-                    factors.load(operand(behind));
-                    factors.conjugate_if(second);
-                    value = inner_transform(conjugate_product(value, factors), constants) * twiddles;
-                }
-                if (channel_ends) start_operand(behind, pass.tile(Pass::kTransforming, 1));
-                copy_async_commit();
-                return value;
-            };
-            if constexpr (Plan::kInRegisters) {
-                const int output = pass.outputs(number);
-                auto leave = [&](int number, int part) {
-                    warp_barrier();
-                    if (pass.lane < T::kCluster) barrier_arrive(pass.lane, &pass.control().rows_free[Plan::buffer(number)][part]);
-                };
-#pragma unroll 1
-                for (int part = 0; part < Plan::kParts; part++) {
-                    RowFragment x[T::kCluster];
-                    barrier_wait(&pass.control().rows_came[Plan::buffer(number)][part], Plan::round(number) % 2);
-#pragma unroll
-                    for (int b = 0; b < T::kCluster; b++) x[b].load(units(number) + behind(part, b) * kRowUnits);
-                    if (!summed || second) leave(number, part);
-                    small_transform(x);
-#pragma unroll
-                    for (int s = 0; s < T::kCluster; s++) x[s] = there_and_back(x[s], behind(part, s));
-                    if (summed && second) leave(number - 1, part);
-                    if (!wanted) continue;
-                    small_transform(x);
-                    if (part == 0) pass.wait_for_return(output);
-                    const int there = pass.rank * T::kOwnRows + pass.warp + part * T::kWarps;
-                    uint4* const to = pass.returned_rows(output) + there * kRowUnits + fragment_unit(there, pass.lane);
-#pragma unroll
-                    for (int b = 0; b < T::kCluster; b++)
-                        for (int i = 0; i < 2; i++) store_in_cluster(b, pass.rank, to + 32 * i, x[b].vector(i), pass.returned(output));
-                }
-                if (wanted) pass.has_returned(output);
-            } else {
-                named_barrier<512>(Pass::kReady + Plan::buffer(number));
-#pragma unroll(kGradients ? 1 : 2)
-                for (int row = 0; row < Plan::kRowsPerWarp; row++) {
-                    uint4* const own = units(number) + behind(0, row) * kRowUnits;
-                    RowFragment value;
-                    value.load(own);
-                    value = there_and_back(value, behind(0, row));
-                    if (wanted) value.store(own);
-                }
-                named_barrier_arrive<512>(Pass::kTransformed + Plan::buffer(number));
-            }
+            const Work work{number, channel_ends, pass.second_turn(tile), !kGradients || pass.tensors(tile).output.data, kGradients && pass.params.grad_filter};
+            auto there_and_back = [&](const RowFragment& value, int behind) { return this->there_and_back(constants, work, value, behind); };
+            if constexpr (Plan::kInRegisters)
+                transform_in_registers(work, there_and_back);
+            else
+                transform_in_place(work, there_and_back);
         }
         copy_async_wait<0>();
+    }
+
+    // A row of the transform, to frequencies and back.
+    DEVICE RowFragment there_and_back(const InnerConstants& constants, const Work& work, RowFragment value, int behind) const {
+        RowFragment factors, twiddles, g = {};
+        forget(pass.lane), forget(pass.warp);
+        if (work.summed && work.second && !Plan::kStay) g.load_again(kept(pass.warp + behind));
+        copy_async_wait<Plan::kRowsPerWarp - 1>();
+        twiddles.load(pass.tables.twiddle + (pass.warp + behind) * 64 + pass.lane);
+        value = inner_transform(value * twiddles, constants);
+        if (work.summed && !work.second) value.store(Plan::kStay ? first_units(work.number) + behind * kRowUnits : kept(pass.warp + behind));
+        if (work.summed && work.second) {
+            if (Plan::kStay) g.load(first_units(work.number - 1) + behind * kRowUnits);
+            add_product(g, value, pass.warp + behind);
+        }
+        // Read again rather than kept: registers are scarce.
+        if (kGradients) twiddles.load(pass.tables.twiddle + (pass.warp + behind) * 64 + pass.lane);
+        if (work.wanted) {
+            factors.load(spectrum(behind));
+            factors.conjugate_if(work.second);
+            value = inner_transform(conjugate_product(value, factors), constants) * twiddles;
+        }
+        if (work.channel_ends) start_spectrum(behind, pass.tile(Pass::kTransforming, 1));
+        copy_async_commit();
+        return value;
+    }
+
+    // A tile whose DFTs across blocks are done here, in registers.
+    template <class Function>
+    DEVICE void transform_in_registers(const Work& work, Function there_and_back) const {
+        const int output = pass.outputs(work.number);
+        auto leave = [&](int number, int part) {
+            warp_barrier();
+            if (pass.lane < T::kCluster) barrier_arrive(pass.lane, &pass.control().rows_free[Plan::buffer(number)][part]);
+        };
+#pragma unroll 1
+        for (int part = 0; part < Plan::kParts; part++) {
+            RowFragment x[T::kCluster];
+            barrier_wait(&pass.control().rows_came[Plan::buffer(work.number)][part], Plan::round(work.number) % 2);
+#pragma unroll
+            for (int b = 0; b < T::kCluster; b++) x[b].load(first_units(work.number) + behind(part, b) * kRowUnits);
+            if (!work.summed || work.second) leave(work.number, part);
+            small_transform(x);
+#pragma unroll
+            for (int s = 0; s < T::kCluster; s++) x[s] = there_and_back(x[s], behind(part, s));
+            if (work.summed && work.second) leave(work.number - 1, part);
+            if (!work.wanted) continue;
+            small_transform(x);
+            if (part == 0) pass.wait_for_return(output);
+            const int there = pass.rank * T::kOwnRows + pass.warp + part * T::kWarps;
+            uint4* const to = pass.returned_rows(output) + there * kRowUnits + fragment_unit(there, pass.lane);
+#pragma unroll
+            for (int b = 0; b < T::kCluster; b++)
+                for (int i = 0; i < 2; i++) store_in_cluster(b, pass.rank, to + 32 * i, x[b].vector(i), pass.returned(output));
+        }
+        if (work.wanted) pass.has_returned(output);
+    }
+
+    // A tile whose DFTs across blocks other groups do.
+    template <class Function>
+    DEVICE void transform_in_place(const Work& work, Function there_and_back) const {
+        named_barrier<512>(Pass::kReady + Plan::buffer(work.number));
+#pragma unroll(kGradients ? 1 : 2)
+        for (int row = 0; row < Plan::kRowsPerWarp; row++) {
+            uint4* const own = first_units(work.number) + behind(0, row) * kRowUnits;
+            RowFragment value;
+            value.load(own);
+            value = there_and_back(value, behind(0, row));
+            if (work.wanted) value.store(own);
+        }
+        named_barrier_arrive<512>(Pass::kTransformed + Plan::buffer(work.number));
     }
 
     // The same for blocked sequences, whose products are the steps.
