@@ -59,6 +59,7 @@ DEVICE void own_registers() {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(kCount));
 #endif
 }
+
 DEVICE char* shared_memory() {
     extern __shared__ __align__(128) char memory[];
     return memory;

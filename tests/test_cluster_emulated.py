@@ -59,6 +59,7 @@ def test_sequences_of_any_size() -> None:
     "length, taps, options, dtype, channels",
     [
         (8192, 8192, ("skip", *GATES), torch.bfloat16, 2),
+        (10000, 10000, GATES, torch.bfloat16, 3),
         (9000, 20000, ("pre_gate",), torch.float16, 1),
         (5000, 5000, ("k_rev", "post_gate"), torch.float32, 3),
     ],
