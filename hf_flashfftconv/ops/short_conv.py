@@ -251,8 +251,15 @@ class _ShortConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:3])
-        found = iter(_ShortConvBackward.apply(*gradients, *ctx.saved_tensors, ctx.gate, ctx.backend, needs))
+        # Gradients are recorded only where second ones are asked for.
+        compute = _ShortConvBackward.apply if torch.is_grad_enabled() else _gradients
+        found = iter(compute(*gradients, *ctx.saved_tensors, ctx.gate, ctx.backend, needs))
         return *(next(found) if need else None for need in needs), None, None
+
+
+def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
+    *gradients, z, weight, bias, gate, backend, needs = arguments
+    return tuple(_short_conv_backward(gradients, z, weight, bias, gate, backend, needs))
 
 
 class _ShortConvBackward(torch.autograd.Function):
@@ -260,8 +267,7 @@ class _ShortConvBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        *gradients, z, weight, bias, gate, backend, needs = arguments
-        return tuple(_short_conv_backward(gradients, z, weight, bias, gate, backend, needs))
+        return _gradients(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
