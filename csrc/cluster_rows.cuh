@@ -147,7 +147,7 @@ private:
         named_barrier_arrive<512>(Pass::kTransformed + Plan::buffer(work.number));
     }
 
-    // The same for blocked sequences, whose products are the steps.
+    // Blocked sequences, whose products are the steps.
     DEVICE void transform_blocked() const {
         const typename NeededInnerTables<typename T::Element>::type constants{pass.tables.inner, pass.lane};
         int place = 0;      // of the operands of this step, and then of those kAhead steps later
