@@ -57,7 +57,8 @@ struct ClusterPass {
 
     DEVICE uint4* rows(int buffer) const { return reinterpret_cast<uint4*>(memory + buffer * T::kRowBytes); }
     DEVICE uint4* returned_rows(int output) const { return rows(Plan::kBuffers + output % Plan::kReturnBuffers); }
-    DEVICE uint4* operands() const { return rows(Plan::kBuffers + Plan::kReturnBuffers) + warp * Plan::kOperandVectors + lane; }     // of this lane, and so much for each row or step
+    // Of this lane for its warp's first row or step; those of all warps for the next ones follow.
+    DEVICE uint4* operands() const { return rows(Plan::kBuffers + Plan::kReturnBuffers) + warp * Plan::kOperandVectors + lane; }
     DEVICE char* control_memory() const { return memory + (Plan::kBuffers + Plan::kReturnBuffers) * T::kRowBytes + Plan::kOperandBytes; }
     DEVICE Control& control() const { return *reinterpret_cast<Control*>(control_memory()); }
     // Of an input, its gate and the gate of an output, where there are such.

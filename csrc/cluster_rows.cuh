@@ -17,7 +17,7 @@ struct ClusterRows {
 
 private:
     // This lane's units of a row.
-    DEVICE uint4* units_of(int buffer, int row) const { return pass.rows(buffer) + row * kRowUnits + fragment_unit(row, pass.lane); }
+    DEVICE uint4* units_of(uint4* rows, int row) const { return rows + row * kRowUnits + fragment_unit(row, pass.lane); }
 
     // Of the gradients of taps, where they are wanted: the sums over pairs of conj(G) E for the rows of this block, with the transforms G of the first turn
     // and E of the second. What fft_conv_tap_gradient wants in its order.
@@ -41,7 +41,7 @@ private:
     static constexpr int kRowsPerPart = Plan::kRowsPerWarp / Plan::kParts;
     // How far behind the warp's first row another one is, and this lane's units of that first row.
     DEVICE static int behind(int part, int row) { return (row * Plan::kParts + part) * T::kWarps; }
-    DEVICE uint4* first_units(int number) const { return pass.rows(Plan::buffer(number)) + pass.warp * kRowUnits + fragment_unit(pass.warp, pass.lane); }
+    DEVICE uint4* first_units(int number) const { return units_of(pass.rows(Plan::buffer(number)), pass.warp); }
 
     // The spectrum for a row, which stays as long as the channel does. Every lane copies what it will read itself: nothing but its own wait is needed.
     DEVICE uint4* spectrum(int behind) const { return pass.operands() + behind * 64; }
@@ -123,8 +123,7 @@ private:
             if (!work.wanted) continue;
             small_transform(x);
             if (part == 0) pass.wait_for_return(output);
-            const int there = pass.rank * T::kOwnRows + pass.warp + part * T::kWarps;
-            uint4* const to = pass.returned_rows(output) + there * kRowUnits + fragment_unit(there, pass.lane);
+            uint4* const to = units_of(pass.returned_rows(output), pass.rank * T::kOwnRows + pass.warp + part * T::kWarps);
 #pragma unroll
             for (int b = 0; b < T::kCluster; b++)
                 for (int i = 0; i < 2; i++) store_in_cluster(b, pass.rank, to + 32 * i, x[b].vector(i), pass.returned(output));
@@ -198,13 +197,13 @@ private:
                 };
                 auto transformed = [&](int row) {
                     RowFragment value, twiddles;
-                    value.load(units_of(buffer, row)), twiddles.load(pass.tables.twiddle + row * 64 + pass.lane);
+                    value.load(units_of(pass.rows(buffer), row)), twiddles.load(pass.tables.twiddle + row * 64 + pass.lane);
                     return inner_transform(value * twiddles, constants);
                 };
                 auto transform_back = [&](const RowFragment& sum, int row) {
                     RowFragment twiddles;
                     twiddles.load(pass.tables.twiddle + row * 64 + pass.lane);
-                    (inner_transform(sum, constants) * twiddles).store(units_of(buffer, row));
+                    (inner_transform(sum, constants) * twiddles).store(units_of(pass.rows(buffer), row));
                 };
                 named_barrier<512>(Pass::kReady + buffer);
                 if (!pass.params.channel_pairs) {

@@ -52,6 +52,9 @@ DEVICE void group_barrier(int group) {
 // be in place, without calls. Where the architecture has no such thing, all keep what they are launched with.
 template <int kCount, int kLaunched>
 DEVICE void own_registers() {
+#ifndef OWN_REGISTERS
+    static_assert(kCount == kLaunched, "calls keep warps from having registers of their own");
+#endif
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FAMILY_SPECIFIC__)
     if constexpr (kCount > kLaunched)
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(kCount));
