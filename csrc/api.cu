@@ -31,14 +31,15 @@ static bool valid(const fft_conv_params& p) {
     return radix >= 1 && (radix & (radix - 1)) == 0 && radix * kColumns == p.fft_size && p.batch > 0 && p.channels > 0 && p.length > 0 && p.length <= reach;
 }
 
-// Pairs of a channel in a part of its own, so that clusters have done all parts first: each takes as long as its pairs and half a pair more.
+// Pairs of a channel in a part of its own, so that clusters have done all parts first: each takes as long as its pairs and, with what is done about its
+// sums afterwards, one and a half more.
 static int pairs_per_split(const fft_conv_params& p) {
     const int pairs = (p.batch + 1) / 2, workers = kMaximumBackwardBlocks / 2 / p.cluster;
     int best = pairs;
     int64_t least = INT64_MAX;
     for (int splits = 1; splits <= std::min(pairs, workers); splits++) {
         const int part = (pairs + splits - 1) / splits;
-        const int64_t rounds = (int64_t(p.channels) * splits + workers - 1) / workers, cost = rounds * (2 * part + 1);
+        const int64_t rounds = (int64_t(p.channels) * splits + workers - 1) / workers, cost = rounds * (2 * part + 3);
         if (cost < least) least = cost, best = part;
     }
     return best;
@@ -57,10 +58,9 @@ static LaunchParams derive(const fft_conv_params& p) {
         derived.pair_aligned = std::min(derived.pair_aligned, common_alignment(*t, bytes));
     derived.pair_aligned = derived.pair_aligned >= 2 * bytes;
     derived.whole_units = derived.pair_aligned && derived.alignment >= 16 && p.length * bytes % 16 == 0;
-    derived.log_radix = log2_of(p.fft_size / kColumns);
     derived.pairs = divider((p.batch + 1) / 2);
     derived.blocks = divider(block_count(p));
-    const int pairs = (p.batch + 1) / 2, pairs_per_tile = std::max(1, tile_rows(p.fft_size / kColumns) >> derived.log_radix);
+    const int pairs = (p.batch + 1) / 2, pairs_per_tile = tile_pairs(p.fft_size / kColumns);
     derived.log_sharing = std::min(log2_of(pairs), log2_of(pairs_per_tile));
     const int tiles = (pairs + (1 << derived.log_sharing) - 1) >> derived.log_sharing, channels_per_tile = pairs_per_tile >> derived.log_sharing;
     const int channel_tiles = (p.channels + channels_per_tile - 1) / channels_per_tile;
@@ -248,4 +248,4 @@ extern "C" int fft_conv_short_splits(const fft_conv_short_params* params) {
     return with_short(*params, [&](auto launcher) { return derive(*params, launcher.kBackwardUnits).splits * kShortTimeWarps; });
 }
 
-extern "C" int fft_conv_version() { return 11; }
+extern "C" int fft_conv_version() { return 12; }

@@ -30,7 +30,7 @@ struct BackwardUnits {
     int channels_per_tile, count;
 
     HOST_DEVICE explicit BackwardUnits(const LaunchParams& params) {
-        channels_per_tile = T::kRows >> params.log_radix >> params.log_sharing;
+        channels_per_tile = T::kPairs >> params.log_sharing;
         count = (params.channels + channels_per_tile - 1) / channels_per_tile * params.splits.divisor;
     }
 
@@ -48,7 +48,7 @@ struct BackwardUnits {
     DEVICE TileSequences sequences(const LaunchParams& params, int unit, int tile, int lane) const {
         const int pair = lane / 2, first = (params.splits.remainder(unit) * params.tiles_per_split.divisor + tile) << params.log_sharing;
         const int row = 2 * (first + (pair & ((1 << params.log_sharing) - 1))) + lane % 2;
-        return TileSequences(params, unit < count && pair < T::kRows >> params.log_radix ? channel(params, unit, pair) : params.channels, row);
+        return TileSequences(params, unit < count && pair < T::kPairs ? channel(params, unit, pair) : params.channels, row);
     }
 
     DEVICE RegularSequences regular(const LaunchParams& params, int unit, int tile) const {
@@ -66,9 +66,7 @@ struct Backward {
     using Sums = float4[Plan::kRowsPerWarp][4];     // of the products, of a warp's rows
     const LaunchParams& params;
     const int lane, block_warp, group, warp;
-    const int radix;
     const BackwardUnits<T> units;
-    const SlotMap<T> slots;
     const Stager<T> stager;
     const Tables<T, Plan::kSharedTwiddles> tables;
     uint4 *rows_g, *rows_e;
@@ -78,8 +76,8 @@ struct Backward {
     char* stages;
 
     DEVICE explicit Backward(const LaunchParams& params)
-        : params(params), lane(thread_index() % 32), block_warp(thread_index() / 32), group(block_warp / 8), warp(block_warp % 8), radix(1 << params.log_radix),
-          units(params), slots{params.log_radix - T::kHalf}, stager{params, slots, thread_index()}, tables(params.tables, shared_memory(), radix) {
+        : params(params), lane(thread_index() % 32), block_warp(thread_index() / 32), group(block_warp / 8), warp(block_warp % 8),
+          units(params), stager{params, thread_index()}, tables(params.tables, shared_memory()) {
         char* memory = shared_memory() + Tables<T, Plan::kSharedTwiddles>::kSharedBytes;
         energies = reinterpret_cast<float*>(memory + group * T::kEnergyBytes);
         memory += 2 * T::kEnergyBytes;
@@ -107,25 +105,24 @@ struct Backward {
     }
 
     // Rows of both transforms: to the frequency domain, the sums, and back.
-    DEVICE void transform_rows(const TileSequences& sequences, Sums& sums) const {
+    DEVICE void transform_rows(int unit, Sums& sums) const {
         const InnerTables constants{tables.inner, lane};
         const int own_unit = fragment_unit(block_warp, lane);
 #pragma unroll
         for (int i = 0; i < Plan::kRowsPerWarp; i++) {
-            const int row = block_warp + i * Plan::kWarps, owner = 2 * (T::kMaxPairs == 1 ? 0 : row >> params.log_radix);
-            const int64_t channel = shuffle(sequences.channel, owner);
-            RowFragment twiddle = tables.row_twiddles(row & (radix - 1), lane), spectrum, x[2];
+            const int row = block_warp + i * Plan::kWarps, pair = row / T::kPairRows, channel = units.channel(params, unit, pair);
+            RowFragment twiddle = tables.row_twiddles(row % T::kPairRows, lane), spectrum, x[2];
             RowFragment &g = x[0], &e = x[1];
             float4(&sum)[4] = sums[i];
             g.load(row_words(rows_g, row) + own_unit), e.load(row_words(rows_e, row) + own_unit);
             g = g * twiddle, e = e * twiddle;
             inner_transform(x, constants);
-            spectrum.load_spectrum(reinterpret_cast<const uint4*>(params.spectrum) + (channel * radix + (row & (radix - 1))) * 64 + lane);
+            spectrum.load_spectrum(reinterpret_cast<const uint4*>(params.spectrum) + (int64_t(channel < params.channels ? channel : 0) * T::kPairRows + row % T::kPairRows) * 64 + lane);
             const float* up = reinterpret_cast<const float*>(exchange);
             // The second sequence's scale is the same unless it is not finite.
-            const float weight = up[owner] * up[32 + owner] + 0.f * (up[owner + 1] * up[32 + owner + 1]);
+            const float weight = up[2 * pair] * up[32 + 2 * pair] + 0.f * (up[2 * pair + 1] * up[32 + 2 * pair + 1]);
 #pragma unroll
-            for (int j = 0; j < 4; j++) accumulate(sum[j], weighted_product_of_conjugate(g.value[j / 2][j % 2], e.value[j / 2][j % 2], weight));
+            for (int j = 0; j < 4; j++) accumulate(sum[j], weighted(product_of_conjugate(g.value[j / 2][j % 2], e.value[j / 2][j % 2]), weight));
             e = product_of_conjugate(e, spectrum);
             if (params.grad_post_gate.data) {
                 g = conjugate_product(g, spectrum);
@@ -134,7 +131,7 @@ struct Backward {
                 e = inner_transform(e, constants);
             }
             // Read again rather than kept: registers are scarce.
-            twiddle = tables.row_twiddles(row & (radix - 1), lane);
+            twiddle = tables.row_twiddles(row % T::kPairRows, lane);
             if (params.grad_post_gate.data) (g * twiddle).store(row_words(rows_g, row) + own_unit);
             (e * twiddle).store(row_words(rows_e, row) + own_unit);
         }
@@ -156,11 +153,11 @@ struct Backward {
 #pragma unroll
         for (int i = 0; i < Plan::kRowsPerWarp; i++) {
             const int row = block_warp + i * Plan::kWarps;
-            if (!is_first_pair(row >> params.log_radix)) continue;
-#pragma unroll 1
+            if (!is_first_pair(row / T::kPairRows)) continue;
+#pragma unroll 2
             for (int pair = 0; pair < 1 << params.log_sharing; pair++)
 #pragma unroll
-                for (int j = 0; j < 4; j++) accumulate(sums[i][j], all(row + (pair << params.log_radix), j));
+                for (int j = 0; j < 4; j++) accumulate(sums[i][j], all(row + pair * T::kPairRows, j));
         }
         block_barrier();
     }
@@ -181,14 +178,14 @@ struct Backward {
             float undo = shuffle(scale, c) * (c == 0 ? 1.f : -1.f);
 #pragma unroll
             for (int n = 0; n < OuterResult<T>::kTiles; n++) {
-                if (T::kMaxPairs > 1 && n > 0) {
+                if (T::kPairs > 1 && n > 0) {
                     first = {*this, index, header, sequences, slot + 4 * n, column, c};
                     second = {*this, kGradPreGate, header, sequences, slot + 4 * n, column, c};
                 }
-                if (T::kMaxPairs > 1) undo = shuffle(scale, 2 * slots.pair(slot + 4 * n) + c) * (c == 0 ? 1.f : -1.f);
+                if (T::kPairs > 1) undo = shuffle(scale, 2 * T::slot_pair(slot + 4 * n) + c) * (c == 0 ? 1.f : -1.f);
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    const int at = column + 128 * half, offset = (T::kMaxPairs == 1 ? 4 * n * kColumns : 0) + 128 * half;
+                    const int at = column + 128 * half, offset = (T::kPairs == 1 ? 4 * n * kColumns : 0) + 128 * half;
                     Pair y = result.columns(n, half, c);
                     y = {y.x * undo, y.y * undo};
                     const Pair f = factor ? factor.load(c, n, slot, at) : Pair{1.f, 1.f};
@@ -211,10 +208,10 @@ struct Backward {
 
         DEVICE GradientRow(const Backward& pass, TensorIndex index, const TileHeader& header, const TileSequences& sequences, int slot, int column, int c) {
             const fft_conv_tensor& tensor = (&pass.params.u)[index];
-            const int position = pass.slots.position(slot) + column, pair = pass.slots.pair(slot);
+            const int position = T::slot_position(slot) + column, pair = T::slot_pair(slot);
             aligned = pass.params.pair_aligned, left = pass.params.length - position;
             if constexpr (kRegular) {
-                to = reinterpret_cast<Element*>(header.first[index] + (T::kMaxPairs == 1 ? 0 : pair * header.pair_stride[index])) + c * tensor.batch_stride + position;
+                to = reinterpret_cast<Element*>(header.first[index] + (T::kPairs == 1 ? 0 : pair * header.pair_stride[index])) + c * tensor.batch_stride + position;
             } else {
                 to = sequences.address<Element>(tensor, 2 * pair + c) + position;
                 if (!shuffle(int(sequences.valid), 2 * pair + c)) left = 0;
@@ -248,14 +245,14 @@ struct Backward {
     DEVICE void store_gradients_from_memory(const OuterResult<T>& result, const TileHeader& header, const TileSequences& sequences, float scale,
                                             const fft_conv_tensor& factor) const {
         using Source = DirectSource<T, kAligned>;
-        store_gradients<false>(result, header, sequences, scale, Source(factor, params, sequences, slots), Source(params.u, params, sequences, slots));
+        store_gradients<false>(result, header, sequences, scale, Source(factor, params, sequences), Source(params.u, params, sequences));
     }
 
-    // From the sums of a unit to the gradient of its taps. Half transforms give the taps of the second half by the shift theorem: the signs of
-    // odd frequencies change, which are those of odd rows.
+    // From the sums of a unit to the gradient of its taps. Half transforms give those before the start, in the second half, by the shift theorem: the
+    // signs of odd frequencies change, which are those of odd rows.
     DEVICE void store_filter_gradient(int unit, Sums& sums) const {
         block_barrier();
-        if (T::kMaxPairs > 1 && params.log_sharing > 0) add_up_pairs(sums);
+        if (T::kPairs > 1 && params.log_sharing > 0) add_up_pairs(sums);
         if (block_warp == 0) exchange[lane] = 0;
         block_barrier();
 #pragma unroll
@@ -268,47 +265,59 @@ struct Backward {
                     largest = bits > largest ? bits : largest;
                 }
             largest = warp_maximum(largest);
-            if (lane == 0) atomic_maximum(exchange + (row >> params.log_radix), largest);
+            if (lane == 0) atomic_maximum(exchange + (row / T::kPairRows), largest);
         }
         block_barrier();
         const InnerTables constants{tables.inner, lane};
         const int own_unit = fragment_unit(block_warp, lane);
+        const bool second_half = T::kHalf && params.taps_rev > 0;
 #pragma unroll
         for (int i = 0; i < Plan::kRowsPerWarp; i++) {
             // Sums that are not finite go in as zeros, not to reach the other pairs of the tile, and come out as NaN by their scale.
             const int row = block_warp + i * Plan::kWarps;
-            const float divisor = scale_of_sums(row >> params.log_radix);
+            const float divisor = scale_of_sums(row / T::kPairRows);
             const bool finite = divisor == divisor;
             const float scale = finite ? 1.f / divisor : 0.f;
-            RowFragment x;
+            RowFragment x = {};
+            if (is_first_pair(row / T::kPairRows)) {
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const float4 v = finite ? sums[i][j] : make_float4(0.f, 0.f, 0.f, 0.f);
-                x.value[j / 2][j % 2] = {pack(v.x * scale, v.z * scale), pack(-v.y * scale, -v.w * scale)};
+                for (int j = 0; j < 4; j++) {
+                    const float4 v = finite ? sums[i][j] : make_float4(0.f, 0.f, 0.f, 0.f);
+                    x.value[j / 2][j % 2] = {pack(v.x * scale, v.z * scale), pack(-v.y * scale, -v.w * scale)};
+                }
+                x = inner_transform(x, constants) * tables.row_twiddles(row % T::kPairRows, lane);
             }
-            x = inner_transform(x, constants) * tables.row_twiddles(row & (radix - 1), lane);
             x.store(row_words(rows_g, row) + own_unit);
-            if (T::kHalf) {
+            if (second_half) {
                 if (row % 2 == 1)
                     for (int j = 0; j < 4; j++) x.value[j / 2][j % 2] = {negate2(x.value[j / 2][j % 2].re), negate2(x.value[j / 2][j % 2].im)};
                 x.store(row_words(rows_e, row) + own_unit);
             }
         }
         block_barrier();
-        if (!T::kHalf && group == 1) return;
+        if (group == 1 && !second_half) return;
         OuterResult<T> result;
         result.add(group == 0 ? rows_g : rows_e, tables.outer_inverse, warp, lane);
         const int column = outer_column(warp, lane), offset = group * (params.fft_size / 2), split = params.splits.remainder(unit);
         for (int n = 0; n < OuterResult<T>::kTiles; n++) {
-            const int slot = 4 * n + lane % 4, pair = slots.pair(slot), channel = units.channel(params, unit, pair);
+            const int slot = 4 * n + lane % 4, pair = T::slot_pair(slot), channel = units.channel(params, unit, pair);
             if (channel >= params.channels || !is_first_pair(pair)) continue;
-            float* taps = params.grad_filter + (int64_t(split) * params.channels + channel) * params.fft_size + slots.position(slot) + offset;
+            const int64_t filter = int64_t(split) * params.channels + channel;
             const float factor = scale_of_sums(pair) * square_root(float(params.fft_size));
             for (int half = 0; half < 2; half++) {
+                const int position = T::slot_position(slot) + offset + column + 128 * half;
                 const Pair y = result.columns(n, half, 0);
-                narrow_two(taps + column + 128 * half, y.x * factor, y.y * factor);
+                store_tap(filter, position, y.x * factor), store_tap(filter, position + 1, y.y * factor);
             }
         }
+    }
+
+    // The gradient of a point of the circle, to the taps that lie there.
+    DEVICE void store_tap(int64_t filter, int position, float x) const {
+        const int before = params.fft_size - 1 - position;
+        if (position < params.taps) params.grad_filter[filter * params.taps + position] = x;
+        if (before < params.taps_rev) params.grad_filter_rev[filter * params.taps_rev + before] = x;
+        if (position == 0 && params.grad_skip) params.grad_skip[filter] = x;
     }
 
     // A power of two near the largest magnitude among a pair's sums; NaN if they are not finite.
@@ -343,7 +352,7 @@ struct Backward {
                     copy_async_wait<0>();
                     block_barrier();
                 }
-                SequenceScales<T> scales{energies, slots, group, warp, lane};
+                SequenceScales<T> scales{energies, group, warp, lane};
                 u32 x[T::kSlots / 4][4];
                 if constexpr (Plan::kStaged || Plan::kOverlaid)
                     scales.pack_scaled(x, stage(group == 0 ? kU : kGradOutput, turn), stage(group == 0 ? kPreGate : kPostGate, turn), sequences.valid, true);
@@ -357,7 +366,7 @@ struct Backward {
 
                 outer_forward<T>(x, group == 0 ? rows_g : rows_e, tables.outer, warp, lane);
                 block_barrier();
-                transform_rows(sequences, sums);
+                transform_rows(unit, sums);
                 block_barrier();
                 if (group == 0 && !params.grad_post_gate.data) continue;
                 OuterResult<T> result;

@@ -47,13 +47,12 @@ struct ClusterPass {
     const LaunchParams& params;
     int lane, warp;
     const int rank;
-    const SlotMap<T> slots;
     const Tables tables;
     char* const memory;
 
     DEVICE explicit ClusterPass(const LaunchParams* turns)
-        : turns(turns), params(*turns), lane(thread_index() % 32), warp(thread_index() / 32 % T::kWarps), rank(cluster_rank()), slots{T::kHalf ? 4 : 5},
-          tables(params.tables, shared_memory(), T::kRows), memory(shared_memory() + Tables::kSharedBytes) {}
+        : turns(turns), params(*turns), lane(thread_index() % 32), warp(thread_index() / 32 % T::kWarps), rank(cluster_rank()),
+          tables(params.tables, shared_memory()), memory(shared_memory() + Tables::kSharedBytes) {}
 
     DEVICE uint4* rows(int buffer) const { return reinterpret_cast<uint4*>(memory + buffer * T::kRowBytes); }
     DEVICE uint4* returned_rows(int output) const { return rows(Plan::kBuffers + output % Plan::kReturnBuffers); }
@@ -63,7 +62,7 @@ struct ClusterPass {
     DEVICE Control& control() const { return *reinterpret_cast<Control*>(control_memory()); }
     // Of an input, its gate and the gate of an output, where there are such.
     DEVICE Stage<T> stage(int place, bool wanted = true) const { return {Plan::kStaged && wanted ? control_memory() + Plan::kControlBytes + place * T::kStageBytes : nullptr}; }
-    DEVICE Stager<T> stager(int tile) const { return {tensors(tile), slots, fresh_thread_index()}; }
+    DEVICE Stager<T> stager(int tile) const { return {tensors(tile), fresh_thread_index()}; }
     DEVICE float* scales(int tile) const { return control().scales[tile % Plan::kScaleSlots]; }
     DEVICE TileHeader& header(int group, int tile) const { return control().headers[group][tile % 2u]; }
     // The block's tiles, and how many of them a group has done. They stay in shared memory: what registers have no room for the compiler would park in
@@ -138,7 +137,7 @@ struct ClusterPass {
             named_barrier<256>(kPack);
             fill_header(0, tile(kPacking, 1));
             u32 x[T::kSlots / 4][4];
-            SequenceScales<T> sequence_scales{control().energies, slots, 0, warp, lane};
+            SequenceScales<T> sequence_scales{control().energies, 0, warp, lane};
             auto current = [&] { return sequences(tile(kPacking)); };
             const LaunchParams& in = tensors(tile(kPacking));
             const Stage<T> u = stage(0), gate = stage(1, in.pre_gate.data);
@@ -338,7 +337,7 @@ struct ClusterPass {
                 if (Plan::kStay || !second) leave_rows();
                 if (!Plan::kStay) start_second_gate();
                 fill_header(1, stored + 1);
-                const TileStore<T, Result, kTwoOutputs> out{tensors(stored), slots, warp, lane};
+                const TileStore<T, Result, kTwoOutputs> out{tensors(stored), warp, lane};
                 out.store(result, header(1, stored), gate_stage(stored), second, scale, kStore, [&] {
                     if (!Plan::kStay) return;
                     named_barrier<256>(kStore);

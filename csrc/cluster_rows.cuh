@@ -28,7 +28,7 @@ private:
         float4* const to = reinterpret_cast<float4*>(pass.params.grad_filter) + int64_t(sums.number) * (2 * kBlockVectors<T>) + cluster_row<T>(pass.rank, row) * (kColumns / 2) + pass.lane;
 #pragma unroll
         for (int n = 0; n < 4; n++) {
-            const float4 product = weighted_product_of_conjugate(g.value[n / 2][n % 2], e.value[n / 2][n % 2], weight);
+            const float4 product = weighted(product_of_conjugate(g.value[n / 2][n % 2], e.value[n / 2][n % 2]), weight);
             if (sums.first)
                 to[32 * n] = product;
             else

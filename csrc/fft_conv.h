@@ -30,8 +30,9 @@ struct fft_conv_params {
     const uint32_t* tables;         // hf_flashfftconv/ops/tables.py
     const uint32_t* spectrum;       // (channels, fft_size) complex half precision in kernel order, conjugated where stated
     const float* spectrum_scale;    // (channels,) what the spectrum was divided by
-    float* grad_filter;             // (fft_conv_backward_splits, channels, fft_size) partial sums of the gradient of the taps; of clusters, what
-                                    // fft_conv_tap_gradient is given for sums, or null
+    // Partial sums of gradients, (fft_conv_backward_splits, channels, taps), (.., taps_rev) and (.., channels), the last two null where there are none;
+    // of clusters, grad_filter is what fft_conv_tap_gradient is given for sums, or null.
+    float *grad_filter, *grad_filter_rev, *grad_skip;
     void* scratch;                  // of clusters, backward: fft_conv_backward_scratch bytes; of blocked sequences: fft_conv_blocked_scratch
     // Of fft_conv_long_forward (hf_flashfftconv/ops/long_plan.py): how the work is laid out, and memory that it needs besides `scratch`.
     uint32_t* counters;             // all zero
@@ -40,6 +41,7 @@ struct fft_conv_params {
     int32_t outer_radix, group_pairs, ring, part_count, column_items, period, tickets;
     int32_t outer_delay, row_delay, inverse_delay;      // periods from the energies of a group to these passes
     int32_t windows, reverse, cluster, channel_pairs;
+    int32_t taps, taps_rev;         // of the gradients of one block
     // Where fft_conv_tap_gradient is to follow, else null: what it asks for. Both sequences of a pair then have one scale.
     void* transforms;               // (channels, pairs, blocks, fft_size) of all blocks in the order in which they are worked on
     float* pair_scales;             // (channels, pairs) what undoes their scales

@@ -21,8 +21,6 @@ struct Forward {
     enum Barrier { kPack = 1, kStore = 2, kPacked = 3, kTransformed = kPacked + Plan::kBuffers, kEmpty = kTransformed + Plan::kBuffers };
     const LaunchParams& params;
     const int lane, warp;
-    const int radix;
-    const SlotMap<T> slots;
     const Tables tables;
     const OwnPairs<T> pairs;       // of blocked sequences
     const WorkRange range;
@@ -30,8 +28,7 @@ struct Forward {
 
     // Of blocked sequences, the own pairs that are to be done.
     DEVICE Forward(const LaunchParams& params, const OwnPairs<T>& pairs)
-        : params(params), lane(thread_index() % 32), warp(thread_index() / 32 % T::kWarps), radix(1 << params.log_radix),
-          slots{params.log_radix - T::kHalf}, tables(params.tables, shared_memory(), radix),
+        : params(params), lane(thread_index() % 32), warp(thread_index() / 32 % T::kWarps), tables(params.tables, shared_memory()),
           pairs(pairs), range(T::kBlocked ? WorkRange{0, pairs.count * params.blocks.divisor} : work_range(tile_count<T>(params))), memory(shared_memory() + Tables::kSharedBytes) {}
 
     DEVICE uint4* rows(int buffer) const { return reinterpret_cast<uint4*>(memory + buffer * T::kRowBytes); }
@@ -44,19 +41,19 @@ struct Forward {
         return reinterpret_cast<TileHeader*>(control() + T::kEnergyBytes + Plan::kScaleSlots * 32 * 4)[2 * group + tile % 2];
     }
     DEVICE int own_pair(int i) const { return pairs[i]; }
-    DEVICE int first_pair(TilePlace place) const { return place.first_pair(params, pairs); }
+    DEVICE int first_pair(TilePlace place) const { return place.first_pair(pairs); }
     DEVICE void fill_header(int group, int tile, TilePlace place) const {
         if (warp == 0) header(group, tile).template fill<Element>(params, RegularSequences::consecutive<T>(params, first_pair(place)), lane, place.start<T>(params));
     }
     DEVICE TileSequences sequences(TilePlace place) const { return TileSequences::consecutive(params, first_pair(place), lane, place.start<T>(params)); }
-    DEVICE Stager<T> stager() const { return {params, slots, fresh_thread_index()}; }
+    DEVICE Stager<T> stager() const { return {params, fresh_thread_index()}; }
     DEVICE int block_vector(int row) const { return row * 64 + lane; }
     DEVICE int spectrum_vector(int row) const { return block_vector(row); }
 
     // The first group.
     DEVICE void pack() const {
         const Stage<T> u = stage(0), pre{params.pre_gate.data ? stage(1).memory : nullptr};
-        SequenceScales<T> sequence_scales{reinterpret_cast<float*>(control()), slots, 0, warp, lane};
+        SequenceScales<T> sequence_scales{reinterpret_cast<float*>(control()), 0, warp, lane};
         auto start_inputs = [&](int tile, TilePlace place) {
             if (Plan::kStaged && tile < range.last) stager().start(header(0, tile), [&] { return sequences(place); }, u, kU, pre, kPreGate);
             copy_async_commit();
@@ -139,11 +136,11 @@ struct Forward {
         // Every lane copies what it will read itself: nothing but its own wait is needed.
         auto start_operands = [&](int step) {
             const int row = warp + step % Plan::kRowsPerWarp * T::kWarps;
-            const int channel = row_channel(step / Plan::kRowsPerWarp, row), k1 = row & (radix - 1), before = step - Plan::kAhead;
+            const int channel = row_channel(step / Plan::kRowsPerWarp, row), k1 = row % T::kPairRows, before = step - Plan::kAhead;
             const bool kept = Plan::kWide && before >= 0 && row_channel(before / Plan::kRowsPerWarp, row) == channel;
             if (step < steps && !kept) {
                 uint4* const to = operands + step % Plan::kAhead * Plan::kOperandVectors + lane;
-                const uint4* const spectrum = reinterpret_cast<const uint4*>(params.spectrum) + (int64_t(channel) * radix + k1) * 64 + lane;
+                const uint4* const spectrum = reinterpret_cast<const uint4*>(params.spectrum) + (int64_t(channel) * T::kPairRows + k1) * 64 + lane;
                 copy_async<16>(to, spectrum), copy_async<16>(to + 32, spectrum + 32);
                 if (!Plan::kWide) copy_async<16>(to + 64, tables.twiddle + k1 * 64 + lane), copy_async<16>(to + 96, tables.twiddle + k1 * 64 + 32 + lane);
             }
@@ -161,7 +158,7 @@ struct Forward {
                 const uint4* const operand = operands + step % Plan::kAhead * Plan::kOperandVectors;
                 uint4* const row = units + i * T::kWarps * kRowUnits;
                 const uint4* const twiddles = Plan::kWide ? tables.twiddle : operands;
-                int twiddle = (Plan::kWide ? ((warp + i * T::kWarps) & (radix - 1)) * 64 : step % Plan::kAhead * Plan::kOperandVectors + 64) + lane;
+                int twiddle = (Plan::kWide ? (warp + i * T::kWarps) % T::kPairRows * 64 : step % Plan::kAhead * Plan::kOperandVectors + 64) + lane;
                 RowFragment value, factors;
                 value.load(row);
                 copy_async_wait<Plan::kAhead - 1>();
@@ -286,12 +283,12 @@ struct Forward {
         return channel < params.channels ? channel : 0;
     }
     DEVICE int row_channel(int tile, int row) const {
-        return channel_of((range.first + tile) * (T::kRows >> params.log_radix) + (T::kMaxPairs == 1 ? 0 : row >> params.log_radix));
+        return channel_of((range.first + tile) * T::kPairs + row / T::kPairRows);
     }
 
     // The third group.
     DEVICE void store() const {
-        const TileStore<T, Result, T::kBlocked> output{params, slots, warp, lane};
+        const TileStore<T, Result, T::kBlocked> output{params, warp, lane};
         const Stage<T> post{Plan::kStaged && params.post_gate.data ? stage(2).memory : nullptr};
         auto start_gate = [&](TensorIndex gate, int tile, TilePlace place) {
             if (post && tile < range.last) stager().start(header(1, tile), [&] { return sequences(place); }, post, gate);
@@ -326,13 +323,17 @@ struct Forward {
         copy_async_wait<0>();
         block_barrier();
         switch (thread_index() / T::kThreads) {
-            case 0: return pack();
+            case 0:
+                own_registers<Plan::registers(0), Plan::kRegisters>();
+                return pack();
             case 1:
+                own_registers<Plan::registers(1), Plan::kRegisters>();
                 if constexpr (T::kBlocked)
                     return transform_blocked();
                 else
                     return transform();
             default:
+                own_registers<Plan::registers(2), Plan::kRegisters>();
                 if (params.output.data) store();
         }
     }

@@ -26,6 +26,12 @@ struct ForwardPlan {
     static constexpr int kBuffers = buffers(kWide), kAhead = ahead(kWide), kOperandVectors = operand_vectors(kWide);
     static constexpr int kOperandBytes = T::kWarps * kAhead * kOperandVectors * 16;
     static constexpr int kSharedBytes = bytes<kWide>(kStaged ? 3 : 0);
+    // Registers of a group's threads, where they have their own and not as many as they are launched with.
+    static constexpr int kRegisters = 80;
+    static constexpr int registers(int group) {
+        constexpr int kOwn[] = {72, 88, 80};
+        return kNarrowElements && T::kHalf && !T::kBlocked ? kOwn[group] : kRegisters;
+    }
     static_assert(kSharedBytes <= kSharedLimit && (kStaged || !T::kBlocked), "shared memory of a block");
 };
 

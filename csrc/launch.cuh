@@ -160,12 +160,8 @@ int ClusterLauncher<Element, kBlocks, kBlocked>::backward(const LaunchParams& pa
     template struct LongLauncher<float16, __VA_ARGS__>;  \
     template struct LongLauncher<float, __VA_ARGS__>;
 
-#define INSTANTIATE_BLOCKED(...)                                                                       \
-    template int Launcher<Tile<bfloat16, __VA_ARGS__>>::forward(const LaunchParams&, void*); \
-    template int Launcher<Tile<float16, __VA_ARGS__>>::forward(const LaunchParams&, void*);  \
-    template int Launcher<Tile<float, __VA_ARGS__>>::forward(const LaunchParams&, void*);
-
-#define INSTANTIATE_TILES(...)                        \
-    template struct Launcher<Tile<bfloat16, __VA_ARGS__>>; \
-    template struct Launcher<Tile<float16, __VA_ARGS__>>;  \
-    template struct Launcher<Tile<float, __VA_ARGS__>>;
+// Of a tile's kernels, forward or backward.
+#define INSTANTIATE_TILES(kernel, ...)                                                      \
+    template int Launcher<Tile<bfloat16, __VA_ARGS__>>::kernel(const LaunchParams&, void*); \
+    template int Launcher<Tile<float16, __VA_ARGS__>>::kernel(const LaunchParams&, void*);  \
+    template int Launcher<Tile<float, __VA_ARGS__>>::kernel(const LaunchParams&, void*);

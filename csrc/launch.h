@@ -52,8 +52,9 @@ inline int common_alignment(const fft_conv_tensor& t, int element_bytes) {
     return bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : bits % 4 == 0 ? 4 : 2;
 }
 
-// Rows of the tile for a transform: those of hf_flashfftconv/ops/tables.py.
+// Rows of the tile for a transform, those of hf_flashfftconv/ops/tables.py, and how many pairs of sequences have it together.
 inline int tile_rows(int radix) { return radix == 1 ? 16 : 32; }
+inline int tile_pairs(int radix) { return std::max(1, tile_rows(radix) / radix); }
 
 template <class Element>
 using BlockedTile = Tile<Element, 32, true, 1, true>;
@@ -63,8 +64,14 @@ template <class Element, bool kHalf, class Function>
 int with_rows(int radix, Function function) {
     if constexpr (!kHalf)
         if (radix == 1) return function(Tile<Element, 16, kHalf, 16>{});
-    if (radix > 1 && radix < 32) return function(Tile<Element, 32, kHalf, 16>{});
-    return radix == 32 ? function(Tile<Element, 32, kHalf, 1>{}) : kUnsupported;
+    switch (radix) {
+        case 2: return function(Tile<Element, 32, kHalf, 16>{});
+        case 4: return function(Tile<Element, 32, kHalf, 8>{});
+        case 8: return function(Tile<Element, 32, kHalf, 4>{});
+        case 16: return function(Tile<Element, 32, kHalf, 2>{});
+        case 32: return function(Tile<Element, 32, kHalf, 1>{});
+        default: return kUnsupported;
+    }
 }
 
 // The same for blocked sequences.

@@ -6,7 +6,7 @@
 #include "filter.cuh"
 
 constexpr int kLogFilterRow = 12, kLogFilterTile = 13;      // B, and the points that a block transforms at a time
-constexpr int kLongFilterBytes = FilterPoints::bytes(1 << kLogFilterTile), kFilterScaleBytes = kFilterThreads / 32 * 4;
+constexpr int kLongFilterBytes = FilterPoints::bytes(1 << kLogFilterTile);
 
 // The sum of the magnitudes and the norm of a filter's taps. Outputs of two filters that share a transform are to be of one size, so that none drowns in
 // the other's rounding: their scales are as many times their norms as the one needs that needs more.
@@ -144,13 +144,10 @@ struct LongFilter {
         }
     }
 
-    // From the partial sums to the scales, a channel in each block.
-    DEVICE void scale_pass() const {
-        for (int channel = block_index(); channel < params.channels; channel += block_count()) {
-            const FilterSize size = size_of(channel);
-            const float scale = params.channel_pairs ? size.scale(size_of(channel ^ 1)) : scale_of_sum(size.sum);
-            if (thread_index() == 0) params.scale[channel] = scale;
-        }
+    // From the partial sums.
+    DEVICE float scale_of(int channel) const {
+        const FilterSize size = size_of(channel);
+        return params.channel_pairs ? size.scale(size_of(channel ^ 1)) : scale_of_sum(size.sum);
     }
     DEVICE FilterSize size_of(int channel) const {
         const float* const sums = params.partial_sums + channel * sums_of_channel();
@@ -173,7 +170,7 @@ struct LongFilter {
     }
 
     // The rows fa and A - fa or, for fa = 0, the rows 0 and A / 2, and half-way between the frequencies the rows fa and A - 1 - fa.
-    DEVICE void rows(int64_t filter, int fa) const {
+    DEVICE void rows(int64_t filter, int fa, float scale) const {
         constexpr int kRow = 1 << kLogFilterRow;
         const bool half_way = params.channel_pairs, themselves = fa == 0 && !half_way;
         const int log_a = log_rows(), other = themselves ? 1 << log_a >> 1 : (1 << log_a) - fa - half_way, kernel_rows = params.fft_size / kColumns;
@@ -187,7 +184,7 @@ struct LongFilter {
         // Each thread has two neighbouring places of kernel order in every fourth of the rows of csrc/transform.cuh that a row holds, which are every A-th.
         constexpr int kStep = kFilterThreads / 64;
         const int place = spectrum_place(), q = frequency_of_place(place);
-        const float down = 1.f / params.scale[filter / params.window_count()];
+        const float down = 1.f / scale;
         const Complex step = unit_root(kStep << log_a, params.log_points), next = unit_root(kernel_rows, params.log_points);
         uint4* const words = reinterpret_cast<uint4*>(params.spectrum) + (filter << (params.log_points - 2));
         for (int own = 0; own < (themselves ? 2 : 1); own++) {
@@ -209,7 +206,13 @@ struct LongFilter {
 
     HOST_DEVICE static int64_t row_pairs(const FilterParams& params) { return int64_t(params.channels) * params.window_count() << (params.log_points - 1 - kLogFilterTile); }
     DEVICE void row_pass() const {
-        for (int64_t i = block_index(); i < row_pairs(params); i += block_count()) rows(i >> (log_rows() - 1), int(i & ((1 << log_rows() >> 1) - 1)));
+        for (int64_t i = block_index(); i < row_pairs(params); i += block_count()) {
+            const int64_t filter = i >> (log_rows() - 1);
+            const int fa = int(i & ((1 << log_rows() >> 1) - 1)), channel = int(filter / params.window_count());
+            const float scale = scale_of(channel);
+            if (thread_index() == 0 && fa == 0 && filter % params.window_count() == 0) params.scale[channel] = scale;
+            rows(filter, fa, scale);
+        }
     }
 };
 

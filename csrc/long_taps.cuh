@@ -55,7 +55,7 @@ struct LongTaps {
     // csrc/transform.cuh that these hold, which are every A-th. The mirror image of row r and frequency q is row R - r and frequency 127 - q, whose place has
     // all bits turned, but that of row 0 is in row 0.
     DEVICE void rows(int64_t channel, int window, int fa) const {
-        constexpr int kPlaces = kColumns / 2, kRow = 1 << kLogFilterRow, kRows = kRow / kPlaces, kStep = kFilterThreads / kPlaces;
+        constexpr int kPlaces = kColumns / 2, kRow = 1 << kLogFilterRow, kRows = kRow / kPlaces, kStep = kFilterThreads / kPlaces, kAtOnce = 4;
         const bool themselves = fa == 0;
         const int log_a = log_columns(), other = themselves ? 1 << log_a >> 1 : (1 << log_a) - fa;
         const FilterPoints both{points.memory, kLogFilterRow, 1};
@@ -65,14 +65,24 @@ struct LongTaps {
         for (int own = 0; own < (themselves ? 2 : 1); own++) {
             const int first = own ? other : fa, mirrored = themselves ? first : other;
             Complex root = unit_root(first + (thread_index() / kPlaces << log_a) + params.rows() * q, params.log_points);
-#pragma unroll 4
-            for (int row = thread_index() / kPlaces; row < kRows; row += kStep, root = root * step) {
-                const bool zero = first == 0 && row == 0;
-                const int mirrored_row = zero ? 0 : kRows - (first > 0) - row, mirrored_q = zero ? -q & (kPlaces - 1) : kPlaces - 1 - q;
-                const float4 v = params.sum(sums, (first + (row << log_a)) * kPlaces + place);
-                const float4 w = params.sum(sums, (mirrored + (mirrored_row << log_a)) * kPlaces + (zero ? place_of_frequency(mirrored_q) : kPlaces - 1 - place));
-                both[own * kRow + row + kRows * q] = half_spectrum(v, zero && q == 0 ? make_float4(v.z, v.w, v.x, v.y) : w, root);
-                if (!themselves) both[kRow + mirrored_row + kRows * mirrored_q] = half_spectrum(w, v, {-root.re, root.im});
+#pragma unroll 1
+            for (int start = thread_index() / kPlaces; start < kRows; start += kAtOnce * kStep) {
+                float4 v[kAtOnce], w[kAtOnce];
+                int row[kAtOnce], mirrored_row[kAtOnce], places[kAtOnce], mirrored_places[kAtOnce];
+                bool zero[kAtOnce];
+#pragma unroll
+                for (int i = 0; i < kAtOnce; i++) {
+                    row[i] = start + i * kStep, zero[i] = first == 0 && row[i] == 0;
+                    mirrored_row[i] = zero[i] ? 0 : kRows - (first > 0) - row[i];
+                    places[i] = (first + (row[i] << log_a)) * kPlaces + place;
+                    mirrored_places[i] = (mirrored + (mirrored_row[i] << log_a)) * kPlaces + (zero[i] ? place_of_frequency(-q & (kPlaces - 1)) : kPlaces - 1 - place);
+                }
+                params.sum_splits(v, sums, places), params.sum_splits(w, sums, mirrored_places);
+#pragma unroll
+                for (int i = 0; i < kAtOnce; i++, root = root * step) {
+                    both[own * kRow + row[i] + kRows * q] = half_spectrum(v[i], zero[i] && q == 0 ? make_float4(v[i].z, v[i].w, v[i].x, v[i].y) : w[i], root);
+                    if (!themselves) both[kRow + mirrored_row[i] + kRows * (kPlaces - 1 - q)] = half_spectrum(w[i], v[i], {-root.re, root.im});
+                }
             }
         }
         block_barrier();

@@ -21,11 +21,15 @@ struct TapParams : fft_conv_tap_params {
     HOST_DEVICE int window_groups() const { return (windows - 1) / windows_at_once(several()) + 1; }
     HOST_DEVICE int64_t units() const { return int64_t(channels) * rows() * window_groups(); }
     DEVICE float4* window_sums(int64_t channel, int window) const { return reinterpret_cast<float4*>(sums) + (channel * windows + window) * splits * (fft_size / 2); }
-    // What one place of a window has, of all splits.
-    DEVICE float4 sum(const float4* window, int place) const {
-        float4 sum = window[place];
-        for (int i = 1; i < splits; i++) accumulate(sum, window[int64_t(i) * (fft_size / 2) + place]);
-        return sum;
+    // What these places of a window have, of all splits.
+    template <int kCount>
+    DEVICE void sum_splits(float4 (&sum)[kCount], const float4* window, const int (&place)[kCount]) const {
+#pragma unroll
+        for (int n = 0; n < kCount; n++) sum[n] = window[place[n]];
+#pragma unroll 1
+        for (int i = 1; i < splits; i++)
+#pragma unroll
+            for (int n = 0; n < kCount; n++) accumulate(sum[n], window[int64_t(i) * (fft_size / 2) + place[n]]);
     }
 
     // A tap of the whole filter, counted from a window's first or along the circle.

@@ -1,7 +1,7 @@
 // Geometry of a tile: what one thread block transforms at a time, and where its parts lie in shared memory.
 //
 // A transform of N = radix * 256 complex points has the points n = 256 n1 + p; a tile is `kRows` rows of 256 points: the `radix` rows of one
-// pair of sequences, or of several pairs where the radix is below 32. Two batch rows of a channel form a pair: real and imaginary part.
+// pair of sequences, or of kPairs of them where the radix is below 32. Two batch rows of a channel form a pair: real and imaginary part.
 // Of blocked sequences, a tile transforms one block of kPositions positions; the tiles of a pair follow each other.
 // Where a cluster of kCluster thread blocks shares a transform, n = 256 (kCluster n1 + b) + p are the points of block b, and the radix is that of all.
 #pragma once
@@ -12,7 +12,7 @@ constexpr int kColumns = 256;       // points of the inner transform, done by on
 constexpr int kRowUnits = 64;       // of 16 bytes, each of a row's points a, a + 1, a + 128 and a + 129
 constexpr int kSharedLimit = 232448;
 
-template <typename Element_, int kRows_, bool kHalf_, int kMaxPairs_, bool kBlocked_ = false, int kCluster_ = 1>
+template <typename Element_, int kRows_, bool kHalf_, int kPairs_, bool kBlocked_ = false, int kCluster_ = 1>
 struct Tile {
     using Element = Element_;
     static constexpr int kRows = kRows_;
@@ -21,13 +21,17 @@ struct Tile {
     static constexpr int kCluster = kCluster_, kOwnRows = kRows / kCluster;     // of each block, as rows pass through the cluster
     static constexpr int kWarps = 8, kThreads = 256;             // a group of eight warps covers the 256 columns
     static constexpr int kPositions = kSlots * kColumns * kCluster;     // of a block of a sequence
-    static constexpr int kMaxPairs = kMaxPairs_;                 // one, or sixteen: the lanes of a warp know the sequences of a tile
+    static constexpr int kPairs = kPairs_, kPairRows = kRows / kPairs, kPairSlots = kSlots / kPairs;     // the lanes of a warp know the sequences of a tile
     static constexpr int kSegment = kColumns * int(sizeof(Element));
     static constexpr int kStageBytes = 2 * kSlots * kSegment;    // one tensor of a tile
     static constexpr int kRowBytes = kRows * kRowUnits * 16;
-    static constexpr int kEnergyBytes = 2 * kMaxPairs * 8 * 4;   // partial energies of the sequences
+    static constexpr int kEnergyBytes = 2 * kPairs * 8 * 4;   // partial energies of the sequences
     static_assert(kRows == 16 || kRows == 32, "rows of a tile");
-    static_assert(kMaxPairs == 1 || kMaxPairs == 16, "pairs of a tile");
+    static_assert(kPairs >= 1 && kPairs <= 16 && kPairSlots * kPairs == kSlots, "pairs of a tile");
+
+    // Of a slot: its pair, and its first position in the pair's sequences.
+    DEVICE static int slot_pair(int slot) { return kPairs == 1 ? 0 : int(u32(slot) / kPairSlots); }
+    DEVICE static int slot_position(int slot) { return (kPairs == 1 ? slot : int(u32(slot) % kPairSlots)) * kCluster * kColumns; }
 };
 
 // Division by a number that is known at launch, exact for dividends below 2^31.
@@ -44,7 +48,6 @@ struct LaunchParams : fft_conv_params {
     int alignment;      // bytes that every row of every input is aligned to: 16, 4 or 2
     int pair_aligned;   // whether two neighbouring elements of every tensor may be moved as one word
     int whole_units;    // whether all rows of the inputs consist of aligned 16-byte units, and pair_aligned
-    int log_radix;
     Divider pairs;      // pairs of sequences in a channel
     Divider blocks;     // blocks of a sequence
     // Backward: 2^log_sharing pairs of a channel share a tile, and a channel's tiles are dealt to splits blocks, or clusters of blocks.
@@ -69,8 +72,8 @@ DEVICE WorkRange work_range(int tiles, int cluster = 1) {
 // Pairs run over the batch first, then over the channels; a tile holds consecutive ones.
 template <class T>
 HOST_DEVICE int tile_count(const LaunchParams& params) {
-    const int pairs = (params.batch + 1) / 2 * params.channels, per_tile = T::kMaxPairs == 1 ? 1 : T::kRows >> params.log_radix;
-    return T::kBlocked ? pairs * params.blocks.divisor : (pairs + per_tile - 1) / per_tile;
+    const int pairs = (params.batch + 1) / 2 * params.channels;
+    return T::kBlocked ? pairs * params.blocks.divisor : (pairs + T::kPairs - 1) / T::kPairs;
 }
 
 // The pairs of a worker, which is a thread block or a cluster of them, where sequences are blocked: every so many-th, so that all workers are at few
@@ -100,8 +103,8 @@ struct TilePlace {
         return {stays ? index : index + 1, stays ? step + 1 : 0};
     }
     template <class T>
-    DEVICE int first_pair(const LaunchParams& params, const OwnPairs<T>& pairs) const {
-        return T::kBlocked ? pairs[index] : T::kMaxPairs == 1 ? index : index * (T::kRows >> params.log_radix);
+    DEVICE int first_pair(const OwnPairs<T>& pairs) const {
+        return T::kBlocked ? pairs[index] : index * T::kPairs;
     }
     template <class T>
     DEVICE int start(const LaunchParams& params) const {
@@ -145,13 +148,13 @@ struct RegularSequences {
     // Consecutive pairs, as in TileSequences.
     template <class T>
     DEVICE static RegularSequences consecutive(const LaunchParams& params, int first_pair) {
-        const int count = T::kMaxPairs == 1 ? 1 : T::kRows >> params.log_radix, in_channel = params.pairs.divisor;
+        const int in_channel = params.pairs.divisor;
         const int channel = params.pairs.divide(first_pair), pair = first_pair - channel * in_channel;
         const bool across = in_channel == 1;
-        const int last_pair = across ? 0 : pair + count - 1, last_channel = across ? channel + count - 1 : channel;
+        const int last_pair = across ? 0 : pair + T::kPairs - 1, last_channel = across ? channel + T::kPairs - 1 : channel;
         const bool second = 2 * last_pair + 1 < params.batch;
         return {2 * pair, channel, across ? 0 : 2, across ? 1 : 0, second,
-                last_pair < in_channel && last_channel < params.channels && (second || across || count == 1)};
+                last_pair < in_channel && last_channel < params.channels && (second || across || T::kPairs == 1)};
     }
 };
 

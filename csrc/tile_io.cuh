@@ -13,13 +13,6 @@ DEVICE int root_exponent(float value, int exponent, int length) {
 
 DEVICE float larger_or_nan(float x, float y) { return y > x || y != y ? y : x; }
 
-template <class T>
-struct SlotMap {
-    int log_slots_per_pair;
-    DEVICE int pair(int slot) const { return T::kMaxPairs == 1 ? 0 : slot >> log_slots_per_pair; }
-    DEVICE int position(int slot) const { return (T::kMaxPairs == 1 ? slot * T::kCluster : slot & ((1 << log_slots_per_pair) - 1)) * kColumns; }
-};
-
 // One tensor's segments of a tile in shared memory. What lies beyond the sequence or the batch is zero.
 template <class T>
 struct Stage {
@@ -48,7 +41,6 @@ template <class T>
 struct Stager {
     using Element = typename T::Element;
     const LaunchParams& params;
-    SlotMap<T> slots;
     int thread;
 
     // One or two tensors, each to a stage of its own; none where there is no stage. sequences() tells of tiles that are not regular.
@@ -57,8 +49,8 @@ struct Stager {
         if (header.regular) {
             copy_units(header, stage, index, other_stage, other);
         } else {
-            if (stage) copy_any(params, slots, stage, index, sequences());
-            if (other_stage) copy_any(params, slots, other_stage, other, sequences());
+            if (stage) copy_any(params, stage, index, sequences());
+            if (other_stage) copy_any(params, other_stage, other, sequences());
         }
     }
 
@@ -85,7 +77,7 @@ private:
         for (int i = 0; i < kSteps; i++)
 #pragma unroll
             for (int part = 0; part < kParts; part++) {
-                bytes[0][i][part] = slots.position(warp + i * T::kWarps) + at + part * 32 * kUnit < header.length ? 16 : 0;
+                bytes[0][i][part] = T::slot_position(warp + i * T::kWarps) + at + part * 32 * kUnit < header.length ? 16 : 0;
                 bytes[1][i][part] = header.second ? bytes[0][i][part] : 0;
             }
         auto copy_tensor = [&](Stage<T> stage, TensorIndex index) {
@@ -96,8 +88,8 @@ private:
 #pragma unroll
                 for (int i = 0; i < kSteps; i++) {
                     const int slot = warp + i * T::kWarps;
-                    const char* from = first + slots.position(slot) * kSize;
-                    if (T::kMaxPairs > 1) from += slots.pair(slot) * header.pair_stride[index];
+                    const char* from = first + T::slot_position(slot) * kSize;
+                    if (T::kPairs > 1) from += T::slot_pair(slot) * header.pair_stride[index];
 #pragma unroll
                     for (int part = 0; part < kParts; part++)
                         copy(to + (sequence * T::kSlots + i * T::kWarps) * T::kSegment + part * kPartBytes, from + part * kPartBytes, bytes[sequence][i][part]);
@@ -108,22 +100,22 @@ private:
         if (other_stage) copy_tensor(other_stage, other);
     }
 
-    RARE void copy_any(const LaunchParams& params, SlotMap<T> slots, Stage<T> stage, TensorIndex index, TileSequences sequences) {
+    RARE void copy_any(const LaunchParams& params, Stage<T> stage, TensorIndex index, TileSequences sequences) {
         const fft_conv_tensor& tensor = (&params.u)[index];
         if (params.alignment >= 16)
-            copy_parts<16>(slots, stage, tensor, sequences);
+            copy_parts<16>(stage, tensor, sequences);
         else if (params.alignment >= 4)
-            copy_parts<4>(slots, stage, tensor, sequences);
+            copy_parts<4>(stage, tensor, sequences);
         else if constexpr (sizeof(Element) == 2)
-            copy_parts<2>(slots, stage, tensor, sequences);
+            copy_parts<2>(stage, tensor, sequences);
     }
 
     template <int kBytes>
-    DEVICE static void copy_parts(SlotMap<T> slots, Stage<T> stage, const fft_conv_tensor& tensor, const TileSequences& sequences) {
+    DEVICE static void copy_parts(Stage<T> stage, const fft_conv_tensor& tensor, const TileSequences& sequences) {
 #pragma unroll 1
         for (int index = thread_index() / 32 % T::kWarps; index < 2 * T::kSlots; index += T::kWarps) {
-            const int slot = index % T::kSlots, owner = 2 * slots.pair(slot) + index / T::kSlots, left = sequences.length - slots.position(slot);
-            const char* from = sequences.address<const char>(tensor, owner, sizeof(Element)) + int64_t(slots.position(slot)) * int(sizeof(Element));
+            const int slot = index % T::kSlots, owner = 2 * T::slot_pair(slot) + index / T::kSlots, left = sequences.length - T::slot_position(slot);
+            const char* from = sequences.address<const char>(tensor, owner, sizeof(Element)) + int64_t(T::slot_position(slot)) * int(sizeof(Element));
             const int bytes = shuffle(int(sequences.valid), owner) && left > 0 ? (left < kColumns ? left : kColumns) * int(sizeof(Element)) : 0;
 #pragma unroll 1
             for (int at = thread_index() % 32 * kBytes; at < T::kSegment; at += 32 * kBytes) {
@@ -194,36 +186,35 @@ struct DirectSource {
     const fft_conv_tensor& tensor;
     const LaunchParams& params;
     const TileSequences& sequences;
-    SlotMap<T> slots;
     Sequence first, second;     // of a tile's first pair
 
-    DEVICE DirectSource(const fft_conv_tensor& tensor, const LaunchParams& params, const TileSequences& sequences, SlotMap<T> slots)
-        : tensor(tensor), params(params), sequences(sequences), slots(slots), first(tensor, params, sequences, 0), second(tensor, params, sequences, 1) {}
+    DEVICE DirectSource(const fft_conv_tensor& tensor, const LaunchParams& params, const TileSequences& sequences)
+        : tensor(tensor), params(params), sequences(sequences), first(tensor, params, sequences, 0), second(tensor, params, sequences, 1) {}
 
     DEVICE explicit operator bool() const { return tensor.data; }
 
     // All lanes of a warp.
     DEVICE Pair load(int sequence, int four, int q, int column) const {
         const int slot = 4 * four + q;
-        const int position = slots.position(slot) + column;
-        if constexpr (T::kMaxPairs == 1)
+        const int position = T::slot_position(slot) + column;
+        if constexpr (T::kPairs == 1)
             return (sequence == 0 ? first : second).load(position);
         else
-            return Sequence(tensor, params, sequences, 2 * slots.pair(slot) + sequence).load(position);
+            return Sequence(tensor, params, sequences, 2 * T::slot_pair(slot) + sequence).load(position);
     }
 };
 
 // Packs u (times gate, where there is one) as (re, im) = (first, second sequence of the pair). Column c of x[j]: a, a + 1, a + 128, a + 129.
 // With kScaled every sequence is multiplied by the factor that its lane holds; a factor of zero drops a sequence that is not finite.
 template <class T, bool kScaled, bool kGated, class Source>
-DEVICE void pack_product(u32 (&x)[T::kSlots / 4][4], const Source& u, const Source& gate, SlotMap<T> slots, float factor, int column, int lane) {
+DEVICE void pack_product(u32 (&x)[T::kSlots / 4][4], const Source& u, const Source& gate, float factor, int column, int lane) {
 #pragma unroll
     for (int j = 0; j < T::kSlots / 4; j++) {
         const int slot = 4 * j + lane % 4;
         float first = 1.f, second = 1.f;
         u32 kept = ~0u;
         if constexpr (kScaled) {
-            first = shuffle(factor, 2 * slots.pair(slot)), second = shuffle(factor, 2 * slots.pair(slot) + 1);
+            first = shuffle(factor, 2 * T::slot_pair(slot)), second = shuffle(factor, 2 * T::slot_pair(slot) + 1);
             kept = (first == 0.f ? 0 : 0xffffu) | (second == 0.f ? 0 : 0xffff0000u);
         }
 #pragma unroll
@@ -245,24 +236,22 @@ DEVICE void pack_product(u32 (&x)[T::kSlots / 4][4], const Source& u, const Sour
 // half precision's comfortable range are they packed again, from the largest magnitude. Called by the eight warps of a group.
 template <class T>
 struct SequenceScales {
-    float* energies;    // shared memory, [2 kMaxPairs][8]
-    SlotMap<T> slots;
+    float* energies;    // shared memory, [2 kPairs][8]
     int group, warp, lane;
     float up = 1.f;     // what undoes the scale of this lane's sequence
     int root = 0;       // of its mean square as packed, which apply() makes near one
 
     DEVICE void publish(const u32 (&x)[T::kSlots / 4][4]) {
-        const int per_pair = 1 << slots.log_slots_per_pair;
         u32 sum = 0;
 #pragma unroll
         for (int j = 0; j < T::kSlots / 4; j++) {
 #pragma unroll
             for (int c = 0; c < 4; c++) sum = multiply_add2(x[j][c], x[j][c], sum);
-            if (T::kMaxPairs == 1 ? j + 1 < T::kSlots / 4 : 4 * (j + 1) % per_pair != 0 && per_pair > 4) continue;
+            if (T::kPairSlots > 4 && 4 * (j + 1) % T::kPairSlots != 0) continue;
             float re = low_half(sum), im = high_half(sum);
             for (int mask = 4; mask < 32; mask *= 2) re += shuffle_xor(re, mask), im += shuffle_xor(im, mask);
-            for (int mask = 1; mask < 4 && mask < per_pair; mask *= 2) re += shuffle_xor(re, mask), im += shuffle_xor(im, mask);
-            const int pair = slots.pair(4 * j + lane % 4);
+            for (int mask = 1; mask < 4 && mask < T::kPairSlots; mask *= 2) re += shuffle_xor(re, mask), im += shuffle_xor(im, mask);
+            const int pair = T::slot_pair(4 * j + lane % 4);
             if (lane < 4) energies[(2 * pair) * 8 + warp] = re, energies[(2 * pair + 1) * 8 + warp] = im;
             sum = 0;
         }
@@ -270,11 +259,11 @@ struct SequenceScales {
     }
 
     DEVICE float mean_square() const {
-        const int sequences = T::kSlots >> slots.log_slots_per_pair << 1;
+        constexpr int sequences = 2 * T::kPairs;
         const float4* const sums = reinterpret_cast<const float4*>(energies) + 2 * (lane < sequences ? lane : 0);
         const float4 a = sums[0], b = sums[1];
         const float sum = ((a.x + a.y) + (a.z + a.w)) + ((b.x + b.y) + (b.z + b.w));
-        return lane < sequences ? sum * power_of_two(-8 - slots.log_slots_per_pair) : 1.f;
+        return lane < sequences ? sum / (T::kPairSlots * kColumns) : 1.f;
     }
 
     // The factor that brings this lane's sequence to a largest magnitude near one; zero if the sequence is not finite.
@@ -282,7 +271,7 @@ struct SequenceScales {
     DEVICE float from_largest(const Source& u, const Source& gate, int column) {
         u32* largest = reinterpret_cast<u32*>(energies);
         group_barrier(group);
-        if (warp == 0 && lane < 2 * T::kMaxPairs) largest[lane] = 0;
+        if (warp == 0 && lane < 2 * T::kPairs) largest[lane] = 0;
         group_barrier(group);
         for (int j = 0; j < T::kSlots / 4; j++)
             for (int c = 0; c < 4; c++) {
@@ -293,10 +282,10 @@ struct SequenceScales {
                     v = {v.x * g.x, v.y * g.y};
                 }
                 const u32 a = bits_from_float(v.x) & 0x7fffffffu, b = bits_from_float(v.y) & 0x7fffffffu;
-                atomic_maximum(largest + 2 * slots.pair(slot) + sequence, a > b ? a : b);
+                atomic_maximum(largest + 2 * T::slot_pair(slot) + sequence, a > b ? a : b);
             }
         group_barrier(group);
-        const u32 bits = lane < 2 * T::kMaxPairs ? largest[lane] : 0;
+        const u32 bits = lane < 2 * T::kPairs ? largest[lane] : 0;
         const int exponent = int(bits >> 23);
         group_barrier(group);
         // So that zeros stay zeros, and what undoes any other scale is a normal number.
@@ -304,15 +293,17 @@ struct SequenceScales {
     }
 
     // Packs a tile's inputs into x, which apply() then scales; `up` undoes both. If `common`, both sequences of a pair get one scale, so that
-    // products of their spectra may be added up.
+    // products of their spectra may be added up, and one that leaves room for these: those of spectra of 2^17 points, unitary as they are, are below
+    // 2^17 8 / 4^kLogRoom even if all is in one frequency.
+    static constexpr int kLogRoom = 3;
     template <class Source>
     DEVICE void pack_measured(u32 (&x)[T::kSlots / 4][4], const Source& u, const Source& gate, bool valid, bool common) {
         const int column = outer_column(warp, lane);
         // Two texts, so that loads need not wait for a branch.
         if (gate)
-            pack_product<T, false, true>(x, u, gate, slots, 1.f, column, lane);
+            pack_product<T, false, true>(x, u, gate, 1.f, column, lane);
         else
-            pack_product<T, false, false>(x, u, gate, slots, 1.f, column, lane);
+            pack_product<T, false, false>(x, u, gate, 1.f, column, lane);
         publish(x);
         float square = mean_square(), factor = 1.f;
         if (warp_any(valid && !(square >= 0x1p-14f && square <= 0x1p10f))) {
@@ -321,7 +312,7 @@ struct SequenceScales {
                 const float other = shuffle_xor(factor, 1);
                 if (factor != 0.f && other != 0.f && other < factor) factor = other;
             }
-            gate ? pack_product<T, true, true>(x, u, gate, slots, factor, column, lane) : pack_product<T, true, false>(x, u, gate, slots, factor, column, lane);
+            gate ? pack_product<T, true, true>(x, u, gate, factor, column, lane) : pack_product<T, true, false>(x, u, gate, factor, column, lane);
             publish(x);
             square = mean_square();
         }
@@ -329,7 +320,7 @@ struct SequenceScales {
         root = exponent < -24 ? -12 : exponent >> 1;
         if (common) {
             const int other = shuffle_xor(root, 1);
-            root = other > root ? other : root;
+            root = (other > root ? other : root) + kLogRoom;
         }
         up = factor == 0.f ? float_from_bits(0x7fc00000u) : power_of_two(root) * power_of_two(127 - int(bits_from_float(factor) >> 23));
     }
@@ -338,7 +329,7 @@ struct SequenceScales {
     DEVICE void apply(u32 (&x)[T::kSlots / 4][4], int exponent) const {
 #pragma unroll
         for (int j = 0; j < T::kSlots / 4; j++) {
-            const int pair = slots.pair(4 * j + lane % 4);
+            const int pair = T::slot_pair(4 * j + lane % 4);
             const u32 scale = pack(power_of_two(shuffle(exponent, 2 * pair)), power_of_two(shuffle(exponent, 2 * pair + 1)));
 #pragma unroll
             for (int c = 0; c < 4; c++) x[j][c] = multiply2(x[j][c], scale);
@@ -357,9 +348,9 @@ struct SequenceScales {
     DEVICE void pack_known(u32 (&x)[T::kSlots / 4][4], const Source& u, const Source& gate, const Scale& scale) {
         const int column = outer_column(warp, lane);
         if (gate)
-            pack_product<T, true, true>(x, u, gate, slots, scale.down, column, lane);
+            pack_product<T, true, true>(x, u, gate, scale.down, column, lane);
         else
-            pack_product<T, true, false>(x, u, gate, slots, scale.down, column, lane);
+            pack_product<T, true, false>(x, u, gate, scale.down, column, lane);
         up = scale.up;
         publish(x);
     }
@@ -368,9 +359,9 @@ struct SequenceScales {
     template <class Function>
     DEVICE void with_sources(const fft_conv_tensor& u, const fft_conv_tensor& gate, const LaunchParams& params, const TileSequences& sequences, Function function) {
         if (params.pair_aligned)
-            function(DirectSource<T, true>(u, params, sequences, slots), DirectSource<T, true>(gate, params, sequences, slots));
+            function(DirectSource<T, true>(u, params, sequences), DirectSource<T, true>(gate, params, sequences));
         else
-            function(DirectSource<T, false>(u, params, sequences, slots), DirectSource<T, false>(gate, params, sequences, slots));
+            function(DirectSource<T, false>(u, params, sequences), DirectSource<T, false>(gate, params, sequences));
     }
     DEVICE void measure_direct(u32 (&x)[T::kSlots / 4][4], const fft_conv_tensor& u, const fft_conv_tensor& gate, const LaunchParams& params,
                             const TileSequences& sequences, bool common) {

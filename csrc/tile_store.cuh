@@ -8,7 +8,6 @@ template <class T, class Result, bool kTwoOutputs>
 struct TileStore {
     using Element = typename T::Element;
     const LaunchParams& params;
-    SlotMap<T> slots;
     int warp, lane;
 
     // Gates and stores a tile. `stage` holds the gate if there is one and it is staged; `scale` undoes the scales of the sequence that a lane knows;
@@ -36,7 +35,7 @@ private:
         else if (header.regular && !gated)
             store_regular<false>(result, header, output, stage, scale);
         else
-            store_any(params, slots, result, sequences(), output, gate, stage, scale);
+            store_any(params, result, sequences(), output, gate, stage, scale);
     }
 
     template <bool kGated>
@@ -49,14 +48,14 @@ private:
         for (int c = 0; c < 2; c++) {
             if (c == 1 && !header.second) break;
             const int64_t second = c * (&params.u)[output].batch_stride;
-            Element* to = reinterpret_cast<Element*>(header.first[output]) + second + column + (T::kMaxPairs == 1 ? slots.position(slot) : 0);
+            Element* to = reinterpret_cast<Element*>(header.first[output]) + second + column + (T::kPairs == 1 ? T::slot_position(slot) : 0);
             float factor = shuffle(scale, c) * (c == 0 ? 1.f : -1.f);
 #pragma unroll
             for (int n = 0; n < Result::kTiles; n++) {
-                const int at = slots.position(slot + 4 * n);
-                if (T::kMaxPairs > 1) {
-                    factor = shuffle(scale, 2 * slots.pair(slot + 4 * n) + c) * (c == 0 ? 1.f : -1.f);
-                    to = reinterpret_cast<Element*>(header.first[output] + slots.pair(slot + 4 * n) * header.pair_stride[output]) + second + column + at;
+                const int at = T::slot_position(slot + 4 * n);
+                if (T::kPairs > 1) {
+                    factor = shuffle(scale, 2 * T::slot_pair(slot + 4 * n) + c) * (c == 0 ? 1.f : -1.f);
+                    to = reinterpret_cast<Element*>(header.first[output] + T::slot_pair(slot + 4 * n) * header.pair_stride[output]) + second + column + at;
                 }
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
@@ -66,27 +65,27 @@ private:
                         const Pair gate = stage.load(c, n, slot, column + 128 * half);
                         y = {y.x * gate.x, y.y * gate.y};
                     }
-                    narrow_two_if<T::kBlocked>(at + column + 128 * half < header.length, to + (T::kMaxPairs == 1 ? slots.position(4 * n) : 0) + 128 * half, y.x, y.y);
+                    narrow_two_if<T::kBlocked>(at + column + 128 * half < header.length, to + (T::kPairs == 1 ? T::slot_position(4 * n) : 0) + 128 * half, y.x, y.y);
                 }
             }
         }
     }
 
-    RARE void store_any(const LaunchParams& params, SlotMap<T> slots, Result result, TileSequences sequences, TensorIndex output_index, TensorIndex gate_index, Stage<T> stage, float scale) {
+    RARE void store_any(const LaunchParams& params, Result result, TileSequences sequences, TensorIndex output_index, TensorIndex gate_index, Stage<T> stage, float scale) {
         const fft_conv_tensor &output = (&params.u)[output_index], &gate = (&params.u)[gate_index];
         const int lane = thread_index() % 32, column = outer_column(thread_index() / 32, lane);
 #pragma unroll
         for (int c = 0; c < 2; c++)
 #pragma unroll
             for (int n = 0; n < Result::kTiles; n++) {
-                const int slot = 4 * n + lane % 4, owner = 2 * slots.pair(slot) + c;
+                const int slot = 4 * n + lane % 4, owner = 2 * T::slot_pair(slot) + c;
                 const bool valid = shuffle(int(sequences.valid), owner);
                 const float factor = shuffle(scale, owner) * (c == 0 ? 1.f : -1.f);
                 Element* const to = sequences.address<Element>(output, owner);
                 const Element* const gates = sequences.address<const Element>(gate, owner);
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    const int at = column + 128 * half, position = slots.position(slot) + at;
+                    const int at = column + 128 * half, position = T::slot_position(slot) + at;
                     if (!valid || position >= sequences.length) continue;
                     Pair y = result.columns(n, half, c), by = {1.f, 1.f};
                     if (gate.data) by = stage ? stage.load(c, n, lane % 4, at) : load_global(gates, position, sequences.length, params.pair_aligned);

@@ -112,6 +112,11 @@ DEVICE float4 weighted_product_of_conjugate(PlanarPair x, PlanarPair y, float we
                        high_half(x.re) * y_re1 + high_half(x.im) * y_im1, high_half(x.re) * y_im1 - high_half(x.im) * y_re1);
 }
 
+// weight * x for the two points of a pair: (re, im, re, im).
+DEVICE float4 weighted(PlanarPair x, float weight) {
+    return make_float4(low_half(x.re) * weight, low_half(x.im) * weight, high_half(x.re) * weight, high_half(x.im) * weight);
+}
+
 DEVICE void accumulate(float4& sum, float4 v) { sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w; }
 
 // A row of 256 points in the registers of a warp: value[s][t] with the index maps above.
@@ -362,20 +367,19 @@ template <class T, bool kSharedTwiddles>
 struct Tables {
     static constexpr int kOuterVectors = T::kRows / 8 * (T::kSlots / 8) * 32;
     static constexpr int kFixedVectors = kInnerConstantVectors + 2 * kOuterVectors;
-    static constexpr int kMaxRadix = T::kMaxPairs == 1 ? T::kRows : T::kRows == 16 ? 1 : T::kRows / 2;
-    static constexpr int kSharedBytes = (kFixedVectors + (kSharedTwiddles ? kMaxRadix * 64 : 0)) * 16;
+    static constexpr int kSharedBytes = (kFixedVectors + (kSharedTwiddles ? T::kPairRows * 64 : 0)) * 16;
     const uint4 *inner, *outer, *outer_inverse, *twiddle;
 
     // They come asynchronously: a wait and a block barrier must follow. Where a cluster shares a transform, each block has the outer stage's for its
     // points, and the twiddles of its rows.
-    DEVICE Tables(const u32* words, char* memory, int radix) {
+    DEVICE Tables(const u32* words, char* memory) {
         const uint4* global = reinterpret_cast<const uint4*>(words);
         uint4* shared = reinterpret_cast<uint4*>(memory);
         auto copy = [&](int to, int from, int count) {
             for (int i = thread_index(); i < count; i += block_size()) copy_async<16>(shared + to + i, global + from + i);
         };
         if constexpr (T::kCluster == 1) {
-            copy(0, 0, kFixedVectors + (kSharedTwiddles ? radix * 64 : 0));
+            copy(0, 0, kFixedVectors + (kSharedTwiddles ? T::kPairRows * 64 : 0));
         } else {
             const int rank = cluster_rank(), inverse = kInnerConstantVectors + T::kCluster * kOuterVectors, twiddles = inverse + T::kCluster * kOuterVectors;
             copy(0, 0, kInnerConstantVectors);

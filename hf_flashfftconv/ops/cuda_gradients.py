@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import cuda, extension, filters, long_plan, plan, tables
 from .reference import Gradients
@@ -23,7 +23,7 @@ def backward(
     causal: bool,
     needs: Sequence[bool] = (True,) * 6,
 ) -> Gradients:
-    """Gradients (du, dk, dskip, dpre, dpost, dk_rev) of a supported call, each in its operand's dtype.
+    """Gradients (du, dk, dskip, dpre, dpost, dk_rev) of a supported call, in the dtype and layout of the operands.
 
     Of sequences that take more than a thread block, what is not in `needs` is None and costs no pass back.
     """
@@ -37,13 +37,37 @@ def backward(
         du = call.result("grad_u")
         dpre = None if pre_gate is None else call.result("grad_pre_gate")
         dpost = None if post_gate is None else call.result("grad_post_gate")
-        splits = extension.call("fft_conv_backward_splits", call.parameters)
-        # One sum for each part of the batch, added up in a fixed order: the same call gives the same bits.
-        partial = call.buffer("grad_filter", (splits, k.shape[0], call.plan.fft_size), torch.float32)
+        partial = _partial_sums(call, k, skip, k_rev)
         call.launch("backward")
-        total = partial[0] if splits == 1 else partial.sum(0)
-        dk, dskip, dk_rev = filters.tap_gradients(total, k, skip, k_rev, u.shape[2])
+        dk, dskip, dk_rev = map(_total, partial, (k, skip, k_rev))
     return du, dk, dskip, dpre, dpost, dk_rev
+
+
+def _partial_sums(call: cuda.Call, k: Tensor, skip: Tensor | None, k_rev: Tensor | None) -> list[Tensor | None]:
+    """Of the gradients of taps and skip connections, (splits, ...): one for each part of the batch."""
+    splits, length = extension.call("fft_conv_backward_splits", call.parameters), call.u.shape[2]
+    taps, taps_rev = min(k.shape[1], length), 0 if k_rev is None else min(k_rev.shape[1], length - 1)
+    call.parameters.taps, call.parameters.taps_rev = taps, taps_rev
+
+    def memory(name: str, *shape: int) -> Tensor:
+        return call.buffer(name, (splits, *shape), torch.float32)
+
+    return [
+        memory("grad_filter", k.shape[0], taps),
+        None if skip is None else memory("grad_skip", skip.shape[0]),
+        None if k_rev is None else memory("grad_filter_rev", k_rev.shape[0], taps_rev),
+    ]
+
+
+def _total(partial: Tensor | None, operand: Tensor | None) -> Tensor | None:
+    """Of partial sums, in a fixed order: the same call gives the same bits. Taps that do not matter get zero."""
+    if partial is None or operand is None:
+        return None
+    total = partial[0] if len(partial) == 1 else partial.sum(0)
+    if total.shape != operand.shape:
+        total = nn.functional.pad(total, (0, operand.shape[1] - total.shape[1]))
+    total = total.to(operand.dtype)
+    return total if operand.is_contiguous() else torch.empty_like(operand).copy_(total)
 
 
 def _backward_in_parts(dy: Tensor, operands: cuda.Operands, chosen: plan.Plan, needs: Sequence[bool]) -> Gradients:

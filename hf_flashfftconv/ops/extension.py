@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import BackendError
 
 PATH = Path(__file__).parent.parent / "lib" / "libhf_flashfftconv.so"
-VERSION = 11
+VERSION = 12
 
 ELEMENTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -49,6 +49,8 @@ class Parameters(ctypes.Structure):
         ("spectrum", ctypes.c_void_p),
         ("spectrum_scale", ctypes.c_void_p),
         ("grad_filter", ctypes.c_void_p),
+        ("grad_filter_rev", ctypes.c_void_p),
+        ("grad_skip", ctypes.c_void_p),
         ("scratch", ctypes.c_void_p),
         ("counters", ctypes.c_void_p),
         ("energies", ctypes.c_void_p),
@@ -72,6 +74,8 @@ class Parameters(ctypes.Structure):
         ("reverse", ctypes.c_int32),
         ("cluster", ctypes.c_int32),
         ("channel_pairs", ctypes.c_int32),
+        ("taps", ctypes.c_int32),
+        ("taps_rev", ctypes.c_int32),
         ("transforms", ctypes.c_void_p),
         ("pair_scales", ctypes.c_void_p),
     )

@@ -103,28 +103,6 @@ def spectrum_bytes(channels: int, points: int) -> int:
     return 4 * channels * (points + 1)
 
 
-def tap_gradients(
-    gradient: Tensor, k: Tensor, skip: Tensor | None, k_rev: Tensor | None, length: int
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients (dk, dskip, dk_rev), each in its operand's dtype and, of taps, layout.
-
-    Taps that do not matter at this length get zero.
-
-    Args:
-        gradient (`torch.Tensor` of shape `(H, fft_size)`, float32): Gradient of all taps on the circle.
-    """
-    dk = torch.zeros_like(k)
-    count = min(k.shape[1], length)
-    dk[:, :count] = gradient[:, :count]
-    dskip = None if skip is None else gradient[:, 0].to(skip.dtype, copy=True)
-    if k_rev is None:
-        return dk, dskip, None
-    dk_rev = torch.zeros_like(k_rev)
-    count = min(k_rev.shape[1], length - 1)
-    dk_rev[:, :count] = gradient[:, gradient.shape[1] - count :].flip(-1)
-    return dk, dskip, dk_rev
-
-
 class TapGradients:
     """The gradients (dk, dskip, dk_rev) that the kernels write for some channels at a time, laid out as the taps.
 

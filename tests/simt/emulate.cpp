@@ -46,7 +46,6 @@ int launch_filter(const FilterParams& params, void*) {
             simt::launch(2, kFilterThreads, Stage::kBytes, [&] { Stage::run(stage_params); });
             return 0;
         });
-        simt::launch(2, kFilterThreads, kFilterScaleBytes, [&] { LongFilter(params).scale_pass(); });
         simt::launch(2, kFilterThreads, kLongFilterBytes, [&] { LongFilter(params).row_pass(); });
     }
     return 0;

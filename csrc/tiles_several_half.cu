@@ -1,3 +1,0 @@
-#include "launch.cuh"
-
-INSTANTIATE_TILES(32, true, 16)
