@@ -50,6 +50,12 @@ private:
         const uint4* const from = reinterpret_cast<const uint4*>(pass.params.spectrum) + int64_t(pass.channel_of(pass.pair(tile))) * kBlockVectors<T> + pass.row_vector(pass.warp + behind);
         copy_async<16>(spectrum(behind), from), copy_async<16>(spectrum(behind) + 32, from + 32);
     }
+    // Of several rows in registers, those of a channel come together, so that no wait holds the rows apart; else one after the other.
+    static constexpr bool kTogether = Plan::kInRegisters;
+    template <class Tile>
+    DEVICE void start_spectra(Tile tile) const {
+        for (int row = 0; row < Plan::kRowsPerWarp; row++) start_spectrum(row * T::kWarps, tile()), copy_async_commit();
+    }
 
     // What a tile is, by how many have gone before in this block.
     struct Work {
@@ -59,19 +65,33 @@ private:
 
     DEVICE void transform() const {
         const InnerConstants constants(InnerTables{pass.tables.inner, pass.lane});
-        for (int part = 0; part < Plan::kParts; part++)
-            for (int row = 0; row < kRowsPerPart; row++) start_spectrum(behind(part, row), pass.range().first), copy_async_commit();
+        start_spectra([&] { return pass.range().first; });
+        bool channel_starts = true;
         pass.done(Pass::kTransforming) = 0;
 #pragma unroll 1
         for (; pass.tile(Pass::kTransforming) < pass.range().last; pass.done(Pass::kTransforming) = pass.done(Pass::kTransforming) + 1) {
             const int number = pass.done(Pass::kTransforming), tile = pass.tile(Pass::kTransforming);
             const bool channel_ends = tile + 1 < pass.range().last && pass.channel_of(pass.pair(tile + 1)) != pass.channel_of(pass.pair(tile));
-            const Work work{number, channel_ends, pass.second_turn(tile), !kGradients || pass.tensors(tile).output.data, kGradients && pass.params.grad_filter};
-            auto there_and_back = [&](const RowFragment& value, int behind) { return this->there_and_back(constants, work, value, behind); };
-            if constexpr (Plan::kInRegisters)
-                transform_in_registers(work, there_and_back);
-            else
-                transform_in_place(work, there_and_back);
+            auto transform_tile = [&](bool second) {
+                const Work work{number, channel_ends, second, !kGradients || pass.tensors(tile).output.data, kGradients && pass.params.grad_filter};
+                auto there_and_back = [&](const RowFragment& value, int behind) { return this->there_and_back(constants, work, value, behind); };
+                if constexpr (Plan::kInRegisters)
+                    transform_in_registers(work, there_and_back);
+                else
+                    transform_in_place(work, there_and_back);
+            };
+            if constexpr (kTogether) {
+                if (channel_starts) copy_async_wait<0>();
+                // A text for each turn: what is conditional in it holds rows apart.
+                if (kGradients && pass.second_turn(tile))
+                    transform_tile(true);
+                else
+                    transform_tile(false);
+                if (channel_ends) start_spectra([&] { return tile + 1; });
+                channel_starts = channel_ends;
+            } else {
+                transform_tile(pass.second_turn(tile));
+            }
         }
         copy_async_wait<0>();
     }
@@ -81,7 +101,7 @@ private:
         RowFragment factors, twiddles, g = {};
         forget(pass.lane), forget(pass.warp);
         if (work.summed && work.second && !Plan::kStay) g.load_again(kept(pass.warp + behind));
-        copy_async_wait<Plan::kRowsPerWarp - 1>();
+        if (!kTogether) copy_async_wait<Plan::kRowsPerWarp - 1>();
         twiddles.load(pass.tables.twiddle + (pass.warp + behind) * 64 + pass.lane);
         value = inner_transform(value * twiddles, constants);
         if (work.summed && !work.second) value.store(Plan::kStay ? first_units(work.number) + behind * kRowUnits : kept(pass.warp + behind));
@@ -96,8 +116,8 @@ private:
             factors.conjugate_if(work.second);
             value = inner_transform(conjugate_product(value, factors), constants) * twiddles;
         }
-        if (work.channel_ends) start_spectrum(behind, pass.tile(Pass::kTransforming, 1));
-        copy_async_commit();
+        if (!kTogether && work.channel_ends) start_spectrum(behind, pass.tile(Pass::kTransforming, 1));
+        if (!kTogether) copy_async_commit();
         return value;
     }
 

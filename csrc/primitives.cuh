@@ -129,9 +129,9 @@ DEVICE void store_in_cluster(int rank, int own, uint2* to, uint2 v, TransactionB
                 :: "r"(rank), "r"(own), "r"(shared_address(to)), "r"(address_in_block(rank, to)), "r"(v.x), "r"(v.y), "r"(address_in_block(rank, p)) : "memory");
 }
 
-// Adds up in the L2 cache. What one thread stores and adds in one place comes in that order.
+// Adds up in the L2 cache. What one thread stores and adds in one place comes in that order, as far as a barrier lies between; reads may pass it.
 DEVICE void add_to_global(float4* p, float4 v) {
-    CLUSTER_ASM("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" :: "l"(p), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+    CLUSTER_ASM("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" :: "l"(p), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w));
 }
 
 DEVICE u32 as_word(__half2 x) { return *reinterpret_cast<u32*>(&x); }

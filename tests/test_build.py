@@ -249,7 +249,7 @@ SPILL_LIMITS = {
     r"14forward_kernel.*(bfloat16|half)Li32ELb1ELi1ELb1E": 1950,
     r"14cluster_kernel.*(bfloat16|half)Li32ELb1ELi1ELb0ELi\d+EELb0E": 300,
     r"14cluster_kernel.*(bfloat16|half)Li32ELb1ELi1ELb0ELi(8|16)EELb1E": 600,
-    r"14cluster_kernel.*(bfloat16|half)Li32ELb1ELi1ELb0ELi(2|4)EELb1E": 1050,
+    r"14cluster_kernel.*(bfloat16|half)Li32ELb1ELi1ELb0ELi(2|4)EELb1E": 1100,
     r"14cluster_kernel.*(bfloat16|half)Li32ELb1ELi1ELb1E": 1600,
     r"15backward_kernel.*Li32ELb1": 640,
     r"long_forward_kernel.*Li8E": 0,
