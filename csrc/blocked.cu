@@ -1,3 +1,3 @@
 #include "launch.cuh"
 
-INSTANTIATE_TILES(forward, 32, true, 1, true)
+INSTANTIATE_TILE(forward, 32, true, 1, true)

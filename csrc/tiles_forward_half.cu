@@ -1,8 +1,4 @@
 #define OWN_REGISTERS
 #include "launch.cuh"
 
-INSTANTIATE_TILES(forward, 32, true, 1)
-INSTANTIATE_TILES(forward, 32, true, 2)
-INSTANTIATE_TILES(forward, 32, true, 4)
-INSTANTIATE_TILES(forward, 32, true, 8)
-INSTANTIATE_TILES(forward, 32, true, 16)
+INSTANTIATE_TILES(forward, true)
