@@ -38,7 +38,6 @@ private:
     // Where a row of the first turn waits for that, if not where it came.
     DEVICE uint4* kept(int row) const { return static_cast<uint4*>(pass.params.scratch) + ((block_index() * T::kRows + row) * 64 + pass.lane); }
 
-    static constexpr int kRowsPerPart = Plan::kRowsPerWarp / Plan::kParts;
     // How far behind the warp's first row another one is, and this lane's units of that first row.
     DEVICE static int behind(int part, int row) { return (row * Plan::kParts + part) * T::kWarps; }
     DEVICE uint4* first_units(int number) const { return units_of(pass.rows(Plan::buffer(number)), pass.warp); }
