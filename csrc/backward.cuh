@@ -265,7 +265,7 @@ struct Backward {
                     largest = bits > largest ? bits : largest;
                 }
             largest = warp_maximum(largest);
-            if (lane == 0) atomic_maximum(exchange + (row / T::kPairRows), largest);
+            if (lane == 0) atomic_maximum(exchange + row / T::kPairRows, largest);
         }
         block_barrier();
         const InnerTables constants{tables.inner, lane};

@@ -30,8 +30,8 @@ struct fft_conv_params {
     const uint32_t* tables;         // hf_flashfftconv/ops/tables.py
     const uint32_t* spectrum;       // (channels, fft_size) complex half precision in kernel order, conjugated where stated
     const float* spectrum_scale;    // (channels,) what the spectrum was divided by
-    // Partial sums of gradients, (fft_conv_backward_splits, channels, taps), (.., taps_rev) and (.., channels), the last two null where there are none;
-    // of clusters, grad_filter is what fft_conv_tap_gradient is given for sums, or null.
+    // Partial sums of gradients, fft_conv_backward_splits of each: (splits, channels, taps), (splits, channels, taps_rev) and (splits, channels), the last
+    // two null where there are none; of clusters, grad_filter is what fft_conv_tap_gradient is given for sums, or null.
     float *grad_filter, *grad_filter_rev, *grad_skip;
     void* scratch;                  // of clusters, backward: fft_conv_backward_scratch bytes; of blocked sequences: fft_conv_blocked_scratch
     // Of fft_conv_long_forward (hf_flashfftconv/ops/long_plan.py): how the work is laid out, and memory that it needs besides `scratch`.
