@@ -123,8 +123,9 @@ extern "C" int fft_conv_filter_spectrum(const fft_conv_filter_params* params, vo
     if (params->windows > 0 && params->taps_rev > 0) return kUnsupported;
     if (params->channel_pairs && (params->windows == 0 || params->fft_size < 8 * 2 * kBlockPositions || params->channels % 2 || params->work_channels % 2)) return kUnsupported;
     if (params->fft_size < kColumns || params->fft_size > kLongMaximum || 1 << derived.log_points != params->fft_size) return kUnsupported;
-    if (params->fft_size > kMaximumFilterPoints && !(params->work && params->partial_sums && params->work_channels > 0)) return kUnsupported;
-    const int block = params->fft_size > kMaximumFilterPoints ? params->work_channels : params->channels;
+    if (params->fft_size > kMaximumFilterPoints && !derived.in_passes()) return kUnsupported;
+    if (derived.in_passes() && !(params->fft_size >= kFewestInPasses && params->partial_sums && params->work_channels > 0)) return kUnsupported;
+    const int block = derived.in_passes() ? params->work_channels : params->channels;
     int error = 0;
     for (int left = params->channels; left > 0 && error == 0; left -= block) {
         derived.channels = std::min(left, block);
@@ -147,7 +148,7 @@ extern "C" int fft_conv_tap_gradient(const fft_conv_tap_params* params, void* st
     const bool summed = params->transforms == nullptr;
     const bool sizes = params->channels > 0 && params->taps > 0 && params->windows > 0 && params->splits > 0 &&
                        (summed ? params->windows == 1 : params->splits == 1 && params->pairs > 0 && params->windows <= params->blocks);
-    return sizes && params->fft_size >= kTapPoints && params->fft_size <= kLongMaximum && 1 << derived.log_points == params->fft_size ? launch_taps(derived, stream) : kUnsupported;
+    return sizes && params->fft_size >= kBlockPositions * 2 && params->fft_size <= kLongMaximum && 1 << derived.log_points == params->fft_size ? launch_taps(derived, stream) : kUnsupported;
 }
 
 extern "C" int fft_conv_backward(const fft_conv_params* params, void* stream) {
@@ -248,4 +249,4 @@ extern "C" int fft_conv_short_splits(const fft_conv_short_params* params) {
     return with_short(*params, [&](auto launcher) { return derive(*params, launcher.kBackwardUnits).splits * kShortTimeWarps; });
 }
 
-extern "C" int fft_conv_version() { return 12; }
+extern "C" int fft_conv_version() { return 13; }

@@ -67,10 +67,11 @@ struct fft_conv_filter_params {
     const float *k, *k_rev, *skip;  // (channels, taps), (channels, taps_rev) or null, (channels,) or null
     uint32_t* spectrum;             // (channels, windows, fft_size)
     float* scale;                   // (channels,)
-    // From fft_size 32,768 on, memory between the passes, and so many channels that it has room for: more are worked on one group after the other.
-    float* partial_sums;            // (work_channels, windows, fft_size / 128)
+    // For spectra in passes, those of fft_size 65,536 on and, if `work` is not null, from 16,384 on: memory between the passes, and so many channels that it
+    // has room for: more are worked on one group after the other.
+    float* partial_sums;            // (work_channels, windows, fft_size / 32)
     void* work;                     // (work_channels, windows, fft_size / 2) of eight bytes
-    // Where the taps of neighbouring channels are neighbours in memory instead, those of 16 channels are read together, from fft_size 32,768 on.
+    // Where the taps of neighbouring channels are neighbours in memory instead, passes read those of 16 channels together.
     int64_t k_stride, k_tap_stride, k_rev_stride, k_rev_tap_stride;
     int32_t channels, taps, taps_rev, fft_size, windows, work_channels;
     int32_t channel_pairs;          // the spectra are for fft_conv_params of that kind; windows of at least 32,768 points, an even number of channels

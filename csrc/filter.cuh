@@ -6,7 +6,16 @@
 #include "small_transform.cuh"
 #include "tile.cuh"
 
-constexpr int kLogFilterThreads = 8, kFilterThreads = 1 << kLogFilterThreads, kMaximumFilterPoints = 16384;
+// Where several blocks share a multiprocessor; a filter of the most points has one to itself.
+constexpr int kLogFilterThreads = 8, kFilterThreads = 1 << kLogFilterThreads, kFilterBlocks = 3, kLargeFilterThreads = 512;
+// The most points, and the fewest that may go in passes (csrc/long_filter.cuh).
+constexpr int kMaximumFilterPoints = 32768, kFewestInPasses = 16384;
+HOST_DEVICE constexpr bool is_large_filter(int fft_size) { return fft_size == kMaximumFilterPoints; }
+// A butterfly of sixteen complex points each, as far as there are threads.
+HOST_DEVICE constexpr int filter_threads(int fft_size) {
+    return is_large_filter(fft_size) ? kLargeFilterThreads : fft_size / 32 > kFilterThreads ? kFilterThreads : fft_size / 32 < 64 ? 64 : fft_size / 32;
+}
+HOST_DEVICE constexpr int filter_blocks(int fft_size) { return is_large_filter(fft_size) ? 1 : kFilterBlocks * kFilterThreads / filter_threads(fft_size); }
 
 DEVICE float absolute(float x) { return float_from_bits(bits_from_float(x) & 0x7fffffffu); }
 
@@ -17,7 +26,7 @@ DEVICE void give_to_sum(float own, float* exchange) {
 }
 DEVICE float given_sum(const float* exchange) {
     float sum = 0.f;
-    for (int warp = 0; warp < kFilterThreads / 32; warp++) sum += exchange[warp];
+    for (int warp = 0; warp < block_size() / 32; warp++) sum += exchange[warp];
     return sum;
 }
 DEVICE float sum_of_block(float own, float* exchange) {
@@ -56,10 +65,10 @@ DEVICE void add_turned(Complex& sum, Complex& difference, Complex x, Complex y, 
     sum = x + y, difference = x - y;
 }
 
-// Stages of a transform by decimation in frequency split groups of 2^log_size points into as many parts as they have points in a butterfly; the
-// frequencies q + kPoints f' go to the q-th part. Of those of a transform the last is the smallest.
+// Stages of a transform by decimation in frequency split groups of points into as many parts as they have points in a butterfly; the frequencies
+// q + kPoints f' go to the q-th part. All take sixteen points but the first, which takes what is left of the logarithm.
 constexpr int kLogStage = 4;
-HOST_DEVICE constexpr int log_stage(int log_size) { return log_size < kLogStage ? log_size : kLogStage; }
+HOST_DEVICE constexpr int log_first_stage(int log_count) { return (log_count - 1) % kLogStage + 1; }
 
 // The butterfly of points that lie equal parts of a group apart, by the root of the group's order to the number of its first point.
 template <int kPoints>
@@ -70,12 +79,12 @@ DEVICE void butterfly(Complex (&x)[kPoints], Complex root) {
     for (int q = 1; q < kPoints; q++, twiddle = twiddle * root) x[q] = x[q] * twiddle;
 }
 
-// Where all stages of a transform leave a frequency: its digits, of which the highest may be smaller, in reverse order.
+// Where all stages of a transform leave a frequency: its digits in reverse order.
 DEVICE int index_of_frequency(int frequency, int log_count) {
     static_assert(kLogStage == 4, "half a byte");
-    const int log_whole = log_count / kLogStage * kLogStage;
-    const u32 bytes = permute_bytes(u32(frequency) & ((1u << log_whole) - 1), 0, 0x0123), digits = (bytes >> 4 & 0x0f0f0f0fu) | (bytes & 0x0f0f0f0fu) << 4;
-    return int(digits >> (32 - log_count)) + (frequency >> log_whole);
+    const int log_first = log_first_stage(log_count), log_others = log_count - log_first;
+    const u32 bytes = permute_bytes(u32(frequency >> log_first), 0, 0x0123), digits = (bytes >> 4 & 0x0f0f0f0fu) | (bytes & 0x0f0f0f0fu) << 4;
+    return (frequency & ((1 << log_first) - 1)) << log_others | int(digits >> (28 - log_others) >> 4);
 }
 
 struct FilterParams : fft_conv_filter_params {
@@ -83,6 +92,7 @@ struct FilterParams : fft_conv_filter_params {
     int log_group;      // of the channels whose taps are read together
     int log_size;       // of the groups of a stage in global memory
 
+    HOST_DEVICE bool in_passes() const { return work; }
     HOST_DEVICE int window_count() const { return windows > 0 ? windows : 1; }
 
     DEVICE float skip_of(int channel) const { return skip ? skip[channel] : 0.f; }
@@ -95,18 +105,16 @@ struct FilterParams : fft_conv_filter_params {
     template <int kPoints>
     DEVICE void load_half(Complex* x, int channel, int half, int first) const {
         const int lag = half * (fft_size / 2) + 2 * first, reverse_lag = fft_size - 1 - lag, step = fft_size / 2 / kPoints;
-        const float *const row = k + channel * k_stride + lag * k_tap_stride, *const reverse_row = k_rev + channel * k_rev_stride + reverse_lag * k_rev_tap_stride;
+        const int64_t tap_step = step * k_tap_stride, reverse_step = step * k_rev_tap_stride;
+        const float *row = k + channel * k_stride + lag * k_tap_stride, *reverse_row = k_rev + channel * k_rev_stride + reverse_lag * k_rev_tap_stride;
 #pragma unroll
-        for (int t = 0; t < kPoints; t++) {
-            const float* const tap = row + t * step * k_tap_stride;
-            x[t] = {u32(lag + t * step) < u32(taps) ? tap[0] : 0.f, u32(lag + t * step + 1) < u32(taps) ? tap[k_tap_stride] : 0.f};
-        }
+        for (int t = 0; t < kPoints; t++, row += tap_step)
+            x[t] = {u32(lag + t * step) < u32(taps) ? row[0] : 0.f, u32(lag + t * step + 1) < u32(taps) ? row[k_tap_stride] : 0.f};
         if (taps_rev > 0)
 #pragma unroll
-            for (int t = 0; t < kPoints; t++) {
-                const float* const tap = reverse_row - t * step * k_rev_tap_stride;
-                if (reverse_lag - t * step < taps_rev) x[t].re += tap[0];
-                if (reverse_lag - t * step - 1 < taps_rev) x[t].im += tap[-k_rev_tap_stride];
+            for (int t = 0; t < kPoints; t++, reverse_row -= reverse_step) {
+                if (reverse_lag - t * step < taps_rev) x[t].re += reverse_row[0];
+                if (reverse_lag - t * step - 1 < taps_rev) x[t].im += reverse_row[-k_rev_tap_stride];
             }
         if (lag == 0) x[0].re += skip_of(channel);
     }
@@ -115,55 +123,60 @@ struct FilterParams : fft_conv_filter_params {
     HOST_DEVICE int second_half(int window) const { return windows > 0 ? window - 1 : 1; }
 };
 
-// The points of filters, one after the other, in shared memory, a free one after sixteen, against bank conflicts.
+// The points of filters, one after the other, in shared memory. Points whose indices differ in one digit of sixteen, whichever, lie in different banks.
 struct FilterPoints {
     Complex* memory;
     int log_count;          // of one
     int log_filters = 0;
 
-    HOST_DEVICE static constexpr int place(int index) { return index + (index >> 4); }
+    HOST_DEVICE static constexpr int place(int index) { return index + (index >> 4) + (index >> 8) + (index >> 12); }
     HOST_DEVICE static constexpr int bytes(int count) { return place(count) * 8; }
     DEVICE Complex& operator[](int index) const { return memory[place(index)]; }
 
-    // Of points that load(x, first, log_stride) gives.
-    template <int kLogPoints, class Load>
-    DEVICE void stage(int log_size, Load load) const {
-        const int log_stride = log_size - kLogPoints;
-#pragma unroll 1
-        for (int i = thread_index(); i < 1 << (log_count + log_filters - kLogPoints); i += kFilterThreads) {
-            const int column = i & ((1 << log_stride) - 1);
-            const int start = (i >> log_stride << log_size) + column;
-            Complex x[1 << kLogPoints];
-            load(x, start, log_stride);
-            if (log_stride > 0)
-                butterfly(x, unit_root(column, log_size));
-            else
-                small_transform(x);
-#pragma unroll
-            for (int q = 0; q < 1 << kLogPoints; q++) at(start)[place(q << log_stride)] = x[q];
-        }
-        block_barrier();
-    }
     // Numbers that have no bit in common have the sum of their places.
     DEVICE Complex* at(int start) const { return memory + place(start); }
 
-    // Of points that are in shared memory or, if load(x, first, log_stride) is given, of those; there are at least 16.
-    DEVICE void transform() const { rest_of_transform(log_count); }
-    template <class Load>
-    DEVICE void transform(Load load) const {
-        stage<kLogStage>(log_count, load);
-        rest_of_transform(log_count - kLogStage);
+    // Of groups of 2^(kLogPoints + log_stride) points that load(x, first, log_stride) gives. The stride is a power of sixteen.
+    template <int kLogPoints, class Load>
+    DEVICE void stage(int log_stride, Load load) const {
+        const int log_size = log_stride + kLogPoints;
+#pragma unroll 1
+        for (int i = thread_index(); i < 1 << (log_count + log_filters - kLogPoints); i += block_size()) {
+            const int column = i & ((1 << log_stride) - 1), start = (i >> log_stride << log_size) + column;
+            Complex x[1 << kLogPoints];
+            load(x, start, log_stride);
+            if (log_stride > 0) butterfly(x, unit_root(column, log_size));
+            else small_transform(x);
+#pragma unroll
+            for (int q = 0; q < 1 << kLogPoints; q++) at(start)[q * place(1 << log_stride)] = x[q];
+        }
+        block_barrier();
     }
-    DEVICE void rest_of_transform(int log_size) const {
-        const auto load = [this](auto& x, int start, int log_stride) {
+
+    DEVICE auto in_memory() const {
+        return [this](auto& x, int start, int log_stride) {
 #pragma unroll
-            for (int t = 0; t < int(sizeof(x) / sizeof(Complex)); t++) x[t] = at(start)[place(t << log_stride)];
+            for (int t = 0; t < int(sizeof(x) / sizeof(Complex)); t++) x[t] = at(start)[t * place(1 << log_stride)];
         };
-#pragma unroll
-        for (; log_size >= kLogStage; log_size -= kLogStage) stage<kLogStage>(log_size, load);
-        if (log_size == 3) stage<3>(3, load);
-        if (log_size == 2) stage<2>(2, load);
-        if (log_size == 1) stage<1>(1, load);
+    }
+
+    // Of points that are in shared memory or, if load(x, first, log_stride) is given, of those.
+    DEVICE void transform() const { first_stage(in_memory()), further_stages(); }
+    template <class Load>
+    DEVICE void first_stage(Load load) const {
+        const int log_stride = log_count - log_first_stage(log_count);
+        switch (log_first_stage(log_count)) {
+            case 1: return stage<1>(log_stride, load);
+            case 2: return stage<2>(log_stride, load);
+            case 3: return stage<3>(log_stride, load);
+            default: return stage<kLogStage>(log_stride, load);
+        }
+    }
+    DEVICE void further_stages() const {
+        static_assert(kMaximumFilterPoints / 2 <= 1 << 4 * kLogStage, "four stages");
+        if (log_count > 3 * kLogStage) stage<kLogStage>(2 * kLogStage, in_memory());
+        if (log_count > 2 * kLogStage) stage<kLogStage>(kLogStage, in_memory());
+        if (log_count > kLogStage) stage<kLogStage>(0, in_memory());
     }
 
     DEVICE int index_of(int frequency) const { return index_of_frequency(frequency, log_count); }
@@ -217,7 +230,7 @@ struct FilterSpectrum {
     // Of all windows, which have one scale.
     DEVICE float sum_of_taps(int channel) const {
         float sum = 0.f;
-        for (int n = thread_index(); n < params.taps; n += kFilterThreads) {
+        for (int n = thread_index(); n < params.taps; n += block_size()) {
             const float tap = params.k[channel * params.k_stride + n * params.k_tap_stride];
             sum += absolute(n == 0 ? tap + params.skip_of(channel) : tap);
         }
@@ -226,13 +239,13 @@ struct FilterSpectrum {
 
     // The rows r and R - r of kernel order, which are each other's mirror images, as the rows 0 and R / 2 are their own.
     DEVICE void store(uint4* words, float down) const {
-        constexpr int kStep = kFilterThreads / 64, kLast = kColumns / 2 - 1;
-        const int rows = params.fft_size / kColumns, place = spectrum_place(), first = fresh_thread_index() / 64, q = frequency_of_place(place);
+        constexpr int kLast = kColumns / 2 - 1;
+        const int rows = params.fft_size / kColumns, at_once = block_size() / 64, place = spectrum_place(), first = fresh_thread_index() / 64, q = frequency_of_place(place);
         auto index = [&](int row, int column) { return points.index_of(row + rows * column); };
         const int own[2] = {index(0, q), index(0, q + 1)}, mirrored[2] = {index(0, kLast - q), index(0, kLast - q - 1)};
-        const Complex step = params.root(kStep), next = params.root(rows);
+        const Complex step = params.root(at_once), next = params.root(rows);
         Complex root = params.root(first + rows * q);
-        for (int row = first; row <= rows / 2; row += kStep, root = root * step) {
+        for (int row = first; row <= rows / 2; row += at_once, root = root * step) {
             const int other = (rows - row) & (rows - 1);
             const Complex *const at_row = points.at(index(row, 0)), *const at_other = points.at(index(other, 0));
             Complex z[2], w[2];
@@ -249,19 +262,15 @@ struct FilterSpectrum {
         for (int unit = block_index(); unit < params.channels * params.window_count(); unit += block_count()) {
             const int channel = unit / params.window_count(), window = unit % params.window_count();
             float sum = params.windows > 0 ? sum_of_taps(channel) : 0.f;
-            const int quarter = 1 << points.log_count >> 2;
-            for (int i = thread_index(); i < quarter; i += kFilterThreads) {
-                Complex x[4];
-                params.load_half<2>(x, channel, window, i), params.load_half<2>(x + 2, channel, params.second_half(window), i);
+            points.first_stage([&](auto& x, int first, int) {
+                constexpr int kHalf = sizeof(x) / sizeof(Complex) / 2;
+                params.load_half<kHalf>(x, channel, window, first), params.load_half<kHalf>(x + kHalf, channel, params.second_half(window), first);
+                if (params.windows == 0)
 #pragma unroll
-                for (int t = 0; t < 4; t++) {
-                    points[i + t * quarter] = x[t];
-                    if (params.windows == 0) sum += absolute(x[t].re) + absolute(x[t].im);
-                }
-            }
+                    for (int t = 0; t < 2 * kHalf; t++) sum += absolute(x[t].re) + absolute(x[t].im);
+            });
             give_to_sum(sum, exchange);
-            block_barrier();
-            points.transform();
+            points.further_stages();
             const float scale = scale_of_sum(given_sum(exchange));
             if (thread_index() == 0 && window == 0) params.scale[channel] = scale;
             store(reinterpret_cast<uint4*>(params.spectrum) + int64_t(unit) * (params.fft_size / 4), 1.f / scale);
@@ -270,7 +279,7 @@ struct FilterSpectrum {
     }
 };
 
-constexpr int kFilterControlBytes = kFilterThreads / 32 * 4;
+constexpr int kFilterControlBytes = kLargeFilterThreads / 32 * 4;
 constexpr int filter_shared_bytes(int fft_size) { return FilterPoints::bytes(fft_size / 2) + kFilterControlBytes; }
 
 DEVICE void filter_spectra(const FilterParams& params) {

@@ -7,7 +7,7 @@
 #include "filter.cuh"
 #include "forward.cuh"
 #include "long_forward.cuh"
-#include "long_taps.cuh"
+#include "tap_transform.cuh"
 
 template <class T>
 struct Launcher {

@@ -44,16 +44,16 @@ struct LongFilter {
     }
 
     // Of all partial sums of the taps, which their norms follow.
-    DEVICE int64_t sums_of_channel() const { return int64_t(params.window_count()) << log_tiles(params, log_stage(log_rows())); }
+    DEVICE int64_t sums_of_channel() const { return int64_t(params.window_count()) << log_tiles(params, log_first_stage(log_rows())); }
     DEVICE int64_t norms() const { return params.channels * sums_of_channel(); }
 
     // Takes the transform of these points, equal parts of a window apart, half a frequency further. Those of the second half lie before the start.
     template <int kLogPoints>
     DEVICE void half_way(Complex (&x)[1 << kLogPoints], int first) const {
-        constexpr Complex kSteps[] = {{0.70710678118654752f, -0.70710678118654752f}, {0.92387953251128674f, -0.38268343236508977f}, {0.98078528040323044f, -0.19509032201612827f}};
+        constexpr Complex kSteps[] = {{0.f, -1.f}, {0.70710678118654752f, -0.70710678118654752f}, {0.92387953251128674f, -0.38268343236508977f}, {0.98078528040323044f, -0.19509032201612827f}};
         Complex turn = unit_root(first, params.log_points);
 #pragma unroll
-        for (int t = 0; t < 1 << kLogPoints; t++, turn = turn * kSteps[kLogPoints - 2]) {
+        for (int t = 0; t < 1 << kLogPoints; t++, turn = turn * kSteps[kLogPoints - 1]) {
             if (t == 1 << kLogPoints >> 1) turn = {-turn.re, -turn.im};
             x[t] = x[t] * turn;
         }
@@ -128,10 +128,9 @@ struct LongFilter {
     }
 
     // A further stage, of groups of 2^log_size points.
-    template <int kLogPoints>
-    DEVICE void stage() const {
-        constexpr int kPoints = 1 << kLogPoints;
-        const int log_stride = params.log_size - kLogPoints, log_butterflies = params.log_points - 1 - kLogPoints;      // of a window
+    DEVICE void further_stage() const {
+        constexpr int kPoints = 1 << kLogStage;
+        const int log_stride = params.log_size - kLogStage, log_butterflies = params.log_points - 1 - kLogStage;      // of a window
         for (int64_t i = int64_t(block_index()) * kFilterThreads + thread_index(); i < int64_t(params.channels) * params.window_count() << log_butterflies; i += int64_t(block_count()) * kFilterThreads) {
             const int butterfly_of_window = int(i & ((1 << log_butterflies) - 1)), column = butterfly_of_window & ((1 << log_stride) - 1);
             Complex* const points = intermediate(i >> log_butterflies) + (butterfly_of_window >> log_stride << params.log_size) + column;
@@ -176,11 +175,12 @@ struct LongFilter {
         const int log_a = log_rows(), other = themselves ? 1 << log_a >> 1 : (1 << log_a) - fa - half_way, kernel_rows = params.fft_size / kColumns;
         const FilterPoints both{reinterpret_cast<Complex*>(memory), kLogFilterRow, 1};
         const Complex *const points = intermediate(filter) + (index_of_frequency(fa, log_a) << kLogFilterRow), *const others = intermediate(filter) + (index_of_frequency(other, log_a) << kLogFilterRow);
-        both.transform([&](auto& x, int first, int log_stride) {
+        both.first_stage([&](auto& x, int first, int log_stride) {
             const Complex* const from = first < kRow ? points + first : others + first - kRow;
 #pragma unroll
             for (int t = 0; t < int(sizeof(x) / sizeof(Complex)); t++) x[t] = from[t << log_stride];
         });
+        both.further_stages();
         // Each thread has two neighbouring places of kernel order in every fourth of the rows of csrc/transform.cuh that a row holds, which are every A-th.
         constexpr int kStep = kFilterThreads / 64;
         const int place = spectrum_place(), q = frequency_of_place(place);
@@ -216,30 +216,33 @@ struct LongFilter {
     }
 };
 
-template <int kLogPoints_, bool kFirst_>
-struct FilterStage {
-    DEVICE static void run(const FilterParams& params) {
-        if constexpr (kFirst_) LongFilter(params).first_stage<kLogPoints_>();
-        else LongFilter(params).stage<kLogPoints_>();
-    }
-    // What the threads exchange, half a butterfly each; blocks of a multiprocessor at a time; blocks that have work.
-    static constexpr int kBytes = FilterPoints::bytes(kFilterThreads) << kLogPoints_ >> 1, kAtOnce = kLogPoints_ < kLogStage ? 4 : 3;
-    static int64_t blocks(const FilterParams& params) { return LongFilter::tiles(params, kLogPoints_) * (kFirst_ ? 1 : params.window_count()); }
+// Each of these has what the threads exchange, half a butterfly each; blocks of a multiprocessor at a time; blocks that have work.
+template <int kLogPoints>
+struct FirstStage {
+    DEVICE static void run(const FilterParams& params) { LongFilter(params).first_stage<kLogPoints>(); }
+    static constexpr int kBytes = FilterPoints::bytes(kFilterThreads) << kLogPoints >> 1, kAtOnce = kLogPoints < kLogStage ? 4 : 3;
+    static int64_t blocks(const FilterParams& params) { return LongFilter::tiles(params, kLogPoints); }
+};
+struct FurtherStage {
+    DEVICE static void run(const FilterParams& params) { LongFilter(params).further_stage(); }
+    static constexpr int kBytes = 0, kAtOnce = 3;
+    static int64_t blocks(const FilterParams& params) { return int64_t(params.channels) * params.window_count() << (params.log_points - 1 - kLogStage - kLogFilterThreads); }
 };
 
-// Calls function(FilterStage<...>{}, its parameters) for the stages in global memory, one after the other, until an error.
+// Calls function(stage, its parameters) for the stages in global memory, one after the other, until an error.
 template <class Function>
 int for_stages(FilterParams params, Function function) {
-    int left = params.log_points - 1 - kLogFilterRow;
-    int error = left == 2 ? function(FilterStage<2, true>{}, params) : left == 3 ? function(FilterStage<3, true>{}, params) : function(FilterStage<kLogStage, true>{}, params);
-    for (left -= log_stage(left), params.log_group = 0; left > 0 && error == 0; left -= log_stage(left)) {
+    const int log_rows = params.log_points - 1 - kLogFilterRow;
+    int error = 0;
+    switch (log_first_stage(log_rows)) {
+        case 1: error = function(FirstStage<1>{}, params); break;
+        case 2: error = function(FirstStage<2>{}, params); break;
+        case 3: error = function(FirstStage<3>{}, params); break;
+        default: error = function(FirstStage<kLogStage>{}, params);
+    }
+    for (int left = log_rows - log_first_stage(log_rows); left > 0 && error == 0; left -= kLogStage) {
         params.log_size = left + kLogFilterRow;
-        switch (log_stage(left)) {
-            case 1: error = function(FilterStage<1, false>{}, params); break;
-            case 2: error = function(FilterStage<2, false>{}, params); break;
-            case 3: error = function(FilterStage<3, false>{}, params); break;
-            default: error = function(FilterStage<kLogStage, false>{}, params);
-        }
+        error = function(FurtherStage{}, params);
     }
     return error;
 }

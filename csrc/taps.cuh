@@ -5,8 +5,7 @@
 #include "filter.cuh"
 #include "transform.cuh"
 
-constexpr int kSumThreads = 128, kTapThreads = kFilterThreads;
-constexpr int kTapPoints = 8192;       // that one block transforms
+constexpr int kSumThreads = 128;
 // Windows whose sums a warp makes at once, and the blocks of such warps that a multiprocessor has registers for.
 constexpr int windows_at_once(bool several) { return several ? 4 : 1; }
 constexpr int sum_blocks(bool several) { return several ? 3 : 8; }
@@ -16,22 +15,12 @@ struct TapParams : fft_conv_tap_params {
     int log_group;      // of the channels whose gradients are written together
 
     HOST_DEVICE int rows() const { return fft_size / kColumns; }
-    HOST_DEVICE bool in_one_block() const { return fft_size <= kTapPoints; }
     HOST_DEVICE bool several() const { return windows > 1; }
+    // Where taps lie together too, so that those of several channels are written together.
+    HOST_DEVICE bool in_passes() const { return fft_size > kMaximumFilterPoints || (log_group > 0 && fft_size >= kFewestInPasses); }
     HOST_DEVICE int window_groups() const { return (windows - 1) / windows_at_once(several()) + 1; }
     HOST_DEVICE int64_t units() const { return int64_t(channels) * rows() * window_groups(); }
     DEVICE float4* window_sums(int64_t channel, int window) const { return reinterpret_cast<float4*>(sums) + (channel * windows + window) * splits * (fft_size / 2); }
-    // What these places of a window have, of all splits.
-    template <int kCount>
-    DEVICE void sum_splits(float4 (&sum)[kCount], const float4* window, const int (&place)[kCount]) const {
-#pragma unroll
-        for (int n = 0; n < kCount; n++) sum[n] = window[place[n]];
-#pragma unroll 1
-        for (int i = 1; i < splits; i++)
-#pragma unroll
-            for (int n = 0; n < kCount; n++) accumulate(sum[n], window[int64_t(i) * (fft_size / 2) + place[n]]);
-    }
-
     // A tap of the whole filter, counted from a window's first or along the circle.
     DEVICE void store(int channel, int tap, float gradient) const {
         gradient *= factor;
@@ -39,6 +28,8 @@ struct TapParams : fft_conv_tap_params {
         if (tap == 0 && grad_skip) grad_skip[channel] = gradient;
         if (taps_rev > 0 && tap >= fft_size - taps_rev) grad_k_rev[channel * k_rev_stride + (fft_size - 1 - tap) * k_rev_tap_stride] = gradient;
     }
+    // Two neighbouring ones, conjugated.
+    DEVICE void store_pair(int channel, int tap, Complex gradients) const { store(channel, tap, gradients.re), store(channel, tap + 1, -gradients.im); }
 };
 
 // The sums of neighbouring windows, of one row of one channel: the work of a warp, each lane of which reads what it has written as a lane of
@@ -87,36 +78,4 @@ template <bool kSeveral>
 DEVICE void sum_windows(const TapParams& params) {
     constexpr int kWarps = kSumThreads / 32;
     for (int64_t unit = int64_t(block_index()) * kWarps + thread_index() / 32; unit < params.units(); unit += int64_t(block_count()) * kWarps) sum_windows<kSeveral>(params, unit);
-}
-
-// Where the sums have a frequency and, in the other half of a float4, the one half the FFT on.
-DEVICE int frequency_of_sum(int rows, int place) { return frequency_of(rows, place / 128, place / 64 % 2, place % 32, place / 32 % 2); }
-
-// From the sums to the gradients of the taps, a channel in each block of threads.
-DEVICE void transform_windows(const TapParams& params) {
-    constexpr int kPerThread = kTapPoints / 2 / kTapThreads;
-    const FilterPoints points{reinterpret_cast<Complex*>(shared_memory()), params.log_points};
-    const int half = params.fft_size / 2;
-    for (int channel = block_index(); channel < params.channels; channel += block_count()) {
-        float before[kPerThread] = {};      // what the next window gives to the taps before its lag
-#pragma unroll 1
-        for (int window = params.windows - 1; window >= 0; window--) {
-            const float4* const sums = params.window_sums(channel, window);
-            for (int i = thread_index(); i < half; i += kTapThreads) {
-                // An inverse transform is the forward one between two conjugations.
-                const int frequency = frequency_of_sum(params.rows(), i);
-                const float4 v = sums[i];
-                points[frequency] = {v.x, -v.y}, points[frequency + half] = {v.z, -v.w};
-            }
-            block_barrier();
-            points.transform();
-#pragma unroll
-            for (int i = 0; i < kPerThread; i++) {
-                const int n = thread_index() + i * kTapThreads, tap = window * half + n;
-                params.store(channel, tap, points[points.index_of(n)].re + before[i]);
-                before[i] = points[points.index_of(n + half)].re;
-            }
-            block_barrier();
-        }
-    }
 }

@@ -95,10 +95,10 @@ def test_taps_by_position_have_the_same_spectra(plan: Plan) -> None:
     k_rev = None if plan.windows else torch.randn(9000, 10).mT
     by_channel = k.contiguous(), None, None if k_rev is None else k_rev.contiguous()
     expected, actual = (filters.prepare(*taps, 70000, plan, 0) for taps in (by_channel, (k, None, k_rev)))
-    # The norms of pairs are sums in another order.
+    # The norms of pairs are sums in another order, the other spectra stages of another order.
     assert torch.allclose(actual.scale, expected.scale, rtol=1e-6)
     error = in_natural_order(actual) - in_natural_order(expected)
-    assert error.norm() <= (1e-4 if plan.channel_pairs else 0) * in_natural_order(expected).norm()
+    assert error.norm() <= 1e-4 * in_natural_order(expected).norm()
 
 
 @pytest.mark.parametrize("length, taps", [(6000, 5000), (5000, 6000)])
@@ -109,5 +109,6 @@ def test_taps_by_position_have_gradients_by_position(length: int, taps: int) -> 
     by_position = {name: arguments[name].mT.contiguous().mT for name in ("k", "k_rev")}
     _, actual = gradients(arguments | by_position, dy)
     for name, gradient in expected.items():
-        assert torch.equal(actual[name], gradient), name
+        difference = (actual[name] - gradient).float().norm() / gradient.float().norm()
+        assert difference <= (1e-5 if gradient.dtype == torch.float32 else 1e-3), name
         assert actual[name].stride() == by_position.get(name, gradient).stride()

@@ -222,7 +222,7 @@ def test_the_bound_is_that_of_the_device(fake: FakeLibrary, monkeypatch: pytest.
 
 
 def test_workspace_of_large_spectra(fake: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen, room = plan.Plan(32768, True, 0, 4), []
+    chosen, room = plan.Plan(65536, True, 0, 8), []
     fake.fft_conv_filter_spectrum = lambda parameters, _: room.append(parameters._obj.work_channels) or 0
     for channels, workspace in ((50, 1), (50, 140), (50, 210), (5, 1)):
         monkeypatch.setattr(filters, "WORKSPACE_BYTES", workspace * chosen.fft_size)

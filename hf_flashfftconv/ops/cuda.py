@@ -37,16 +37,18 @@ def unsupported(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, backwa
     """Why the kernels cannot serve a call or, if `backward`, its gradients; None if they can."""
     if not u.is_cuda:
         return f"u is on the device {u.device}, not on a CUDA device"
-    if u.dtype not in extension.ELEMENTS:
-        return f"u is {u.dtype}, and the kernels take {', '.join(map(str, extension.ELEMENTS))}"
-    if u.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
+    dtype, device = u.dtype, u.device
+    if dtype not in extension.ELEMENTS:
+        return f"u is {dtype}, and the kernels take {', '.join(map(str, extension.ELEMENTS))}"
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
         return "the kernels compute float32 with TF32 precision, which torch.backends.cuda.matmul does not allow"
-    if (u.shape[0] + 1) // 2 * u.shape[1] > MAX_PAIRS:
+    batch, channels, _ = u.shape
+    if (batch + 1) // 2 * channels > MAX_PAIRS:
         return f"u has the shape {tuple(u.shape)}, and the kernels take up to {MAX_PAIRS} pairs of sequences"
     chosen = plan_of(u, k, k_rev, causal, backward)
     if isinstance(chosen, str):
         return chosen
-    return _verdict(u.device) or _lacks_memory(u.device, chosen, u.dtype, backward)
+    return _verdict(device) or _lacks_memory(device, chosen, dtype, backward)
 
 
 def forward(
@@ -184,10 +186,12 @@ def _tables_key(chosen: plan.Plan) -> tuple[int, bool, int, bool]:
 
 def plan_of(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, backward: bool = False) -> Any:
     """The transform of a call or, if `backward`, of its gradients."""
-    lengths = u.shape[2], k.shape[1], 0 if k_rev is None else k_rev.shape[1], causal, backward
+    batch, channels, length = u.shape
+    lengths = length, k.shape[1], 0 if k_rev is None else k_rev.shape[1], causal, backward
     # Gradients of taps are made of the transforms of single channels.
-    alone = u.shape[0] == 1 and u.shape[1] % 2 == 0 and not backward
-    chosen: Any = plan.choose(*lengths, pair_windows=PAIR_WINDOWS[u.dtype] if alone else 0)
+    alone = batch == 1 and channels % 2 == 0 and not backward
+    # Arguments by name take a cache longer to look up.
+    chosen: Any = plan.choose(*lengths, True, True, PAIR_WINDOWS[u.dtype]) if alone else plan.choose(*lengths)
     if isinstance(chosen, str) or isinstance(extension.load(), str):
         return chosen
     if chosen.cluster and not _clusters(u.device, chosen, u.dtype):

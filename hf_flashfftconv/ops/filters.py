@@ -24,16 +24,16 @@ CACHE_SHARE = 1 / 8
 # Kept spectra give way to others once so many times the bound was asked for since their last use.
 _PATIENCE = 16
 
-# The kernel for spectra has no larger transform.
-MAX_FUSED_FFT_SIZE = 16384
-
-# Channels that they are read for at a time where taps of neighbouring channels, not neighbouring taps, lie together.
+# One thread block makes no larger spectrum. Where taps of neighbouring channels, not neighbouring taps, lie together, as
+# filters do that are generated a position at a time, passes are faster from the other size on: they read taps of so many
+# channels at a time, where a block wants its taps together.
+MAX_FUSED_FFT_SIZE, MIN_PASSES_FFT_SIZE = 32768, 16384
 CHANNEL_GROUP = 16
 
 # Bound on what is alive between the passes that make larger ones, unless a group of filters takes more: their points,
 # and one partial sum of taps for so many of them.
 WORKSPACE_BYTES = 64 << 20
-SUMMED_POINTS = 128
+SUMMED_POINTS = 32
 
 
 class Spectrum(NamedTuple):
@@ -73,7 +73,7 @@ def prepare(
     channels, device = k.shape[0], k.device
     words = torch.empty((channels, plan.points), dtype=torch.int32, device=device)
     scale = torch.empty((channels,), dtype=torch.float32, device=device)
-    in_passes = plan.fft_size > MAX_FUSED_FFT_SIZE
+    in_passes = _takes_passes(k, plan.fft_size)
     block = channels
     if in_passes:
         work_points = plan.points + plan.points // SUMMED_POINTS
@@ -129,6 +129,12 @@ class TapGradients:
         """The gradients, each in its operand's dtype."""
         pairs = zip(self._operands, (self._dk, self._dskip, self._dk_rev), strict=True)
         return [None if x is None or dx is None else dx.to(x.dtype) for x, dx in pairs]
+
+
+def _takes_passes(k: Tensor, fft_size: int) -> bool:
+    """Whether spectra are made in passes through global memory."""
+    strided = k.stride(0) == 1 and k.stride(1) > 1
+    return fft_size > MAX_FUSED_FFT_SIZE or (strided and fft_size >= MIN_PASSES_FFT_SIZE)
 
 
 def _memory(taps: Tensor, count: int) -> Tensor:
