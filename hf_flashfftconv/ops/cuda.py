@@ -19,8 +19,9 @@ Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Te
 
 # The transform that blocks do on chip in a long one.
 ON_CHIP = plan.Plan(long_plan.ROW_POINTS, False)
-# Bound on the spectra of one launch for long sequences.
-SPECTRUM_BYTES = 256 << 20
+# Bound on the spectra of one launch for long sequences. Up to the other size they may outweigh the output: launches of few
+# channels leave a device idle.
+SPECTRUM_BYTES, SMALL_SPECTRUM_BYTES = 256 << 20, 64 << 20
 # Windows of filters of which neighbouring channels may share a transform: with more, roundings of their sums would take
 # outputs of these dtypes to their bounds.
 PAIR_WINDOWS = {torch.bfloat16: plan.MAX_WINDOWS, torch.float16: 5, torch.float32: 5}
@@ -206,14 +207,14 @@ def channel_blocks(chosen: plan.Plan, operands: Operands, backward: bool = False
     """The channels that one launch serves, and the operands with these channels alone.
 
     The spectra of long filters outweigh everything else where the batch is small. So they are made for some channels at
-    a time, unless all of them are no larger than the output, or will be kept.
+    a time, unless all of them are small or no larger than the output, or will be kept.
     """
     u, k, skip, pre_gate, post_gate, k_rev = operands
     count = most = u.shape[1]
     pairs = (u.shape[0] + 1) // 2
     if not chosen.on_one_block and not _spectra.keeps(k, skip, k_rev, chosen):
         output_bytes = u.numel() * u.element_size()
-        most = min(SPECTRUM_BYTES, output_bytes) // (4 * chosen.points)
+        most = min(SPECTRUM_BYTES, max(SMALL_SPECTRUM_BYTES, output_bytes)) // (4 * chosen.points)
     if not chosen.on_one_block and backward:
         kept = 0 if chosen.has_turns else pairs * chosen.blocks(u.shape[2])
         channel_bytes = 4 * chosen.fft_size * 2 * (kept + max(1, chosen.windows))
