@@ -261,7 +261,7 @@ struct FilterSpectrum {
     DEVICE void run() const {
         for (int unit = block_index(); unit < params.channels * params.window_count(); unit += block_count()) {
             const int channel = unit / params.window_count(), window = unit % params.window_count();
-            float sum = params.windows > 0 ? sum_of_taps(channel) : 0.f;
+            float sum = 0.f;
             points.first_stage([&](auto& x, int first, int) {
                 constexpr int kHalf = sizeof(x) / sizeof(Complex) / 2;
                 params.load_half<kHalf>(x, channel, window, first), params.load_half<kHalf>(x + kHalf, channel, params.second_half(window), first);
@@ -269,6 +269,7 @@ struct FilterSpectrum {
 #pragma unroll
                     for (int t = 0; t < 2 * kHalf; t++) sum += absolute(x[t].re) + absolute(x[t].im);
             });
+            if (params.windows > 0) sum = sum_of_taps(channel);
             give_to_sum(sum, exchange);
             points.further_stages();
             const float scale = scale_of_sum(given_sum(exchange));

@@ -19,8 +19,8 @@ Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Te
 
 # The transform that blocks do on chip in a long one.
 ON_CHIP = plan.Plan(long_plan.ROW_POINTS, False)
-# Bound on the spectra of one launch for long sequences. Up to the other size they may outweigh the output: launches of few
-# channels leave a device idle.
+# Bound on the spectra of one launch for long sequences. Up to the other size they may outweigh the output: launches of
+# few channels leave a device idle.
 SPECTRUM_BYTES, SMALL_SPECTRUM_BYTES = 256 << 20, 64 << 20
 # Windows of filters of which neighbouring channels may share a transform: with more, roundings of their sums would take
 # outputs of these dtypes to their bounds.

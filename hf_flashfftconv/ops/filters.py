@@ -25,8 +25,8 @@ CACHE_SHARE = 1 / 8
 _PATIENCE = 16
 
 # One thread block makes no larger spectrum. Where taps of neighbouring channels, not neighbouring taps, lie together, as
-# filters do that are generated a position at a time, passes are faster from the other size on: they read taps of so many
-# channels at a time, where a block wants its taps together.
+# in filters that are generated a position at a time, passes are faster from the other size on: they read taps of so
+# many channels at a time, where a block wants its own together.
 MAX_FUSED_FFT_SIZE, MIN_PASSES_FFT_SIZE = 32768, 16384
 CHANNEL_GROUP = 16
 

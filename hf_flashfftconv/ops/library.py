@@ -188,10 +188,11 @@ class _FFTConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        needs = list(ctx.needs_input_grad[:6])
+        needs, tensors = list(ctx.needs_input_grad[:6]), (dy, *ctx.saved_tensors)
         # Gradients are recorded only where second ones are asked for.
-        compute = _FFTConvBackward.apply if torch.is_grad_enabled() else _fft_conv_backward
-        gradients = iter(compute(dy, *ctx.saved_tensors, ctx.causal, ctx.backend, needs))
+        recorded = torch.is_grad_enabled()
+        compute = _FFTConvBackward.apply if recorded else directly(_fft_conv_backward, _backward, *tensors)
+        gradients = iter(compute(*tensors, ctx.causal, ctx.backend, needs))
         return *(next(gradients) if need else None for need in needs), None, None, None
 
 

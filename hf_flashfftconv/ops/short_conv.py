@@ -259,7 +259,8 @@ class _ShortConv(torch.autograd.Function):
 
 def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
     *gradients, z, weight, bias, gate, backend, needs = arguments
-    return tuple(_short_conv_backward(gradients, z, weight, bias, gate, backend, needs))
+    call = directly(_short_conv_backward, _backward, *gradients, z, weight, bias)
+    return tuple(call(gradients, z, weight, bias, gate, backend, needs))
 
 
 class _ShortConvBackward(torch.autograd.Function):
