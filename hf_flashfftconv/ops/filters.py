@@ -24,9 +24,9 @@ CACHE_SHARE = 1 / 8
 # Kept spectra give way to others once so many times the bound was asked for since their last use.
 _PATIENCE = 16
 
-# One thread block makes no larger spectrum. Where taps of neighbouring channels, not neighbouring taps, lie together, as
-# in filters that are generated a position at a time, passes are faster from the other size on: they read taps of so
-# many channels at a time, where a block wants its own together.
+# One thread block makes no larger spectrum. Where taps of neighbouring channels, not neighbouring taps, lie together,
+# as in filters that are generated a position at a time, passes are faster from the other size on: they read taps of so
+# many channels at a time.
 MAX_FUSED_FFT_SIZE, MIN_PASSES_FFT_SIZE = 32768, 16384
 CHANNEL_GROUP = 16
 
