@@ -139,6 +139,10 @@ extern "C" int fft_conv_filter_spectrum(const fft_conv_filter_params* params, vo
     return error;
 }
 
+extern "C" int fft_conv_largest_filter(int device) {
+    return filter_shared_bytes(kMaximumFilterPoints) <= fft_conv_shared_limit(device) ? kMaximumFilterPoints : kMaximumFilterPoints / 2;
+}
+
 extern "C" int fft_conv_tap_gradient(const fft_conv_tap_params* params, void* stream) {
     TapParams derived;
     static_cast<fft_conv_tap_params&>(derived) = *params;
@@ -249,4 +253,4 @@ extern "C" int fft_conv_short_splits(const fft_conv_short_params* params) {
     return with_short(*params, [&](auto launcher) { return derive(*params, launcher.kBackwardUnits).splits * kShortTimeWarps; });
 }
 
-extern "C" int fft_conv_version() { return 13; }
+extern "C" int fft_conv_version() { return 14; }

@@ -67,8 +67,8 @@ struct fft_conv_filter_params {
     const float *k, *k_rev, *skip;  // (channels, taps), (channels, taps_rev) or null, (channels,) or null
     uint32_t* spectrum;             // (channels, windows, fft_size)
     float* scale;                   // (channels,)
-    // For spectra in passes, those of fft_size 65,536 on and, if `work` is not null, from 16,384 on: memory between the passes, and so many channels that it
-    // has room for: more are worked on one group after the other.
+    // Null or, for spectra in passes, from fft_size 16,384 on, as those have to be that are larger than fft_conv_largest_filter: memory between the passes,
+    // and so many channels that it has room for: more are worked on one group after the other.
     float* partial_sums;            // (work_channels, windows, fft_size / 32)
     void* work;                     // (work_channels, windows, fft_size / 2) of eight bytes
     // Where the taps of neighbouring channels are neighbours in memory instead, passes read those of 16 channels together.
@@ -112,6 +112,8 @@ int64_t fft_conv_blocked_scratch(const struct fft_conv_params* params, int devic
 int fft_conv_shared_bytes(const struct fft_conv_params* params, int backward);
 // What a block may take on a device; negative if it cannot be asked.
 int fft_conv_shared_limit(int device);
+// The largest fft_size whose spectra need no passes on a device.
+int fft_conv_largest_filter(int device);
 const char* fft_conv_error_string(int code);
 int fft_conv_version(void);
 

@@ -30,9 +30,10 @@ __global__ void __launch_bounds__(kFilterThreads, 3) tap_columns_kernel(const __
 
 int launch_taps(const TapParams& params, void* stream) {
     static Prepared rows_prepared, columns_prepared;
-    const int error = !params.transforms ? 0 : params.several() ? launch_sums<true>(params, stream) : launch_sums<false>(params, stream);
+    int device = 0, error = cudaGetDevice(&device);
+    if (error == 0 && params.transforms) error = params.several() ? launch_sums<true>(params, stream) : launch_sums<false>(params, stream);
     if (error) return error;
-    if (!params.in_passes()) return is_large_filter(params.fft_size) ? launch_windows<true>(params, stream) : launch_windows<false>(params, stream);
+    if (!params.in_passes(fft_conv_largest_filter(device))) return is_large_filter(params.fft_size) ? launch_windows<true>(params, stream) : launch_windows<false>(params, stream);
     const int64_t filters = int64_t(params.channels) * params.windows;
     const int second_error = launch(tap_rows_kernel, rows_prepared, {filters * LongTaps::row_pairs(params), 3, kFilterThreads, kLongFilterBytes, kLongFilterBytes}, params, stream);
     return second_error ? second_error : launch(tap_columns_kernel, columns_prepared, {LongTaps::tiles(params), 3, kFilterThreads, kLongFilterBytes, kLongFilterBytes}, params, stream);

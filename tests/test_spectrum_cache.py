@@ -228,3 +228,16 @@ def test_workspace_of_large_spectra(fake: FakeLibrary, monkeypatch: pytest.Monke
         monkeypatch.setattr(filters, "WORKSPACE_BYTES", workspace * chosen.fft_size)
         filters.prepare(torch.randn(channels, 9), None, None, 20, chosen, 0)
     assert room == [16, 32, 50, 5]
+
+
+def test_passes_are_for_what_a_block_cannot_hold_and_for_taps_by_position(fake: FakeLibrary) -> None:
+    passes: list[bool] = []
+    fake.fft_conv_filter_spectrum = lambda parameters, _: passes.append(parameters._obj.work is not None) or 0
+    by_channel, by_position = torch.randn(20, 9), torch.randn(9, 20).mT
+    for largest in (32768, 16384):
+        fake.fft_conv_largest_filter = lambda device, largest=largest: largest
+        filters._largest_in_one_block.cache_clear()
+        for size in (8192, 16384, 32768, 65536):
+            for k in (by_channel, by_position):
+                filters.prepare(k, None, None, 20, plan.Plan(size, True), 0)
+    assert passes == 3 * [False] + [True, False] + 3 * [True] + 3 * [False] + 5 * [True]

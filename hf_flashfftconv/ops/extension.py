@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import BackendError
 
 PATH = Path(__file__).parent.parent / "lib" / "libhf_flashfftconv.so"
-VERSION = 13
+VERSION = 14
 
 ELEMENTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 

@@ -24,11 +24,9 @@ CACHE_SHARE = 1 / 8
 # Kept spectra give way to others once so many times the bound was asked for since their last use.
 _PATIENCE = 16
 
-# One thread block makes no larger spectrum. Where taps of neighbouring channels, not neighbouring taps, lie together,
-# as in filters that are generated a position at a time, passes are faster from the other size on: they read taps of so
-# many channels at a time.
-MAX_FUSED_FFT_SIZE, MIN_PASSES_FFT_SIZE = 32768, 16384
-CHANNEL_GROUP = 16
+# Where taps of neighbouring channels, not neighbouring taps, lie together, as in filters that are generated a position
+# at a time, spectra are made faster in passes from this size on, which read taps of so many channels at a time.
+MIN_PASSES_FFT_SIZE, CHANNEL_GROUP = 16384, 16
 
 # Bound on what is alive between the passes that make larger ones, unless a group of filters takes more: their points,
 # and one partial sum of taps for so many of them.
@@ -133,8 +131,15 @@ class TapGradients:
 
 def _takes_passes(k: Tensor, fft_size: int) -> bool:
     """Whether spectra are made in passes through global memory."""
-    strided = k.stride(0) == 1 and k.stride(1) > 1
-    return fft_size > MAX_FUSED_FFT_SIZE or (strided and fft_size >= MIN_PASSES_FFT_SIZE)
+    if fft_size < MIN_PASSES_FFT_SIZE:
+        return False
+    return (k.stride(0) == 1 and k.stride(1) > 1) or fft_size > _largest_in_one_block(k.device)
+
+
+@cache
+def _largest_in_one_block(device: torch.device) -> int:
+    """The largest FFT size of a spectrum that one thread block has memory for."""
+    return extension.call("fft_conv_largest_filter", device.index or 0)
 
 
 def _memory(taps: Tensor, count: int) -> Tensor:
