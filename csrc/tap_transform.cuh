@@ -5,7 +5,7 @@
 #include "long_filter.cuh"
 #include "taps.cuh"
 
-// What the windows of a channel have at some places, of all splits.
+// What the windows of a channel have at some places, of all splits: several windows have one.
 struct WindowSums {
     const TapParams& params;
     const int64_t channel;
