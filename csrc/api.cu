@@ -152,7 +152,8 @@ extern "C" int fft_conv_tap_gradient(const fft_conv_tap_params* params, void* st
     const bool summed = params->transforms == nullptr;
     const bool sizes = params->channels > 0 && params->taps > 0 && params->windows > 0 && params->splits > 0 &&
                        (summed ? params->windows == 1 : params->splits == 1 && params->pairs > 0 && params->windows <= params->blocks);
-    return sizes && params->fft_size >= kBlockPositions * 2 && params->fft_size <= kLongMaximum && 1 << derived.log_points == params->fft_size ? launch_taps(derived, stream) : kUnsupported;
+    const bool held = params->in_passes ? params->fft_size >= kFewestInPasses : params->fft_size <= kMaximumFilterPoints;
+    return sizes && held && params->fft_size >= kBlockPositions * 2 && params->fft_size <= kLongMaximum && 1 << derived.log_points == params->fft_size ? launch_taps(derived, stream) : kUnsupported;
 }
 
 extern "C" int fft_conv_backward(const fft_conv_params* params, void* stream) {
@@ -253,4 +254,4 @@ extern "C" int fft_conv_short_splits(const fft_conv_short_params* params) {
     return with_short(*params, [&](auto launcher) { return derive(*params, launcher.kBackwardUnits).splits * kShortTimeWarps; });
 }
 
-extern "C" int fft_conv_version() { return 14; }
+extern "C" int fft_conv_version() { return 15; }

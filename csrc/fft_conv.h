@@ -58,6 +58,7 @@ struct fft_conv_tap_params {
     int64_t k_stride, k_tap_stride, k_rev_stride, k_rev_tap_stride;
     float factor;                   // of all of them
     int32_t channels, pairs, blocks, windows, splits, fft_size, taps, taps_rev;
+    int32_t in_passes;              // as those have to go that are larger than fft_conv_largest_filter, and others may from fft_size 16,384 on
 };
 
 // Spectra of real filters on a circle of fft_size points: tap n < taps is k[n], tap fft_size - 1 - n for n < taps_rev is k_rev[n].
@@ -112,7 +113,7 @@ int64_t fft_conv_blocked_scratch(const struct fft_conv_params* params, int devic
 int fft_conv_shared_bytes(const struct fft_conv_params* params, int backward);
 // What a block may take on a device; negative if it cannot be asked.
 int fft_conv_shared_limit(int device);
-// The largest fft_size whose spectra need no passes on a device.
+// The largest fft_size whose spectra and gradients of taps need no passes on a device.
 int fft_conv_largest_filter(int device);
 const char* fft_conv_error_string(int code);
 int fft_conv_version(void);

@@ -3,6 +3,8 @@
 // zero. One block transforms it in single precision, in place in shared memory, as M = N / 2 complex points z[n] = x[2 n] + i x[2 n + 1]. What is
 // rounded to half precision is the result alone: rounded stages, as sequences go through, would cost a bfloat16 output of few positions too much.
 #pragma once
+#include <algorithm>
+
 #include "small_transform.cuh"
 #include "tile.cuh"
 
@@ -10,12 +12,10 @@
 constexpr int kLogFilterThreads = 8, kFilterThreads = 1 << kLogFilterThreads, kFilterBlocks = 3, kLargeFilterThreads = 512;
 // The most points, and the fewest that may go in passes (csrc/long_filter.cuh).
 constexpr int kMaximumFilterPoints = 32768, kFewestInPasses = 16384;
-HOST_DEVICE constexpr bool is_large_filter(int fft_size) { return fft_size == kMaximumFilterPoints; }
+constexpr bool is_large_filter(int fft_size) { return fft_size == kMaximumFilterPoints; }
 // A butterfly of sixteen complex points each, as far as there are threads.
-HOST_DEVICE constexpr int filter_threads(int fft_size) {
-    return is_large_filter(fft_size) ? kLargeFilterThreads : fft_size / 32 > kFilterThreads ? kFilterThreads : fft_size / 32 < 64 ? 64 : fft_size / 32;
-}
-HOST_DEVICE constexpr int filter_blocks(int fft_size) { return is_large_filter(fft_size) ? 1 : kFilterBlocks * kFilterThreads / filter_threads(fft_size); }
+constexpr int filter_threads(int fft_size) { return is_large_filter(fft_size) ? kLargeFilterThreads : std::clamp(fft_size / 32, 64, kFilterThreads); }
+constexpr int filter_blocks(int fft_size) { return is_large_filter(fft_size) ? 1 : kFilterBlocks * kFilterThreads / filter_threads(fft_size); }
 
 DEVICE float absolute(float x) { return float_from_bits(bits_from_float(x) & 0x7fffffffu); }
 
@@ -160,7 +160,7 @@ struct FilterPoints {
         };
     }
 
-    // Of points that are in shared memory or, if load(x, first, log_stride) is given, of those.
+    // Of points that are in shared memory; or the first stage of those that load(x, first, log_stride) gives, and then the others.
     DEVICE void transform() const { first_stage(in_memory()), further_stages(); }
     template <class Load>
     DEVICE void first_stage(Load load) const {
@@ -261,7 +261,7 @@ struct FilterSpectrum {
     DEVICE void run() const {
         for (int unit = block_index(); unit < params.channels * params.window_count(); unit += block_count()) {
             const int channel = unit / params.window_count(), window = unit % params.window_count();
-            float sum = 0.f;
+            float sum = params.windows > 0 ? sum_of_taps(channel) : 0.f;
             points.first_stage([&](auto& x, int first, int) {
                 constexpr int kHalf = sizeof(x) / sizeof(Complex) / 2;
                 params.load_half<kHalf>(x, channel, window, first), params.load_half<kHalf>(x + kHalf, channel, params.second_half(window), first);
@@ -269,7 +269,6 @@ struct FilterSpectrum {
 #pragma unroll
                     for (int t = 0; t < 2 * kHalf; t++) sum += absolute(x[t].re) + absolute(x[t].im);
             });
-            if (params.windows > 0) sum = sum_of_taps(channel);
             give_to_sum(sum, exchange);
             points.further_stages();
             const float scale = scale_of_sum(given_sum(exchange));

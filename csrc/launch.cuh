@@ -59,6 +59,14 @@ int launch(void (*kernel)(Params), Prepared& prepared, const Grid& grid, const P
     return error ? error : launch_error;
 }
 
+// Of kernels whose blocks hold a filter each, several a multiprocessor, or one of the most points.
+template <class Params>
+int launch_in_one_block(void (*const (&kernels)[2])(Params), Prepared (&prepared)[2], int64_t filters, const Params& params, void* stream) {
+    const int size = params.fft_size, large = is_large_filter(size);
+    const Grid grid{filters, filter_blocks(size), filter_threads(size), filter_shared_bytes(size), filter_shared_bytes(large ? kMaximumFilterPoints : kMaximumFilterPoints / 2)};
+    return launch(kernels[large], prepared[large], grid, params, stream);
+}
+
 template <class T>
 int Launcher<T>::forward(const LaunchParams& params, void* stream) {
     using Plan = ForwardPlan<T>;

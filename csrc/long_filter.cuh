@@ -220,12 +220,12 @@ struct LongFilter {
 template <int kLogPoints>
 struct FirstStage {
     DEVICE static void run(const FilterParams& params) { LongFilter(params).first_stage<kLogPoints>(); }
-    static constexpr int kBytes = FilterPoints::bytes(kFilterThreads) << kLogPoints >> 1, kAtOnce = kLogPoints < kLogStage ? 4 : 3;
+    static constexpr int kBytes = FilterPoints::bytes(kFilterThreads) << kLogPoints >> 1, kAtOnce = kLogPoints < kLogStage ? 4 : kFilterBlocks;
     static int64_t blocks(const FilterParams& params) { return LongFilter::tiles(params, kLogPoints); }
 };
 struct FurtherStage {
     DEVICE static void run(const FilterParams& params) { LongFilter(params).further_stage(); }
-    static constexpr int kBytes = 0, kAtOnce = 3;
+    static constexpr int kBytes = 0, kAtOnce = kFilterBlocks;
     static int64_t blocks(const FilterParams& params) { return int64_t(params.channels) * params.window_count() << (params.log_points - 1 - kLogStage - kLogFilterThreads); }
 };
 

@@ -16,8 +16,6 @@ struct TapParams : fft_conv_tap_params {
 
     HOST_DEVICE int rows() const { return fft_size / kColumns; }
     HOST_DEVICE bool several() const { return windows > 1; }
-    // Where taps of neighbouring channels lie together too, so that they are written together; `most` are the points that a block of the device can hold.
-    HOST_DEVICE bool in_passes(int most) const { return fft_size > most || (log_group > 0 && fft_size >= kFewestInPasses); }
     HOST_DEVICE int window_groups() const { return (windows - 1) / windows_at_once(several()) + 1; }
     HOST_DEVICE int64_t units() const { return int64_t(channels) * rows() * window_groups(); }
     DEVICE float4* window_sums(int64_t channel, int window) const { return reinterpret_cast<float4*>(sums) + (channel * windows + window) * splits * (fft_size / 2); }

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import BackendError
 
 PATH = Path(__file__).parent.parent / "lib" / "libhf_flashfftconv.so"
-VERSION = 14
+VERSION = 15
 
 ELEMENTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -157,6 +157,7 @@ class TapParameters(_TapView):
         ("fft_size", ctypes.c_int32),
         ("taps", ctypes.c_int32),
         ("taps_rev", ctypes.c_int32),
+        ("in_passes", ctypes.c_int32),
     )
 
 

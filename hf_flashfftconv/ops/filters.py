@@ -122,6 +122,7 @@ class TapGradients:
             dk_rev = self._dk_rev[channels, : self._length - 1]
             parameters.grad_k_rev = dk_rev.data_ptr()
         parameters.pass_taps(dk, dk_rev)
+        parameters.in_passes = _takes_passes(dk, parameters.fft_size)
 
     def results(self) -> list[Any]:
         """The gradients, each in its operand's dtype."""
@@ -130,7 +131,7 @@ class TapGradients:
 
 
 def _takes_passes(k: Tensor, fft_size: int) -> bool:
-    """Whether spectra are made in passes through global memory."""
+    """Whether spectra or gradients of taps, laid out as `k`, are made in passes through global memory."""
     if fft_size < MIN_PASSES_FFT_SIZE:
         return False
     return (k.stride(0) == 1 and k.stride(1) > 1) or fft_size > _largest_in_one_block(k.device)

@@ -53,8 +53,8 @@ int launch_filter(const FilterParams& params, void*) {
 
 int launch_taps(const TapParams& params, void*) {
     if (params.transforms) simt::launch(2, kSumThreads, 0, [&] { params.several() ? sum_windows<true>(params) : sum_windows<false>(params); });
-    if (!params.in_passes(fft_conv_largest_filter(0))) {
-        simt::launch(2, filter_threads(params.fft_size), FilterPoints::bytes(params.fft_size / 2), [&] { transform_windows(params); });
+    if (!params.in_passes) {
+        simt::launch(2, filter_threads(params.fft_size), filter_shared_bytes(params.fft_size), [&] { transform_windows(params); });
     } else {
         simt::launch(2, kFilterThreads, kLongFilterBytes, [&] { LongTaps(params).row_pass(); });
         simt::launch(2, kFilterThreads, kLongFilterBytes, [&] { LongTaps(params).column_pass(); });
