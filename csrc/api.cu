@@ -17,24 +17,23 @@ constexpr int kBlockPositions = BlockedTile<float>::kPositions;
 // Tiles are counted in 32 bits, and looked ahead at.
 constexpr int64_t kMaximumTiles = (int64_t(1) << 31) - (1 << 24);
 
-static int block_count(const fft_conv_params& p) { return p.windows > 0 ? (p.length - 1) / (p.fft_size / 2) + 1 : 1; }
+static int block_count(const fft_conv_params& p) { return p.windows > 0 ? (p.length - 1) / p.fft_size + 1 : 1; }
 
 static bool valid(const fft_conv_params& p) {
     const int bytes = p.element == FFT_CONV_FLOAT32 ? 4 : 2;
     for (const fft_conv_tensor* t : {&p.u, &p.pre_gate, &p.post_gate, &p.grad_output, &p.second_gate, &p.output, &p.grad_u, &p.grad_pre_gate, &p.grad_post_gate, &p.second_output})
         if (reinterpret_cast<uintptr_t>(t->data) % bytes != 0) return false;
-    const int radix = p.fft_size / kColumns, reach = p.windows > 0 ? p.length : p.half ? p.fft_size / 2 : p.fft_size;
-    if ((p.cluster > 0 || p.windows > 0) && (p.fft_size != std::max(p.cluster, 1) * 2 * kBlockPositions || !p.half)) return false;
-    if (p.windows > 0 && int64_t(p.batch + 1) / 2 * p.channels * block_count(p) > kMaximumTiles) return false;
+    const int radix = p.fft_size / kColumns, reach = p.windows > 0 ? p.length : p.fft_size;
+    if ((p.cluster > 0 || p.windows > 0) && (p.fft_size != std::max(p.cluster, 1) * kBlockPositions || !p.folded)) return false;
+    if (p.windows > 0 && int64_t(pairs_of_channel(p)) * p.channels * block_count(p) > kMaximumTiles) return false;
     if (p.cluster > 0 && p.windows == 0 && (p.reverse || p.transforms || p.second_output.data)) return false;
-    if (p.channel_pairs && (p.cluster == 0 || p.windows == 0 || p.batch != 2 || p.transforms)) return false;
-    return radix >= 1 && (radix & (radix - 1)) == 0 && radix * kColumns == p.fft_size && p.batch > 0 && p.channels > 0 && p.length > 0 && p.length <= reach;
+    return radix >= (p.folded ? 2 : 1) && (radix & (radix - 1)) == 0 && radix * kColumns == p.fft_size && p.batch > 0 && p.channels > 0 && p.length > 0 && p.length <= reach;
 }
 
 // Pairs of a channel in a part of its own, so that clusters have done all parts first: each takes as long as its pairs and, with what is done about its
 // sums afterwards, one and a half more.
 static int pairs_per_split(const fft_conv_params& p) {
-    const int pairs = (p.batch + 1) / 2, workers = kMaximumBackwardBlocks / 2 / p.cluster;
+    const int pairs = pairs_of_channel(p), workers = kMaximumBackwardBlocks / 2 / p.cluster;
     int best = pairs;
     int64_t least = INT64_MAX;
     for (int splits = 1; splits <= std::min(pairs, workers); splits++) {
@@ -58,9 +57,9 @@ static LaunchParams derive(const fft_conv_params& p) {
         derived.pair_aligned = std::min(derived.pair_aligned, common_alignment(*t, bytes));
     derived.pair_aligned = derived.pair_aligned >= 2 * bytes;
     derived.whole_units = derived.pair_aligned && derived.alignment >= 16 && p.length * bytes % 16 == 0;
-    derived.pairs = divider((p.batch + 1) / 2);
+    const int pairs = pairs_of_channel(p), pairs_per_tile = tile_pairs(p.fft_size / kColumns);
+    derived.pairs = divider(pairs);
     derived.blocks = divider(block_count(p));
-    const int pairs = (p.batch + 1) / 2, pairs_per_tile = tile_pairs(p.fft_size / kColumns);
     derived.log_sharing = std::min(log2_of(pairs), log2_of(pairs_per_tile));
     const int tiles = (pairs + (1 << derived.log_sharing) - 1) >> derived.log_sharing, channels_per_tile = pairs_per_tile >> derived.log_sharing;
     const int channel_tiles = (p.channels + channels_per_tile - 1) / channels_per_tile;
@@ -78,11 +77,11 @@ static bool valid_items(const fft_conv_params& p, int radix) {
 }
 
 static bool valid_long(const fft_conv_params& p) {
-    const int radix = p.fft_size / kLongPoints, slots = p.half ? p.outer_radix / 2 : p.outer_radix, rest = radix / std::max(p.outer_radix, 1);
+    const int radix = p.fft_size / kLongPoints, slots = p.outer_radix / (p.folded ? 2 : 1), rest = radix / std::max(p.outer_radix, 1);
     const bool shapes = radix * kLongPoints == p.fft_size && (p.fft_size & (p.fft_size - 1)) == 0 && p.fft_size <= kLongMaximum && rest * p.outer_radix == radix;
     const bool stages = (rest == 1 || rest == 8 || rest == 32) && p.outer_radix >= 2 && (slots <= 8 ? radix <= 512 : slots <= 32);
-    return shapes && stages && p.batch > 0 && p.channels > 0 && p.length > 0 && p.length <= (p.half ? p.fft_size / 2 : p.fft_size) && p.group_pairs > 0 && p.ring > 0 &&
-           p.period == p.group_pairs * (2 * p.column_items + radix + p.part_count) && int64_t(p.part_count) * kPartPositions >= p.length && valid_items(p, radix);
+    return shapes && stages && p.batch > 0 && p.channels > 0 && p.length > 0 && p.length <= p.fft_size && p.group_pairs > 0 && p.ring > 0 &&
+           p.period == p.group_pairs * (2 * p.column_items + radix + p.part_count) && int64_t(p.part_count) * kPartPositions >= std::min(p.length, p.fft_size / (p.folded ? 2 : 1)) && valid_items(p, radix);
 }
 
 static LongParams long_stages(const fft_conv_params& p) {
@@ -99,7 +98,7 @@ extern "C" int fft_conv_long_forward(const fft_conv_params* params, void* stream
     LongParams derived = long_stages(*params);
     static_cast<LaunchParams&>(derived) = derive(*params);
     derived.log_units = log2_of(kLongPoints / 4 / params->column_items);
-    derived.pair_count = (params->batch + 1) / 2 * params->channels;
+    derived.pair_count = pairs_of_channel(*params) * params->channels;
     derived.groups = (derived.pair_count + params->group_pairs - 1) / params->group_pairs;
     return with_long(*params, [&](auto launcher) { return decltype(launcher)::forward(derived, stream); });
 }
@@ -120,8 +119,7 @@ extern "C" int fft_conv_filter_spectrum(const fft_conv_filter_params* params, vo
     static_cast<fft_conv_filter_params&>(derived) = *params;
     derived.log_points = log2_of(params->fft_size);
     derived.log_group = log_channel_group(params->k_stride, params->k_tap_stride, 4);
-    if (params->windows > 0 && params->taps_rev > 0) return kUnsupported;
-    if (params->channel_pairs && (params->windows == 0 || params->fft_size < 8 * 2 * kBlockPositions || params->channels % 2 || params->work_channels % 2)) return kUnsupported;
+    if (params->windows > 0 && (params->taps_rev > 0 || !params->folded)) return kUnsupported;
     if (params->fft_size < kColumns || params->fft_size > kLongMaximum || 1 << derived.log_points != params->fft_size) return kUnsupported;
     if (params->fft_size > kMaximumFilterPoints && !derived.in_passes()) return kUnsupported;
     if (derived.in_passes() && !(params->fft_size >= kFewestInPasses && params->partial_sums && params->work_channels > 0)) return kUnsupported;
@@ -148,12 +146,12 @@ extern "C" int fft_conv_tap_gradient(const fft_conv_tap_params* params, void* st
     static_cast<fft_conv_tap_params&>(derived) = *params;
     derived.log_points = log2_of(params->fft_size);
     // A tile may not have room for eight.
-    derived.log_group = log_channel_group(params->k_stride, params->k_tap_stride, std::min(3, kLogFilterTile + kLogFilterRow + 1 - derived.log_points));
+    derived.log_group = log_channel_group(params->k_stride, params->k_tap_stride, std::min(3, kLogFilterTile + kLogFilterRow - derived.log_points));
     const bool summed = params->transforms == nullptr;
     const bool sizes = params->channels > 0 && params->taps > 0 && params->windows > 0 && params->splits > 0 &&
                        (summed ? params->windows == 1 : params->splits == 1 && params->pairs > 0 && params->windows <= params->blocks);
     const bool held = params->in_passes ? params->fft_size >= kFewestInPasses : params->fft_size <= kMaximumFilterPoints;
-    return sizes && held && params->fft_size >= kBlockPositions * 2 && params->fft_size <= kLongMaximum && 1 << derived.log_points == params->fft_size ? launch_taps(derived, stream) : kUnsupported;
+    return sizes && held && params->fft_size >= kColumns && params->fft_size <= kLongMaximum && 1 << derived.log_points == params->fft_size ? launch_taps(derived, stream) : kUnsupported;
 }
 
 extern "C" int fft_conv_backward(const fft_conv_params* params, void* stream) {
@@ -174,7 +172,7 @@ extern "C" int64_t fft_conv_backward_scratch(const fft_conv_params* params) {
 
 extern "C" int64_t fft_conv_blocked_scratch(const fft_conv_params* params, int device) {
     int error = 0;
-    const int64_t pairs = int64_t(params->batch + 1) / 2 * params->channels;
+    const int64_t pairs = int64_t(pairs_of_channel(*params)) * params->channels;
     // Of each block or cluster of blocks that works: transforms of blocks, and a list of pairs; in a cluster all blocks have that list.
     const int64_t workers = std::min<int64_t>(pairs, params->cluster > 0 ? fft_conv_clusters(params) : processor_count(device, &error));
     return error ? kUnsupported : workers * params->windows * params->fft_size * 4 + std::max(params->cluster, 1) * (pairs + workers) * 4;
@@ -254,4 +252,4 @@ extern "C" int fft_conv_short_splits(const fft_conv_short_params* params) {
     return with_short(*params, [&](auto launcher) { return derive(*params, launcher.kBackwardUnits).splits * kShortTimeWarps; });
 }
 
-extern "C" int fft_conv_version() { return 15; }
+extern "C" int fft_conv_version() { return 16; }

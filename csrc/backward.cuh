@@ -1,7 +1,7 @@
 // Gradients of y = post_gate * conv(pre_gate * u, k) in one pass over the inputs. With g = pre_gate * u, e = post_gate * grad_output, G and E
 // their transforms and K the filter's spectrum:
 //   grad_post_gate = grad_output * IFFT(G K),   grad_u = pre_gate * IFFT(E conj K),   grad_pre_gate = u * IFFT(E conj K),
-//   gradient of the taps = real part of IFFT(sum over pairs of conj(G) E), exact for two packed real sequences.
+//   gradient of the taps = IFFT(sum over pairs of conj(G) E), as csrc/tap_transform.cuh makes it of these sums.
 // A block owns the sums of a channel (of several where pairs share a tile) over its share of the batch: no atomics, the same bits every time.
 // Of its sixteen warps the first group of eight brings g in and grad_post_gate out, the second e and the other gradients.
 #pragma once
@@ -47,15 +47,15 @@ struct BackwardUnits {
 
     DEVICE TileSequences sequences(const LaunchParams& params, int unit, int tile, int lane) const {
         const int pair = lane / 2, first = (params.splits.remainder(unit) * params.tiles_per_split.divisor + tile) << params.log_sharing;
-        const int row = 2 * (first + (pair & ((1 << params.log_sharing) - 1))) + lane % 2;
-        return TileSequences(params, unit < count && pair < T::kPairs ? channel(params, unit, pair) : params.channels, row);
+        return TileSequences::of_pair<T>(params, unit < count && pair < T::kPairs ? channel(params, unit, pair) : params.channels, first + (pair & ((1 << params.log_sharing) - 1)), lane);
     }
 
     DEVICE RegularSequences regular(const LaunchParams& params, int unit, int tile) const {
         const int sharing = 1 << params.log_sharing, first = (params.splits.remainder(unit) * params.tiles_per_split.divisor + tile) << params.log_sharing;
-        const bool across = sharing == 1, second = 2 * (first + sharing) <= params.batch;
-        return {2 * first, channel(params, unit, 0), across ? 0 : 2, across ? 1 : 0, second,
-                (across || channels_per_tile == 1) && channel(params, unit, 0) + channels_per_tile <= params.channels && (second || (across && 2 * first < params.batch))};
+        const int rows = rows_of_pair(params);
+        const bool across = sharing == 1, second = rows * (first + sharing) <= params.batch;
+        return {rows * first, channel(params, unit, 0), across ? 0 : rows, across ? 1 : 0, second,
+                (across || channels_per_tile == 1) && channel(params, unit, 0) + channels_per_tile <= params.channels && (second || (across && rows * first < params.batch))};
     }
 };
 
@@ -71,7 +71,7 @@ struct Backward {
     const Tables<T, Plan::kSharedTwiddles> tables;
     uint4 *rows_g, *rows_e;
     float* energies;
-    u32* exchange;          // 64 words: scales of the sequences, later the largest magnitudes of the sums
+    u32* exchange;          // 64 words: scales of the sequences
     TileHeader* headers;    // the group's, of this tile and the next in turn
     char* stages;
 
@@ -142,28 +142,6 @@ struct Backward {
             for (float4& sum : row) sum = make_float4(0.f, 0.f, 0.f, 0.f);
     }
 
-    // Where pairs of a channel share a tile, the first of them gets the sums of all, and the others zeros.
-    DEVICE void add_up_pairs(Sums& sums) const {
-        auto all = [&](int row, int j) -> float4& { return reinterpret_cast<float4*>(rows_g)[(row * 4 + j) * 32 + lane]; };     // where the rows of both transforms were
-#pragma unroll
-        for (int i = 0; i < Plan::kRowsPerWarp; i++)
-            for (int j = 0; j < 4; j++) all(block_warp + i * Plan::kWarps, j) = sums[i][j];
-        clear_sums(sums);
-        block_barrier();
-#pragma unroll
-        for (int i = 0; i < Plan::kRowsPerWarp; i++) {
-            const int row = block_warp + i * Plan::kWarps;
-            if (!is_first_pair(row / T::kPairRows)) continue;
-#pragma unroll 2
-            for (int pair = 0; pair < 1 << params.log_sharing; pair++)
-#pragma unroll
-                for (int j = 0; j < 4; j++) accumulate(sums[i][j], all(row + pair * T::kPairRows, j));
-        }
-        block_barrier();
-    }
-    // Of those of its channel in a tile.
-    DEVICE bool is_first_pair(int pair) const { return (pair & ((1 << params.log_sharing) - 1)) == 0; }
-
     // grad_post_gate from the first group, grad_u and grad_pre_gate from the second: each is the group's result times another input.
     template <bool kRegular, class Source>
     DEVICE void store_gradients(const OuterResult<T>& result, const TileHeader& header, const TileSequences& sequences, float scale, const Source& factor,
@@ -172,29 +150,29 @@ struct Backward {
         const TensorIndex index = group == 0 ? kGradPostGate : kGradU;
         const bool has_second = group == 1 && params.grad_pre_gate.data;
 #pragma unroll
-        for (int c = 0; c < 2; c++) {
-            if (kRegular && c == 1 && !header.second) break;
-            GradientRow<kRegular> first(*this, index, header, sequences, slot, column, c), second(*this, kGradPreGate, header, sequences, slot, column, c);
-            float undo = shuffle(scale, c) * (c == 0 ? 1.f : -1.f);
+        for (int i = 0; i < T::kLanePairs; i++) {
+            const int first_slot = slot + 4 * i, pair = T::slot_pair(first_slot);
+            const float first_scale = shuffle(scale, 2 * pair);
 #pragma unroll
-            for (int n = 0; n < OuterResult<T>::kTiles; n++) {
-                if (T::kPairs > 1 && n > 0) {
-                    first = {*this, index, header, sequences, slot + 4 * n, column, c};
-                    second = {*this, kGradPreGate, header, sequences, slot + 4 * n, column, c};
-                }
-                if (T::kPairs > 1) undo = shuffle(scale, 2 * T::slot_pair(slot + 4 * n) + c) * (c == 0 ? 1.f : -1.f);
+            for (int c = 0; c < 2; c++) {
+                if (kRegular && c == 1 && !(header.second && header.length > T::kSecondStart)) break;
+                const GradientRow<kRegular> first(*this, index, header, sequences, first_slot, column, c), second(*this, kGradPreGate, header, sequences, first_slot, column, c);
+                // Second sequences have come out negative.
+                const float undo = c == 0 ? first_scale : T::kFolded ? -first_scale : -shuffle(scale, 2 * pair + 1);
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    const int at = column + 128 * half, offset = (T::kPairs == 1 ? 4 * n * kColumns : 0) + 128 * half;
-                    Pair y = result.columns(n, half, c);
-                    y = {y.x * undo, y.y * undo};
-                    const Pair f = factor ? factor.load(c, n, slot, at) : Pair{1.f, 1.f};
-                    first.store(offset, y.x * f.x, y.y * f.y);
-                    if (has_second) {
-                        const Pair v = input.load(c, n, slot, at);
-                        second.store(offset, y.x * v.x, y.y * v.y);
+                for (int m = 0; m < T::kLaneSlots; m++)
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        const int n = i + m * T::kLanePairs, at = column + 128 * half, offset = T::lane_position(m) + 128 * half;
+                        Pair y = result.columns(n, half, c);
+                        y = {y.x * undo, y.y * undo};
+                        const Pair f = factor ? factor.load(c, n, slot, at) : Pair{1.f, 1.f};
+                        first.store(offset, y.x * f.x, y.y * f.y);
+                        if (has_second) {
+                            const Pair v = input.load(c, n, slot, at);
+                            second.store(offset, y.x * v.x, y.y * v.y);
+                        }
                     }
-                }
             }
         }
     }
@@ -209,12 +187,13 @@ struct Backward {
         DEVICE GradientRow(const Backward& pass, TensorIndex index, const TileHeader& header, const TileSequences& sequences, int slot, int column, int c) {
             const fft_conv_tensor& tensor = (&pass.params.u)[index];
             const int position = T::slot_position(slot) + column, pair = T::slot_pair(slot);
-            aligned = pass.params.pair_aligned, left = pass.params.length - position;
+            aligned = pass.params.pair_aligned;
             if constexpr (kRegular) {
-                to = reinterpret_cast<Element*>(header.first[index] + (T::kPairs == 1 ? 0 : pair * header.pair_stride[index])) + c * tensor.batch_stride + position;
+                to = reinterpret_cast<Element*>(header.first[index] + (T::kPairs == 1 ? 0 : pair * header.pair_stride[index])) + c * T::second_offset(tensor) + position;
+                left = header.length - c * T::kSecondStart - position;
             } else {
                 to = sequences.address<Element>(tensor, 2 * pair + c) + position;
-                if (!shuffle(int(sequences.valid), 2 * pair + c)) left = 0;
+                left = sequences.length_of(2 * pair + c) - position;
             }
         }
 
@@ -248,82 +227,37 @@ struct Backward {
         store_gradients<false>(result, header, sequences, scale, Source(factor, params, sequences), Source(params.u, params, sequences));
     }
 
-    // From the sums of a unit to the gradient of its taps. Half transforms give those before the start, in the second half, by the shift theorem: the
-    // signs of odd frequencies change, which are those of odd rows.
-    DEVICE void store_filter_gradient(int unit, Sums& sums) const {
-        block_barrier();
-        if (T::kPairs > 1 && params.log_sharing > 0) add_up_pairs(sums);
-        if (block_warp == 0) exchange[lane] = 0;
-        block_barrier();
+    // What fft_conv_tap_gradient makes gradients of taps from. Where pairs of a channel share a tile, their sums are added up where the rows of both
+    // transforms were.
+    DEVICE void store_sums(int unit, const Sums& sums) const {
+        auto store = [&](int row, int n, float4 sum) {
+            const int64_t channel = units.channel(params, unit, row / T::kPairRows), number = channel * params.splits.divisor + params.splits.remainder(unit);
+            if (channel < params.channels) reinterpret_cast<float4*>(params.grad_filter)[number * (T::kPositions / 2) + row % T::kPairRows * (kColumns / 2) + 32 * n + lane] = sum;
+        };
+        const bool shared = T::kPairs > 1 && params.log_sharing > 0;
+        auto of_pair = [&](int row, int n) -> float4& { return reinterpret_cast<float4*>(rows_g)[(row * 4 + n) * 32 + lane]; };
+        if (shared) block_barrier();
 #pragma unroll
-        for (int i = 0; i < Plan::kRowsPerWarp; i++) {
-            const int row = block_warp + i * Plan::kWarps;
-            u32 largest = 0;
-            for (const float4& v : sums[i])
-                for (float x : {v.x, v.y, v.z, v.w}) {
-                    const u32 bits = bits_from_float(x) & 0x7fffffffu;
-                    largest = bits > largest ? bits : largest;
-                }
-            largest = warp_maximum(largest);
-            if (lane == 0) atomic_maximum(exchange + row / T::kPairRows, largest);
+        for (int i = 0; i < Plan::kRowsPerWarp; i++)
+            for (int n = 0; n < 4; n++) {
+                const int row = block_warp + i * Plan::kWarps;
+                if (shared)
+                    of_pair(row, n) = sums[i][n];
+                else
+                    store(row, n, sums[i][n]);
+            }
+        if (!shared) return;
+        block_barrier();
+        const int sharing = 1 << params.log_sharing;
+        for (int i = block_warp; i < 4 * T::kRows; i += Plan::kWarps) {
+            const int row = i / 4, n = i % 4;
+            if (row / T::kPairRows % sharing != 0) continue;
+            float4 sum = of_pair(row, n);
+#pragma unroll 4
+            for (int pair = 1; pair < sharing; pair++) accumulate(sum, of_pair(row + pair * T::kPairRows, n));
+            store(row, n, sum);
         }
         block_barrier();
-        const InnerTables constants{tables.inner, lane};
-        const int own_unit = fragment_unit(block_warp, lane);
-        const bool second_half = T::kHalf && params.taps_rev > 0;
-#pragma unroll
-        for (int i = 0; i < Plan::kRowsPerWarp; i++) {
-            // Sums that are not finite go in as zeros, not to reach the other pairs of the tile, and come out as NaN by their scale.
-            const int row = block_warp + i * Plan::kWarps;
-            const float divisor = scale_of_sums(row / T::kPairRows);
-            const bool finite = divisor == divisor;
-            const float scale = finite ? 1.f / divisor : 0.f;
-            RowFragment x = {};
-            if (is_first_pair(row / T::kPairRows)) {
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    const float4 v = finite ? sums[i][j] : make_float4(0.f, 0.f, 0.f, 0.f);
-                    x.value[j / 2][j % 2] = {pack(v.x * scale, v.z * scale), pack(-v.y * scale, -v.w * scale)};
-                }
-                x = inner_transform(x, constants) * tables.row_twiddles(row % T::kPairRows, lane);
-            }
-            x.store(row_words(rows_g, row) + own_unit);
-            if (second_half) {
-                if (row % 2 == 1)
-                    for (int j = 0; j < 4; j++) x.value[j / 2][j % 2] = {negate2(x.value[j / 2][j % 2].re), negate2(x.value[j / 2][j % 2].im)};
-                x.store(row_words(rows_e, row) + own_unit);
-            }
-        }
-        block_barrier();
-        if (group == 1 && !second_half) return;
-        OuterResult<T> result;
-        result.add(group == 0 ? rows_g : rows_e, tables.outer_inverse, warp, lane);
-        const int column = outer_column(warp, lane), offset = group * (params.fft_size / 2), split = params.splits.remainder(unit);
-        for (int n = 0; n < OuterResult<T>::kTiles; n++) {
-            const int slot = 4 * n + lane % 4, pair = T::slot_pair(slot), channel = units.channel(params, unit, pair);
-            if (channel >= params.channels || !is_first_pair(pair)) continue;
-            const int64_t filter = int64_t(split) * params.channels + channel;
-            const float factor = scale_of_sums(pair) * square_root(float(params.fft_size));
-            for (int half = 0; half < 2; half++) {
-                const int position = T::slot_position(slot) + offset + column + 128 * half;
-                const Pair y = result.columns(n, half, 0);
-                store_tap(filter, position, y.x * factor), store_tap(filter, position + 1, y.y * factor);
-            }
-        }
-    }
-
-    // The gradient of a point of the circle, to the taps that lie there.
-    DEVICE void store_tap(int64_t filter, int position, float x) const {
-        const int before = params.fft_size - 1 - position;
-        if (position < params.taps) params.grad_filter[filter * params.taps + position] = x;
-        if (before < params.taps_rev) params.grad_filter_rev[filter * params.taps_rev + before] = x;
-        if (position == 0 && params.grad_skip) params.grad_skip[filter] = x;
-    }
-
-    // A power of two near the largest magnitude among a pair's sums; NaN if they are not finite.
-    DEVICE float scale_of_sums(int pair) const {
-        const int exponent = int(exchange[pair] >> 23);
-        return exponent == 255 ? float_from_bits(0x7fc00000u) : power_of_two(exponent < 2 ? -125 : exponent - 127);
     }
 
     DEVICE void fill_header(int unit, int tile, int turn) const {
@@ -368,13 +302,13 @@ struct Backward {
                 block_barrier();
                 transform_rows(unit, sums);
                 block_barrier();
-                if (group == 0 && !params.grad_post_gate.data) continue;
+                if (!(&params.u)[group == 0 ? kGradPostGate : kGradU].data) continue;
                 OuterResult<T> result;
                 result.add(group == 0 ? rows_g : rows_e, tables.outer_inverse, warp, lane);
                 const float scale = sequences.valid ? params.spectrum_scale[sequences.channel] * scales.up : 0.f;
                 store_gradients(result, headers[turn], sequences, scale, turn);
             }
-            store_filter_gradient(unit, sums);
+            if (params.grad_filter) store_sums(unit, sums);
         }
     }
 };

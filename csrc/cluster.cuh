@@ -1,7 +1,7 @@
 // The same as csrc/forward.cuh for sequences whose transform takes the shared memory of several blocks: a cluster of R = kCluster blocks works on a pair.
 // And, with kGradients, the same as csrc/backward.cuh for these.
 //
-//   n = 256 n1 + p, n1 = R r + b,   f = k1 + 32 R (...), k1 = q + 32 s,   w_32R^(n1 k1) = w_32^(r q) w_32R^(b q) w_R^(b s)
+//   n = 256 n1 + p, n1 = R r + b,   f = k1 + 32 R (...), k1 = q + 32 s,   w_32R^(n1 (k1 + 1/4)) = w_32^(r (q + 1/4)) w_32R^(b (q + 1/4)) w_R^(b s)
 //
 // Block b contracts r, its own segments of 256 positions, by a matrix that has both factors without s. The rows q then pass through the cluster, each
 // block receiving its own ones from all; it contracts b by a DFT of R points and has the rows k1 = q + 32 s of the whole transform. The way back
@@ -13,13 +13,7 @@
 // come of the pair before, and the third those on the way back.
 //
 // Longer causal sequences go in blocks, as in csrc/forward.cuh: a cluster works on the blocks of a pair one after the other, and its second group adds up
-// the products of their transforms with the windows of the filter. Neighbouring channels of a batch of one are a pair of sequences with two filters:
-// at frequencies half-way between those of the FFT, where f has the mirror image N - 1 - f, the transform X of a + i b holds those of both,
-//
-//   A(f) = (X(f) + conj X(N - 1 - f)) / 2,   i B(f) = (X(f) - conj X(N - 1 - f)) / 2,   Y(f) = S(f) + T(f),   Y(N - 1 - f) = conj(S(f) - T(f))
-//
-// with the sums S of products of A with windows of the one filter, and T of products of i B with those of the other. So half of the rows have products,
-// two for each window. The row q + 32 s meets the row 31 - q + 32 (R - 1 - s), which the same block has.
+// the products of their transforms with the windows of the filter.
 //
 // For gradients every pair goes through all this twice: first pre_gate * u, for grad_post_gate, and then post_gate * grad_output, for the others. A warp of
 // the second group keeps the rows of the first transform, where they came or else in global memory, until it has those of the second, and adds the products
@@ -94,22 +88,8 @@ struct ClusterPass {
     DEVICE void fill_header(int group, int tile) const {
         if (warp == 0) header(group, tile).template fill<typename T::Element>(tensors(tile), RegularSequences::consecutive<T>(params, pair(tile)), lane, start(tile));
     }
-    DEVICE TileSequences sequences(int tile) const { return TileSequences::consecutive(params, pair(tile), lane, start(tile)); }
+    DEVICE TileSequences sequences(int tile) const { return TileSequences::consecutive<T>(params, pair(tile), lane, start(tile)); }
     DEVICE int row_vector(int own) const { return cluster_row<T>(rank, own) * 64 + lane; }
-    // Of pairs of channels, the two rows of a unit, which meet each other.
-    DEVICE static int unit_row(int unit, bool mirrored) {
-        const int own = unit / T::kCluster * 2, s = unit % T::kCluster;
-        return mirrored ? (T::kCluster - 1 - s) * T::kOwnRows + own + 1 : s * T::kOwnRows + own;
-    }
-    // What the products of a warp's row go through: where the row has a window's spectrum and the transforms of blocks. Of pairs of channels, every other
-    // row stands for the second channel of a unit.
-    DEVICE bool is_second(int row) const { return params.channel_pairs && row / T::kWarps % 2 == 1; }
-    DEVICE static int unit_of(int row) { return row % T::kWarps + row / (2 * T::kWarps) * T::kWarps; }
-    DEVICE int spectrum_vector(int row) const {
-        if (!params.channel_pairs) return row_vector(row);
-        return row_vector(unit_row(unit_of(row), false)) + (is_second(row) ? params.windows * kBlockVectors<T> : 0);
-    }
-    DEVICE int block_vector(int row) const { return row_vector(params.channel_pairs ? unit_row(unit_of(row), is_second(row)) : row); }
     DEVICE int channel_of(int pair) const {
         const int channel = params.pairs.divide(pair);
         return channel < params.channels ? channel : 0;
@@ -123,7 +103,7 @@ struct ClusterPass {
             copy_async_commit();
         };
         done(kPacking) = first();
-        if constexpr (T::kBlocked) block_scales().start(whole_sequences(tile(kPacking)));
+        if constexpr (T::kBlocked) block_scales().start(whole_row(tile(kPacking)));
         fill_header(0, range().first + first());
         named_barrier<256>(kPack);
         start_inputs(0);
@@ -159,18 +139,17 @@ struct ClusterPass {
             else
                 sequence_scales.measure_direct(x, in.u, in.pre_gate, params, current(), kGradients);
             const u32 own = bits_from_float(sequence_scales.up);
-            if (warp == 0) control().scale_words.send(done(kPacking), {shuffle(own, 0), shuffle(own, 1)}, lane);
+            if (warp == 0) control().scale_words.send(done(kPacking), shuffle(own, 0), lane);
             // Every thread has read its inputs (a barrier has passed): the next pair's may come.
             start_inputs(1);
             transform_last_across();
-            const Pair both = control().scale_words.root_mean_squares(done(kPacking), lane);
-            const float up = lane % 2 == 0 ? both.x : both.y;
+            const float up = control().scale_words.root_mean_square(done(kPacking), lane);
             const int down = int(own >> 23) - int(bits_from_float(up) >> 23) - sequence_scales.root;
             sequence_scales.apply(x, down < -30 ? -30 : down);
             if (warp == 0) {
                 const int own = tile(kPacking);
                 scales(own)[lane] = undo_of(current(), up);
-                if (kGradients && lane == 0) sums_of(own) = own_sums(own, larger_or_nan(both.x, both.y));
+                if (kGradients && lane == 0) sums_of(own) = own_sums(own, up);
             }
             send(x, done(kPacking));
         }
@@ -185,40 +164,35 @@ struct ClusterPass {
 
     // What undoes the scale of this lane's sequence and its filter's.
     DEVICE float undo_of(const TileSequences& sequences, float up) const {
-        const int filter = params.channel_pairs ? 2 * sequences.channel + sequences.row : sequences.channel;
-        return sequences.valid ? params.spectrum_scale[filter] * up : 0.f;
+        return sequences.valid ? params.spectrum_scale[sequences.channel] * up : 0.f;
     }
 
     // Of blocked sequences: every block samples the whole of them, and all come to the same scale.
     DEVICE BlockScales<T> block_scales() const { return {params, control().energies, 0, warp, lane}; }
-    DEVICE TileSequences whole_sequences(int tile) const { return TileSequences::consecutive(params, pair(tile), lane); }
+    DEVICE TileSequences whole_row(int tile) const { return TileSequences::whole(params, pair(tile)); }
     DEVICE BlockScale scale_of_block() {
         const int own = tile(kPacking);
         BlockScale scale;
         if (place(own).step > 0) {
-            scale = control().blocked.scale[lane % 2];
+            scale = control().blocked.scale;
         } else {
-            const TileSequences whole = whole_sequences(own);
+            const TileSequences whole = whole_row(own);
             scale = control().blocked.pairs.list ? block_scales().from_all(whole) : block_scales().from_samples(whole);
-            if (params.transforms) {
-                scale = scale.common();
-                const float both = scale.undo_common();
-                if (rank == 0 && thread_index() == 0) params.pair_scales[pair(own)] = both;
-            }
-            if (warp == 0 && lane < 2) control().blocked.scale[lane] = scale, control().blocked.largest[lane] = 0.f;
+            if (params.transforms && rank == 0 && thread_index() == 0) params.pair_scales[pair(own)] = scale.up;
+            if (thread_index() == 0) control().blocked.scale = scale, control().blocked.largest = 0.f;
         }
-        if (warp == 0) scales(own)[lane] = undo_of(whole_sequences(own), scale.up);
+        if (warp == 0) scales(own)[lane] = undo_of(whole_row(own), scale.up);
         return scale;
     }
 
-    // Notes the mean square of a block's part of this lane's sequence, and tells the other blocks of the largest.
+    // Notes the mean square of a block's part of a row, and tells the other blocks of the largest.
     DEVICE void note_block(float mean_square) {
         if (warp != 0) return;
         auto& own = control().blocked;
-        if (lane < 2) own.largest[lane] = larger_or_nan(own.largest[lane], mean_square);
+        if (lane == 0) own.largest = larger_or_nan(own.largest, mean_square);
         warp_barrier();
         const int now = tile(kPacking);
-        if (ends_pair(now) && !own.pairs.list) control().scale_words.send(place(now).index, uint2{bits_from_float(own.largest[0]), bits_from_float(own.largest[1])}, lane);
+        if (ends_pair(now) && !own.pairs.list) control().scale_words.send(place(now).index, bits_from_float(own.largest), lane);
     }
     DEVICE bool ends_pair(int tile) const { return place(tile).step + 1 == params.blocks.divisor; }
 
@@ -226,18 +200,15 @@ struct ClusterPass {
     DEVICE void end_block() {
         const int now = tile(kPacking);
         if (!ends_pair(now)) return;
-        if (now + 1 < range().last) block_scales().start(whole_sequences(now + 1));
+        if (now + 1 < range().last) block_scales().start(whole_row(now + 1));
         if (control().blocked.pairs.list) return;
-        const Pair both = control().scale_words.largest(place(now).index, lane);
-        float largest = lane % 2 == 0 ? both.x : both.y;
-        if (params.transforms) largest = larger_or_nan(both.x, both.y);
-        const bool misfit = !BlockScales<T>::fit(largest, whole_sequences(now).valid, lane);
-        if (misfit && warp == 0 && lane == 0) misfit_list()[control().blocked.misfits++] = place(now).index;
+        const bool fits = BlockScales<T>::fits(control().scale_words.largest(place(now).index, lane));
+        if (!fits && thread_index() == 0) misfit_list()[control().blocked.misfits++] = place(now).index;
     }
     // Each block keeps a list of its own, and all are the same.
     DEVICE int* misfit_list() const {
         uint4* const ring_end = static_cast<uint4*>(params.scratch) + int64_t(OwnPairs<T>::workers()) * params.windows * kBlockVectors<T>;
-        return reinterpret_cast<int*>(ring_end) + int64_t(block_index()) * ((params.batch + 1) / 2 * params.channels / OwnPairs<T>::workers() + 1);
+        return reinterpret_cast<int*>(ring_end) + int64_t(block_index()) * (params.pairs.divisor * params.channels / OwnPairs<T>::workers() + 1);
     }
 
     // Sends a pair's rows to their blocks, part by part.

@@ -3,44 +3,40 @@
 #include "block_scale.cuh"
 #include "forward_plan.cuh"
 
-// Two words from each block of a cluster to all blocks, again and again.
+// A word from each block of a cluster to all blocks, again and again.
 template <int kBlocks>
 struct BlockWords {
     static constexpr u32 kPlaces = 2;   // a block may be one exchange ahead
-    uint2 words[kPlaces][kBlocks];
+    u32 words[kPlaces][kBlocks];
     TransactionBarrier came[kPlaces];
 
     DEVICE void start() {
         for (u32 i = 0; i < kPlaces; i++) barrier_start(came + i, 1);
     }
-    // All lanes of a warp know this block's words.
-    DEVICE void send(int number, uint2 own, int lane) {
+    // All lanes of a warp know this block's word.
+    DEVICE void send(int number, u32 own, int lane) {
         TransactionBarrier* const barrier = came + number % kPlaces;
-        if (lane == 0) barrier_expect(barrier, kBlocks * int(sizeof(uint2)));
+        if (lane == 0) barrier_expect(barrier, kBlocks * int(sizeof(u32)));
         if (lane < kBlocks) store_to_block(lane, words[number % kPlaces] + cluster_rank(), own, barrier);
     }
-    // Of floats near the root mean square of a sequence in each block, the ones near that in all of them. They are powers of two; one that is not a
-    // number makes all so.
-    DEVICE Pair root_mean_squares(int number, int lane) {
-        barrier_wait(came + number % kPlaces, number / kPlaces % 2);
-        const uint2 word = words[number % kPlaces][lane % kBlocks];
-        return {root_mean_square(word.x), root_mean_square(word.y)};
-    }
-
-    // The largest of two numbers that are not negative, or of NaN, in all blocks.
-    DEVICE Pair largest(int number, int lane) {
-        barrier_wait(came + number % kPlaces, number / kPlaces % 2);
-        const uint2 word = words[number % kPlaces][lane % kBlocks];
-        return {float_from_bits(warp_maximum(word.x)), float_from_bits(warp_maximum(word.y))};
-    }
-
-private:
-    DEVICE static float root_mean_square(u32 own) {
+    // Of floats near the root mean square of a row in each block, the one near that in all of them. They are powers of two; one that is not a number makes
+    // that one too.
+    DEVICE float root_mean_square(int number, int lane) {
         constexpr int kUnit = 24, kLogLanes = 5;    // of what a lane adds
-        const u32 largest = warp_maximum(own);
+        const u32 own = received(number, lane), largest = warp_maximum(own);
         const int below = int(largest >> 23) - int(own >> 23);
         const u32 sum = warp_sum(2 * below > kUnit ? 0 : 1u << (kUnit - 2 * below));
         return float_from_bits(largest) * power_of_two((int(bits_from_float(float(sum)) >> 23) - 127 - kUnit - kLogLanes) >> 1);
+    }
+
+    // The largest of numbers that are not negative, or of NaN, in all blocks.
+    DEVICE float largest(int number, int lane) { return float_from_bits(warp_maximum(received(number, lane))); }
+
+private:
+    // As many lanes have the word of each block.
+    DEVICE u32 received(int number, int lane) {
+        barrier_wait(came + number % kPlaces, number / kPlaces % 2);
+        return words[number % kPlaces][lane % kBlocks];
     }
 };
 
@@ -87,15 +83,15 @@ struct ClusterPlan {
     // What a warp of the second group has before it comes to it: the spectra of its rows or, of blocked sequences, the operands of its next products.
     static constexpr int kAhead = T::kBlocked ? 2 : kRowsPerWarp, kOperandVectors = T::kBlocked ? 128 : 64;
     static constexpr int kOperandBytes = T::kWarps * kAhead * kOperandVectors * 16;
-    // Of blocked sequences: the scales of a pair and its largest mean squares; the pairs of this round, its first tile, and pairs for another round,
-    // which these scales did not fit.
+    // Of blocked sequences: the scale of a row and its largest mean square; the pairs of this round, its first tile, and pairs for another round,
+    // which their scales did not fit.
     struct Blocked {
-        BlockScale scale[2];
-        float largest[2];
+        BlockScale scale;
+        float largest;
         OwnPairs<T> pairs;
         int first, misfits;
     };
-    // Of a turn of a pair: what undoes the scale of both sequences, and the number of the sums that its products are added to, or are the first of.
+    // Of a turn of a pair: what undoes its scale, and the number of the sums that its products are added to, or are the first of.
     struct TurnSums {
         float scale;
         int number;

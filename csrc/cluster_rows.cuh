@@ -190,9 +190,6 @@ private:
             for (int step = 0; step < pass.params.blocks.divisor; step++, pass.done(Pass::kTransforming) = pass.done(Pass::kTransforming) + 1) {
                 const int buffer = pass.done(Pass::kTransforming) % Plan::kBuffers, windows = step + 1 < pass.params.windows ? step + 1 : pass.params.windows;
                 uint4* const kept = history.blocks + step % history.count * kBlockVectors<T>;
-                auto keep = [&](const RowFragment& value, int row) {
-                    if (history.count > 1) value.store(kept + pass.row_vector(row));
-                };
                 // The sum of the products of a row, the first of which is that of `value`.
                 auto products = [&](RowFragment value) {
                     RowFragment sums[2] = {};      // of even and of odd windows: fewer roundings of large sums
@@ -214,35 +211,16 @@ private:
                     }
                     return sums[0] + sums[1];
                 };
-                auto transformed = [&](int row) {
+                named_barrier<512>(Pass::kReady + buffer);
+#pragma unroll 1
+                for (int row = pass.warp; row < T::kRows; row += T::kWarps) {
                     RowFragment value, twiddles;
                     value.load(units_of(pass.rows(buffer), row)), twiddles.load(pass.tables.twiddle + row * 64 + pass.lane);
-                    return inner_transform(value * twiddles, constants);
-                };
-                auto transform_back = [&](const RowFragment& sum, int row) {
-                    RowFragment twiddles;
+                    value = inner_transform(value * twiddles, constants);
+                    if (history.count > 1) value.store(kept + pass.row_vector(row));
+                    value = inner_transform(products(value), constants);
                     twiddles.load(pass.tables.twiddle + row * 64 + pass.lane);
-                    (inner_transform(sum, constants) * twiddles).store(units_of(pass.rows(buffer), row));
-                };
-                named_barrier<512>(Pass::kReady + buffer);
-                if (!pass.params.channel_pairs) {
-#pragma unroll 1
-                    for (int row = pass.warp; row < T::kRows; row += T::kWarps) {
-                        const RowFragment value = transformed(row);
-                        keep(value, row);
-                        transform_back(products(value), row);
-                    }
-                } else {
-#pragma unroll 1
-                    for (int unit = pass.warp; unit < T::kRows / 2; unit += T::kWarps) {
-                        const int row = pass.unit_row(unit, false), mirrored_row = pass.unit_row(unit, true);
-                        RowFragment first = transformed(row), second = mirrored(transformed(mirrored_row));
-                        split_halves(first, second);
-                        keep(first, row), keep(second, mirrored_row);
-                        first = products(first), second = products(second);
-                        transform_back(first + second, row);
-                        transform_back(mirrored(first - second), mirrored_row);
-                    }
+                    (value * twiddles).store(units_of(pass.rows(buffer), row));
                 }
                 named_barrier_arrive<512>(Pass::kTransformed + buffer);
             }

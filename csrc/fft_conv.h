@@ -16,13 +16,12 @@ struct fft_conv_tensor {
 enum fft_conv_element { FFT_CONV_BFLOAT16 = 0, FFT_CONV_FLOAT16 = 1, FFT_CONV_FLOAT32 = 2 };
 
 // y = post_gate * conv(pre_gate * u, k) with the filter k given by its spectrum of fft_size points (hf_flashfftconv/ops/filters.py).
-// cluster > 1: so many blocks share a transform, of 8,192 points for each; half is set.
-// half: inputs and outputs lie in the first half of the transform (causal and bidirectional convolution).
-// windows > 0: causal convolution of sequences of any length in blocks of fft_size / 2, of one thread block or in a cluster of 8 or 16; k is given by the
+// folded: causal or bidirectional convolution of sequences of up to fft_size positions, each with a transform of its own (csrc/transform.cuh); else
+// convolution on a circle of fft_size points, two sequences a transform.
+// cluster > 1: so many blocks share a transform, of 8,192 points for each; folded is set.
+// windows > 0: causal convolution of sequences of any length in blocks of fft_size, folded, of one thread block or in a cluster of 8 or 16; k is given by the
 // spectra of so many windows (fft_conv_filter_params), enough for its taps or for all blocks.
 // Of sequences in blocks, and of fft_conv_long_forward: output may be absent; reverse: the convolution is transposed.
-// channel_pairs, of sequences in blocks of clusters: batch is 2, and the two sequences of a channel have filters of their own, as neighbouring channels of
-// a batch of one have that share a transform: `spectrum` and `spectrum_scale` are those of (channels, 2) filters, made for it; nothing is kept.
 struct fft_conv_params {
     fft_conv_tensor u, pre_gate, post_gate, grad_output;
     fft_conv_tensor output, grad_u, grad_pre_gate, grad_post_gate;
@@ -30,25 +29,21 @@ struct fft_conv_params {
     const uint32_t* tables;         // hf_flashfftconv/ops/tables.py
     const uint32_t* spectrum;       // (channels, fft_size) complex half precision in kernel order, conjugated where stated
     const float* spectrum_scale;    // (channels,) what the spectrum was divided by
-    // Partial sums of gradients, fft_conv_backward_splits of each: (splits, channels, taps), (splits, channels, taps_rev) and (splits, channels), the last
-    // two null where there are none; of clusters, grad_filter is what fft_conv_tap_gradient is given for sums, or null.
-    float *grad_filter, *grad_filter_rev, *grad_skip;
+    float* grad_filter;             // backward: what fft_conv_tap_gradient is given for sums, in fft_conv_backward_splits, or null
     void* scratch;                  // of clusters, backward: fft_conv_backward_scratch bytes; of blocked sequences: fft_conv_blocked_scratch
     // Of fft_conv_long_forward (hf_flashfftconv/ops/long_plan.py): how the work is laid out, and memory that it needs besides `scratch`.
     uint32_t* counters;             // all zero
     void* energies;                 // (pairs,) of sixteen bytes, and (pairs, 2, part_count) of eight
-    int32_t batch, channels, length, fft_size, element, half;
+    int32_t batch, channels, length, fft_size, element, folded;
     int32_t outer_radix, group_pairs, ring, part_count, column_items, period, tickets;
     int32_t outer_delay, row_delay, inverse_delay;      // periods from the energies of a group to these passes
-    int32_t windows, reverse, cluster, channel_pairs;
-    int32_t taps, taps_rev;         // of the gradients of one block
-    // Where fft_conv_tap_gradient is to follow, else null: what it asks for. Both sequences of a pair then have one scale.
+    int32_t windows, reverse, cluster;
+    // Where fft_conv_tap_gradient is to follow, else null: what it asks for. Both sequences of a pair then have one scale. A pair is what a transform takes.
     void* transforms;               // (channels, pairs, blocks, fft_size) of all blocks in the order in which they are worked on
     float* pair_scales;             // (channels, pairs) what undoes their scales
 };
 
-// Gradients of the taps of all but those of one block, from the sums of fft_conv_backward, or from the transforms that two calls of fft_conv_forward or
-// fft_conv_long_forward have kept: of pre_gate * u, and in reverse of post_gate * grad_output. Taps as in fft_conv_filter_params; no sequence of windows
+// Gradients of the taps, from the sums of fft_conv_backward, or from the transforms that two calls of fft_conv_forward or fft_conv_long_forward have kept: of pre_gate * u, and in reverse of post_gate * grad_output. Taps as in fft_conv_filter_params; no sequence of windows
 // has taps_rev.
 struct fft_conv_tap_params {
     const void *transforms, *reverse_transforms;    // null if there are sums
@@ -58,24 +53,24 @@ struct fft_conv_tap_params {
     int64_t k_stride, k_tap_stride, k_rev_stride, k_rev_tap_stride;
     float factor;                   // of all of them
     int32_t channels, pairs, blocks, windows, splits, fft_size, taps, taps_rev;
-    int32_t in_passes;              // as those have to go that are larger than fft_conv_largest_filter, and others may from fft_size 16,384 on
+    int32_t folded;                 // as in fft_conv_params; windows are
+    int32_t in_passes;              // as those have to go that are larger than fft_conv_largest_filter, and others may from fft_size 8,192 on
 };
 
-// Spectra of real filters on a circle of fft_size points: tap n < taps is k[n], tap fft_size - 1 - n for n < taps_rev is k_rev[n].
-// windows > 0: so many spectra for each filter, with one scale. Of window d, point n < fft_size / 2 is tap d fft_size / 2 + n, and point
-// fft_size - n is the tap n before the window's first; there are no taps_rev.
+// Spectra of real filters: k[n] is the tap at lag n < taps, k_rev[n] that at lag -1 - n, n < taps_rev. With N = fft_size points and w = exp(-2 pi i / N)
+// the spectrum has at f the sum of tap(lag) w^(lag f) over all lags or, folded, that of tap(lag) w^(lag (f + 1/4)).
+// windows > 0: so many spectra for each filter, folded, with one scale. Of window d, lag n is tap d N + n, from -N on and up to N - 1; there are no taps_rev.
 struct fft_conv_filter_params {
     const float *k, *k_rev, *skip;  // (channels, taps), (channels, taps_rev) or null, (channels,) or null
     uint32_t* spectrum;             // (channels, windows, fft_size)
     float* scale;                   // (channels,)
-    // Null or, for spectra in passes, from fft_size 16,384 on, as those have to be that are larger than fft_conv_largest_filter: memory between the passes,
+    // Null or, for spectra in passes, from fft_size 8,192 on, as those have to be that are larger than fft_conv_largest_filter: memory between the passes,
     // and so many channels that it has room for: more are worked on one group after the other.
-    float* partial_sums;            // (work_channels, windows, fft_size / 32)
-    void* work;                     // (work_channels, windows, fft_size / 2) of eight bytes
+    float* partial_sums;            // (work_channels, windows, fft_size / 16)
+    void* work;                     // (work_channels, windows, fft_size) of eight bytes
     // Where the taps of neighbouring channels are neighbours in memory instead, passes read those of 16 channels together.
     int64_t k_stride, k_tap_stride, k_rev_stride, k_rev_tap_stride;
-    int32_t channels, taps, taps_rev, fft_size, windows, work_channels;
-    int32_t channel_pairs;          // the spectra are for fft_conv_params of that kind; windows of at least 32,768 points, an even number of channels
+    int32_t channels, taps, taps_rev, fft_size, windows, work_channels, folded;
 };
 
 // A (batch, channels, length) tensor of any strides.

@@ -1,7 +1,8 @@
 // Spectra of filters for the other kernels: half precision, in kernel order, each with the power of two that was taken out.
-// A filter is a real sequence of N points on a circle: causal taps from the start, anticausal ones from the end, the skip weight added at lag
-// zero. One block transforms it in single precision, in place in shared memory, as M = N / 2 complex points z[n] = x[2 n] + i x[2 n + 1]. What is
-// rounded to half precision is the result alone: rounded stages, as sequences go through, would cost a bfloat16 output of few positions too much.
+// A filter has N points: causal taps from the start, anticausal ones from the end, the skip weight added at lag zero. Folded (csrc/transform.cuh), those
+// from the end are imaginary, and the point n is multiplied by w_N^(n / 4), for the quarter of a frequency. One block transforms the points in single
+// precision, in place in shared memory. What is rounded to half precision is the result alone: rounded stages, as sequences go through, would cost a
+// bfloat16 output of few positions too much.
 #pragma once
 #include <algorithm>
 
@@ -11,10 +12,10 @@
 // Where several blocks share a multiprocessor; a filter of the most points has one to itself.
 constexpr int kLogFilterThreads = 8, kFilterThreads = 1 << kLogFilterThreads, kFilterBlocks = 3, kLargeFilterThreads = 512;
 // The most points, and the fewest that may go in passes (csrc/long_filter.cuh).
-constexpr int kMaximumFilterPoints = 32768, kFewestInPasses = 16384;
+constexpr int kMaximumFilterPoints = 16384, kFewestInPasses = 8192;
 constexpr bool is_large_filter(int fft_size) { return fft_size == kMaximumFilterPoints; }
 // A butterfly of sixteen complex points each, as far as there are threads.
-constexpr int filter_threads(int fft_size) { return is_large_filter(fft_size) ? kLargeFilterThreads : std::clamp(fft_size / 32, 64, kFilterThreads); }
+constexpr int filter_threads(int fft_size) { return is_large_filter(fft_size) ? kLargeFilterThreads : std::clamp(fft_size / 16, 64, kFilterThreads); }
 constexpr int filter_blocks(int fft_size) { return is_large_filter(fft_size) ? 1 : kFilterBlocks * kFilterThreads / filter_threads(fft_size); }
 
 DEVICE float absolute(float x) { return float_from_bits(bits_from_float(x) & 0x7fffffffu); }
@@ -45,7 +46,7 @@ DEVICE Complex operator-(Complex x, Complex y) { return {x.re - y.re, x.im - y.i
 DEVICE Complex operator*(Complex x, Complex y) { return {x.re * y.re - x.im * y.im, x.re * y.im + x.im * y.re}; }
 DEVICE Complex conjugate(Complex x) { return {x.re, -x.im}; }
 
-// exp(-2 pi i index / order) for a power of two up to 2^24. Its error is that of single precision, absolute: nothing beside half precision's.
+// exp(-2 pi i index / order) for a power of two up to 2^25. Its error is that of single precision, absolute: nothing beside half precision's.
 DEVICE Complex root_of_unity(int index, int order) {
     const int turned = index & (order - 1), near = turned > order / 2 ? turned - order : turned;
     const float reciprocal = float_from_bits((254u << 23) - bits_from_float(float(order)));
@@ -97,30 +98,37 @@ struct FilterParams : fft_conv_filter_params {
 
     DEVICE float skip_of(int channel) const { return skip ? skip[channel] : 0.f; }
 
-    // Where channels go in pairs, a spectrum is taken at frequencies half-way between those of the FFT, of which each has another one, not itself, for
-    // its mirror image. Then the convolution on the circle changes its sign from one turn to the next, and so do the taps that lie before its start.
-    DEVICE Complex root(int frequency) const { return channel_pairs ? unit_root(2 * frequency + 1, log_points + 1) : unit_root(frequency, log_points); }
-
-    // Points of half a circle of a filter, equal parts apart, from its point `first` on. Before the first half there are no taps.
+    // Points of a window of a filter, equal parts of it apart, from its point `first` on: its own taps; and of a filter without windows those from the end.
     template <int kPoints>
-    DEVICE void load_half(Complex* x, int channel, int half, int first) const {
-        const int lag = half * (fft_size / 2) + 2 * first, reverse_lag = fft_size - 1 - lag, step = fft_size / 2 / kPoints;
-        const int64_t tap_step = step * k_tap_stride, reverse_step = step * k_rev_tap_stride;
-        const float *row = k + channel * k_stride + lag * k_tap_stride, *reverse_row = k_rev + channel * k_rev_stride + reverse_lag * k_rev_tap_stride;
+    DEVICE void load_taps(float (&x)[kPoints], int channel, int window, int first) const {
+        const int lag = window * fft_size + first, step = fft_size / kPoints;
+        const float* row = k + channel * k_stride + lag * k_tap_stride;
 #pragma unroll
-        for (int t = 0; t < kPoints; t++, row += tap_step)
-            x[t] = {u32(lag + t * step) < u32(taps) ? row[0] : 0.f, u32(lag + t * step + 1) < u32(taps) ? row[k_tap_stride] : 0.f};
-        if (taps_rev > 0)
+        for (int t = 0; t < kPoints; t++, row += step * k_tap_stride) x[t] = u32(lag + t * step) < u32(taps) ? row[0] : 0.f;
+        if (lag == 0) x[0] += skip_of(channel);
+    }
+    template <int kPoints>
+    DEVICE void load_taps_rev(float (&x)[kPoints], int channel, int first) const {
+        const int before = fft_size - 1 - first, step = fft_size / kPoints;
+        const float* row = k_rev + channel * k_rev_stride + before * k_rev_tap_stride;
 #pragma unroll
-            for (int t = 0; t < kPoints; t++, reverse_row -= reverse_step) {
-                if (reverse_lag - t * step < taps_rev) x[t].re += reverse_row[0];
-                if (reverse_lag - t * step - 1 < taps_rev) x[t].im += reverse_row[-k_rev_tap_stride];
-            }
-        if (lag == 0) x[0].re += skip_of(channel);
+        for (int t = 0; t < kPoints; t++, row -= step * k_rev_tap_stride) x[t] = before - t * step < taps_rev ? row[0] : 0.f;
     }
 
-    // What a window has half a circle on: the half that the window before starts with.
-    HOST_DEVICE int second_half(int window) const { return windows > 0 ? window - 1 : 1; }
+    // A point from its tap and the one that lies N before it.
+    DEVICE Complex point(float tap, float before) const { return folded ? Complex{tap, before} : Complex{tap + before, 0.f}; }
+
+    // What points, equal parts apart from `first` on, are multiplied by for the quarter of a frequency.
+    template <int kPoints>
+    DEVICE void add_quarter(Complex (&x)[kPoints], int first) const {
+        constexpr Complex kSteps[] = {{0.70710678118654752f, -0.70710678118654752f}, {0.92387953251128674f, -0.38268343236508977f}, {0.98078528040323044f, -0.19509032201612827f}, {0.99518472667219693f, -0.09801714032956060f}};
+        constexpr Complex kStep = kSteps[kPoints == 2 ? 0 : kPoints == 4 ? 1 : kPoints == 8 ? 2 : 3];
+        if (!folded) return;
+        Complex turn = quarter(first);
+#pragma unroll
+        for (int t = 0; t < kPoints; t++, turn = turn * kStep) x[t] = x[t] * turn;
+    }
+    DEVICE Complex quarter(int n) const { return unit_root(n, log_points + 2); }
 };
 
 // The points of filters, one after the other, in shared memory. Points whose indices differ in one digit of sixteen, whichever, lie in different banks.
@@ -173,7 +181,7 @@ struct FilterPoints {
         }
     }
     DEVICE void further_stages() const {
-        static_assert(kMaximumFilterPoints / 2 <= 1 << 4 * kLogStage, "four stages");
+        static_assert(kMaximumFilterPoints <= 1 << 4 * kLogStage, "four stages");
         if (log_count > 3 * kLogStage) stage<kLogStage>(2 * kLogStage, in_memory());
         if (log_count > 2 * kLogStage) stage<kLogStage>(kLogStage, in_memory());
         if (log_count > kLogStage) stage<kLogStage>(0, in_memory());
@@ -188,36 +196,20 @@ DEVICE int exponent_of(float x) { return int(bits_from_float(x) >> 23) - 127; }
 DEVICE float normal_power_of_two(int exponent) { return power_of_two(exponent < -126 ? -126 : exponent > 126 ? 126 : exponent); }
 DEVICE float scale_of_sum(float sum) { return exponent_of(sum) == 128 ? float_from_bits(0x7fc00000u) : normal_power_of_two(exponent_of(sum) - 3); }
 
-// Two frequencies of a spectrum as the other kernels read them, by the reciprocal of its scale; zeros where that says that it is not finite.
-DEVICE uint2 scaled_pair(Complex x, Complex y, float down) {
-    return down == down ? uint2{pack(x.re * down, y.re * down), pack(x.im * down, y.im * down)} : uint2{0, 0};
+// The frequencies of a unit, each pair of neighbours after the other, as the other kernels read them, by the reciprocal of the spectrum's scale; zeros where
+// that says that it is not finite.
+DEVICE uint4 spectrum_unit(const Complex (&z)[2][2], float down) {
+    if (down != down) return {0, 0, 0, 0};
+    auto words = [&](Complex x, Complex y) { return uint2{pack(x.re * down, y.re * down), pack(x.im * down, y.im * down)}; };
+    const uint2 first = words(z[0][0], z[1][0]), second = words(z[0][1], z[1][1]);
+    return {first.x, first.y, second.x, second.y};
 }
 
 // The frequency in a place of kernel order: row, fragment, lane and point of csrc/transform.cuh; of the other half of the pair, half the FFT on.
 DEVICE int frequency_of(int rows, int row, int fragment, int lane, int point) { return row + rows * (2 * (lane / 4) + point + 16 * (lane % 4 + 4 * fragment)); }
 
-// From the transform Z of z, z = Z[f] and w = conj(Z[M - f]), to that of the real sequence at f and f + M: X[f] = E[f] + w_N^f O[f] with E and O the
-// transforms of the even and of the odd positions.
-DEVICE void unpack_pair(Complex z, Complex w, Complex root, Complex& x, Complex& y) {
-    const Complex even = {0.5f * (z.re + w.re), 0.5f * (z.im + w.im)}, odd = {0.5f * (z.im - w.im), 0.5f * (w.re - z.re)};
-    const Complex turned = odd * root;
-    x = even + turned, y = even - turned;
-}
-
-// Stores a spectrum at two neighbouring frequencies of a row in kernel order and, where these have a place of their own, at their mirror images: from the
-// transform of z at both and at the mirror images, with w_N^f of the first and what takes that to the next.
-DEVICE void store_spectrum(uint4* to, uint4* mirrored_to, const Complex (&z)[2], const Complex (&mirrored_z)[2], Complex root, Complex next, float down) {
-    uint2 pair[2], mirrored[2];
-#pragma unroll
-    for (int t = 0; t < 2; t++) {
-        Complex x, y;
-        unpack_pair(z[t], conjugate(mirrored_z[t]), t ? root * next : root, x, y);
-        pair[t] = scaled_pair(x, y, down), mirrored[1 - t] = scaled_pair(conjugate(y), conjugate(x), down);
-    }
-    *to = {pair[0].x, pair[0].y, pair[1].x, pair[1].y};
-    if (mirrored_to) *mirrored_to = {mirrored[0].x, mirrored[0].y, mirrored[1].x, mirrored[1].y};
-}
-// Of 64 of them in a row, that of this thread.
+// Of the 64 units of a row in kernel order, that of this thread, and the first of its frequencies if there was no other row: a unit has two neighbours, and
+// those half the FFT on.
 DEVICE int spectrum_place() { return fresh_thread_index() % 64; }
 DEVICE int frequency_of_place(int place) { return frequency_of(1, 0, place / 32, place % 32, 0); }
 
@@ -237,24 +229,16 @@ struct FilterSpectrum {
         return sum;
     }
 
-    // The rows r and R - r of kernel order, which are each other's mirror images, as the rows 0 and R / 2 are their own.
+    // In kernel order.
     DEVICE void store(uint4* words, float down) const {
-        constexpr int kLast = kColumns / 2 - 1;
-        const int rows = params.fft_size / kColumns, at_once = block_size() / 64, place = spectrum_place(), first = fresh_thread_index() / 64, q = frequency_of_place(place);
-        auto index = [&](int row, int column) { return points.index_of(row + rows * column); };
-        const int own[2] = {index(0, q), index(0, q + 1)}, mirrored[2] = {index(0, kLast - q), index(0, kLast - q - 1)};
-        const Complex step = params.root(at_once), next = params.root(rows);
-        Complex root = params.root(first + rows * q);
-        for (int row = first; row <= rows / 2; row += at_once, root = root * step) {
-            const int other = (rows - row) & (rows - 1);
-            const Complex *const at_row = points.at(index(row, 0)), *const at_other = points.at(index(other, 0));
-            Complex z[2], w[2];
-#pragma unroll
-            for (int t = 0; t < 2; t++) {
-                z[t] = at_row[FilterPoints::place(own[t])];
-                w[t] = row > 0 ? at_other[FilterPoints::place(mirrored[t])] : points[index(0, (kLast + 1 - q - t) & kLast)];
-            }
-            store_spectrum(words + row * 64 + place, other == row ? nullptr : words + other * 64 + 63 - place, z, w, root, next, down);
+        const int rows = params.fft_size / kColumns, at_once = block_size() / 64, place = spectrum_place(), q = frequency_of_place(place);
+        int places[2][2];
+        for (int half = 0; half < 2; half++)
+            for (int t = 0; t < 2; t++) places[half][t] = FilterPoints::place(points.index_of(rows * (q + t + half * kColumns / 2)));
+        for (int row = fresh_thread_index() / 64; row < rows; row += at_once) {
+            const Complex* const at_row = points.at(points.index_of(row));
+            const Complex z[2][2] = {{at_row[places[0][0]], at_row[places[0][1]]}, {at_row[places[1][0]], at_row[places[1][1]]}};
+            words[row * 64 + place] = spectrum_unit(z, down);
         }
     }
 
@@ -263,11 +247,17 @@ struct FilterSpectrum {
             const int channel = unit / params.window_count(), window = unit % params.window_count();
             float sum = params.windows > 0 ? sum_of_taps(channel) : 0.f;
             points.first_stage([&](auto& x, int first, int) {
-                constexpr int kHalf = sizeof(x) / sizeof(Complex) / 2;
-                params.load_half<kHalf>(x, channel, window, first), params.load_half<kHalf>(x + kHalf, channel, params.second_half(window), first);
-                if (params.windows == 0)
+                constexpr int kPoints = sizeof(x) / sizeof(Complex);
+                float taps[kPoints], before[kPoints] = {};
+                params.load_taps(taps, channel, window, first);
+                if (window > 0) params.load_taps(before, channel, window - 1, first);
+                if (params.taps_rev > 0) params.load_taps_rev(before, channel, first);
 #pragma unroll
-                    for (int t = 0; t < 2 * kHalf; t++) sum += absolute(x[t].re) + absolute(x[t].im);
+                for (int t = 0; t < kPoints; t++) {
+                    x[t] = params.point(taps[t], before[t]);
+                    if (params.windows == 0) sum += absolute(x[t].re) + absolute(x[t].im);
+                }
+                params.add_quarter(x, first);
             });
             give_to_sum(sum, exchange);
             points.further_stages();
@@ -280,10 +270,10 @@ struct FilterSpectrum {
 };
 
 constexpr int kFilterControlBytes = kLargeFilterThreads / 32 * 4;
-constexpr int filter_shared_bytes(int fft_size) { return FilterPoints::bytes(fft_size / 2) + kFilterControlBytes; }
+constexpr int filter_shared_bytes(int fft_size) { return FilterPoints::bytes(fft_size) + kFilterControlBytes; }
 
 DEVICE void filter_spectra(const FilterParams& params) {
     float* const exchange = reinterpret_cast<float*>(shared_memory());
-    const FilterPoints points{reinterpret_cast<Complex*>(shared_memory() + kFilterControlBytes), params.log_points - 1};
+    const FilterPoints points{reinterpret_cast<Complex*>(shared_memory() + kFilterControlBytes), params.log_points};
     FilterSpectrum{params, points, exchange}.run();
 }

@@ -4,7 +4,7 @@
 // of shared memory, guarded by barriers: full for the second group, full for the third, empty for the first.
 //
 // Sequences too long for one tile are blocked: with blocks x(j) of kPositions, y(i) = sum over d of x(i - d) * k(d), where window d of the filter is
-// its taps around lag d kPositions, on a circle of two blocks. The transforms of earlier blocks are kept in global memory by the lanes that will
+// its taps less than a block away from lag d kPositions. The transforms of earlier blocks are kept in global memory by the lanes that will
 // read them again. In reverse, the last block comes first and the spectra are conjugated: the transposed convolution.
 #pragma once
 #include "block_scale.cuh"
@@ -45,10 +45,9 @@ struct Forward {
     DEVICE void fill_header(int group, int tile, TilePlace place) const {
         if (warp == 0) header(group, tile).template fill<Element>(params, RegularSequences::consecutive<T>(params, first_pair(place)), lane, place.start<T>(params));
     }
-    DEVICE TileSequences sequences(TilePlace place) const { return TileSequences::consecutive(params, first_pair(place), lane, place.start<T>(params)); }
+    DEVICE TileSequences sequences(TilePlace place) const { return TileSequences::consecutive<T>(params, first_pair(place), lane, place.start<T>(params)); }
     DEVICE Stager<T> stager() const { return {params, fresh_thread_index()}; }
-    DEVICE int block_vector(int row) const { return row * 64 + lane; }
-    DEVICE int spectrum_vector(int row) const { return block_vector(row); }
+    DEVICE int row_vector(int row) const { return row * 64 + lane; }
 
     // The first group.
     DEVICE void pack() const {
@@ -65,7 +64,7 @@ struct Forward {
         float undo = 0.f, largest = 0.f;
         int misfits = 0;
         TilePlace place{range.first, 0}, next;
-        if (T::kBlocked) block_scales.start(pair_of(place));
+        if (T::kBlocked) block_scales.start(row_of(place));
         fill_header(0, range.first, place);
         named_barrier<256>(kPack);
         start_inputs(range.first, place);
@@ -77,23 +76,15 @@ struct Forward {
             u32 x[T::kSlots / 4][4];
             if constexpr (T::kBlocked) {
                 if (place.step == 0) {
-                    const TileSequences pair = pair_of(place);
-                    scale = pairs.list ? block_scales.from_all(pair) : block_scales.from_samples(pair);
+                    const TileSequences row = row_of(place);
+                    scale = pairs.list ? block_scales.from_all(row) : block_scales.from_samples(row);
                     largest = 0.f;
-                    if (params.transforms) {
-                        scale = scale.common();
-                        const float both = scale.undo_common();
-                        if (thread_index() == 0) params.pair_scales[first_pair(place)] = both;
-                    }
-                    undo = undo_of(pair, scale.up);
+                    if (params.transforms && thread_index() == 0) params.pair_scales[first_pair(place)] = scale.up;
+                    undo = undo_of(row, scale.up);
                 }
                 sequence_scales.pack_known(x, u, pre, scale);
                 largest = larger_or_nan(largest, sequence_scales.mean_square());
-                if (params.transforms) largest = larger_or_nan(largest, shuffle_xor(largest, 1));
-                if (next.step == 0 && !pairs.list && !BlockScales<T>::fit(largest, pair_of(place).valid, lane)) {
-                    if (thread_index() == 0) misfit_list()[misfits] = place.index;
-                    misfits++;
-                }
+                if (thread_index() == 0 && next.step == 0 && !pairs.list && !BlockScales<T>::fits(largest)) misfit_list()[misfits++] = place.index;
             } else {
                 const TileSequences current = sequences(place);
                 if constexpr (Plan::kStaged)
@@ -105,7 +96,7 @@ struct Forward {
             // Every thread has read its inputs (a barrier has passed): the next tile's may come.
             start_inputs(tile + 1, next);
             if (warp == 0) scales(tile)[lane] = undo;
-            if (T::kBlocked && next.step == 0) block_scales.start(pair_of(next));
+            if (T::kBlocked && next.step == 0) block_scales.start(row_of(next));
             const int number = tile - range.first, buffer = number % Plan::kBuffers;
             if (number >= Plan::kBuffers) named_barrier<512>(kEmpty + buffer);
             outer_forward<T>(x, rows(buffer), tables.outer, warp, lane);
@@ -119,11 +110,11 @@ struct Forward {
         return warp == 0 && sequences.valid ? params.spectrum_scale[sequences.channel] * up : 0.f;
     }
 
-    // Of blocked sequences: the whole sequences of a tile's pair, and the own pairs which the sampled scale did not fit.
-    DEVICE TileSequences pair_of(TilePlace place) const { return TileSequences::consecutive(params, first_pair(place), lane); }
+    // Of blocked sequences: the whole row that a tile is a part of, and the own pairs which the sampled scale did not fit.
+    DEVICE TileSequences row_of(TilePlace place) const { return TileSequences::whole(params, first_pair(place)); }
     DEVICE int* misfit_list() const {
         uint4* const ring_end = static_cast<uint4*>(params.scratch) + int64_t(block_count()) * params.windows * kBlockVectors<T>;
-        return reinterpret_cast<int*>(ring_end) + int64_t(block_index()) * ((params.batch + 1) / 2 * params.channels / block_count() + 1);
+        return reinterpret_cast<int*>(ring_end) + int64_t(block_index()) * (params.pairs.divisor * params.channels / block_count() + 1);
     }
     DEVICE int* misfit_count() const { return reinterpret_cast<int*>(control() + T::kEnergyBytes + Plan::kScaleSlots * 32 * 4 + 4 * int(sizeof(TileHeader))); }
 

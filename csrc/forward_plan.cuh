@@ -30,7 +30,7 @@ struct ForwardPlan {
     static constexpr int kRegisters = 80;
     static constexpr int registers(int group) {
         constexpr int kOwn[] = {72, 88, 80};
-        return kNarrowElements && T::kHalf && !T::kBlocked ? kOwn[group] : kRegisters;
+        return kNarrowElements && T::kFolded && !T::kBlocked ? kOwn[group] : kRegisters;
     }
     static_assert(kSharedBytes <= kSharedLimit && (kStaged || !T::kBlocked), "shared memory of a block");
 };
@@ -52,8 +52,7 @@ struct History {
 
 // The steps of a warp of the second group, where sequences are blocked: the products of one row or, at once, of two: of a block's transform with
 // window 0 of the filter, then of the blocks before it, whose transforms wait in global memory, with the other windows. Here is where the operands
-// of a step lie; those of the second row are kRowStep vectors further. spectrum_vector(row) and block_vector(row) of the pass are where this lane's vectors
-// of a row begin. Where pairs of channels are worked on, a pair has two filters.
+// of a step lie; those of the second row are kRowStep vectors further. row_vector(row) of the pass is where this lane's vectors of a row begin.
 template <class T, int kAtOnce>
 struct Products {
     static constexpr int kRowStep = T::kWarps * 64, kRowsAtOnce = kAtOnce * T::kWarps;
@@ -68,17 +67,15 @@ struct Products {
 
     template <class Pass>
     DEVICE void start_pair(const Pass& pass) {
-        const int channel = pass.channel_of(pass.own_pair(own));
         history = History<T>(pass.params, pass.own_pair(own));
-        const int filter = pass.params.channel_pairs ? 2 * channel : channel;
-        spectra = reinterpret_cast<const uint4*>(pass.params.spectrum) + int64_t(filter) * pass.params.windows * kBlockVectors<T>;
+        spectra = reinterpret_cast<const uint4*>(pass.params.spectrum) + int64_t(pass.channel_of(pass.own_pair(own))) * pass.params.windows * kBlockVectors<T>;
         step = slot = 0, windows = 1;
         start_row(pass, pass.warp);
     }
     template <class Pass>
     DEVICE void start_row(const Pass& pass, int next) {
         row = next, left = windows;
-        window = pass.spectrum_vector(row), block = slot * kBlockVectors<T> + pass.block_vector(row);
+        window = pass.row_vector(row), block = slot * kBlockVectors<T> + window;
     }
     template <class Pass>
     DEVICE void advance(const Pass& pass) {

@@ -168,15 +168,15 @@ int ClusterLauncher<Element, kBlocks, kBlocked>::backward(const LaunchParams& pa
     template struct LongLauncher<float16, __VA_ARGS__>;  \
     template struct LongLauncher<float, __VA_ARGS__>;
 
-// Of a tile's kernels, forward or backward; and those for all numbers of pairs that tiles of half or of full transforms have.
+// Of a tile's kernels, forward or backward; and those for all numbers of pairs that tiles have.
 #define INSTANTIATE_TILE(kernel, ...)                                                       \
     template int Launcher<Tile<bfloat16, __VA_ARGS__>>::kernel(const LaunchParams&, void*); \
     template int Launcher<Tile<float16, __VA_ARGS__>>::kernel(const LaunchParams&, void*);  \
     template int Launcher<Tile<float, __VA_ARGS__>>::kernel(const LaunchParams&, void*);
 
-#define INSTANTIATE_TILES(kernel, half)    \
-    INSTANTIATE_TILE(kernel, 32, half, 1)  \
-    INSTANTIATE_TILE(kernel, 32, half, 2)  \
-    INSTANTIATE_TILE(kernel, 32, half, 4)  \
-    INSTANTIATE_TILE(kernel, 32, half, 8)  \
-    INSTANTIATE_TILE(kernel, 32, half, 16)
+#define INSTANTIATE_TILES(kernel, folded)   \
+    INSTANTIATE_TILE(kernel, 32, folded, 1) \
+    INSTANTIATE_TILE(kernel, 32, folded, 2) \
+    INSTANTIATE_TILE(kernel, 32, folded, 4) \
+    INSTANTIATE_TILE(kernel, 32, folded, 8) \
+    INSTANTIATE_TILE(kernel, 32, folded, 16)

@@ -60,16 +60,16 @@ template <class Element>
 using BlockedTile = Tile<Element, 32, true, 1, true>;
 
 // Calls function(Tile<...>{}) with the tile for a transform.
-template <class Element, bool kHalf, class Function>
+template <class Element, bool kFolded, class Function>
 int with_rows(int radix, Function function) {
-    if constexpr (!kHalf)
-        if (radix == 1) return function(Tile<Element, 16, kHalf, 16>{});
+    if constexpr (!kFolded)
+        if (radix == 1) return function(Tile<Element, 16, kFolded, 16>{});
     switch (radix) {
-        case 2: return function(Tile<Element, 32, kHalf, 16>{});
-        case 4: return function(Tile<Element, 32, kHalf, 8>{});
-        case 8: return function(Tile<Element, 32, kHalf, 4>{});
-        case 16: return function(Tile<Element, 32, kHalf, 2>{});
-        case 32: return function(Tile<Element, 32, kHalf, 1>{});
+        case 2: return function(Tile<Element, 32, kFolded, 16>{});
+        case 4: return function(Tile<Element, 32, kFolded, 8>{});
+        case 8: return function(Tile<Element, 32, kFolded, 4>{});
+        case 16: return function(Tile<Element, 32, kFolded, 2>{});
+        case 32: return function(Tile<Element, 32, kFolded, 1>{});
         default: return kUnsupported;
     }
 }
@@ -89,9 +89,9 @@ template <class Function>
 int with_tile(const fft_conv_params& p, Function function) {
     const int radix = p.fft_size / kColumns;
     switch (p.element) {
-        case FFT_CONV_BFLOAT16: return p.half ? with_rows<bfloat16, true>(radix, function) : with_rows<bfloat16, false>(radix, function);
-        case FFT_CONV_FLOAT16: return p.half ? with_rows<float16, true>(radix, function) : with_rows<float16, false>(radix, function);
-        case FFT_CONV_FLOAT32: return p.half ? with_rows<float, true>(radix, function) : with_rows<float, false>(radix, function);
+        case FFT_CONV_BFLOAT16: return p.folded ? with_rows<bfloat16, true>(radix, function) : with_rows<bfloat16, false>(radix, function);
+        case FFT_CONV_FLOAT16: return p.folded ? with_rows<float16, true>(radix, function) : with_rows<float16, false>(radix, function);
+        case FFT_CONV_FLOAT32: return p.folded ? with_rows<float, true>(radix, function) : with_rows<float, false>(radix, function);
         default: return kUnsupported;
     }
 }
@@ -124,7 +124,7 @@ inline int team_threads(int radix) { return radix <= 256 ? 128 : 256; }
 // Calls function(LongLauncher<...>{}) with the one for an outer pass of so many slots.
 template <class Function>
 int with_long(const fft_conv_params& p, Function function) {
-    const int slots = p.half ? p.outer_radix / 2 : p.outer_radix;
+    const int slots = p.folded ? p.outer_radix / 2 : p.outer_radix;
     auto with_element = [&](auto element) {
         using Element = decltype(element);
         if (slots > 8) return function(LongLauncher<Element, 32, 256>{});

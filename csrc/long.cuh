@@ -8,6 +8,7 @@
 // twist between the outer pass and the rows, w_N^(p k0) with p = 256 n + c, has no pass of its own. Its chunks n are few in an item of the outer
 // pass: the stage next to the rows contracts with the matrix w_(32 r)^(k (32 m + n)) from m to k, its radix being r. If that is Rb, what k0a takes of
 // the twist joins the one between the two stages. What is left, w_N^(c k0) by the columns c of the innermost 256 points, is a factor of the row twiddles.
+// Folded, k0 + 1/4 has the place of k0: the quarter joins the first stage, the stage next to the rows, and the factor of the row twiddles.
 //
 // One launch does it all. Teams of warps, several in a block, which share its constants, take tickets; a period of tickets, which
 // hf_flashfftconv/ops/long_plan.py lays out, advances a group of pairs by one group, each pass some groups behind the one before. An item waits for
@@ -16,7 +17,7 @@
 #include "tile_io.cuh"
 #include "transform.cuh"
 
-constexpr int kLongPoints = 8192, kLongMaximum = 1 << 24;
+constexpr int kLongPoints = 8192, kLongMaximum = 1 << 23;
 constexpr int kPartPositions = 16384;       // positions of a sequence whose energy one item sums up
 constexpr int kChunkUnits = 64;             // of 256 points
 
@@ -168,34 +169,51 @@ struct MatrixOperand {
     uint4* vectors;
     int pair_stride, step_stride;
 
-    DEVICE void set(int input, int output, float re, float im) const {
+    // The real matrix from one of the inputs to one of the outputs: what their first and their second sequence, or real and imaginary part, is multiplied by.
+    struct Entry {
+        float first_of_first, second_of_first, first_of_second, second_of_second;
+    };
+    DEVICE void set(int input, int output, Entry x) const {
         const int unit = output / 8 * pair_stride + input / 8 * step_stride, lane = output % 4 * 8 + input % 4;
         u32* word = reinterpret_cast<u32*>(vectors + unit * 32 + lane) + output / 4 % 2 * 2 + input / 4 % 2;
-        word[0] = pack(re, -im), word[16] = pack(im, re);
+        word[0] = pack(x.first_of_first, x.second_of_first), word[16] = pack(x.first_of_second, x.second_of_second);
     }
 
     // The stage of a radix from some inputs to some outputs of it, by a multiple of `inputs` threads; what lies beyond the radix is zero. For a chunk of the
-    // points next to it, it goes from m to k by w_(32 radix)^(k (32 m + chunk)), and back the other way.
-    DEVICE void fill(int thread, int threads, int radix, int inputs, int outputs, float scale, int chunk = 0, bool back = false) const {
-        const int input = thread % inputs;
-        for (int output = thread / inputs; output < outputs; output += threads / inputs) {
-            const int m = back ? output : input, k = back ? input : output;
-            const Complex root = root_of_unity(k * (32 * m + chunk), 32 * radix);
-            const float kept = input < radix && output < radix ? scale : 0.f;
-            set(input, output, root.re * kept, root.im * kept);
+    // points next to it, it goes from m to k by w_(32 radix)^(k (32 m + chunk)), and back the other way. With the quarter of a frequency, of the `whole` radix
+    // so far, by w_(32 whole)^((32 m + chunk) / 4) besides. From or to the halves of a sequence, m + radix / 2 has the place of m for the second one; which
+    // comes back negative, as the imaginary parts of conjugates do.
+    struct Stage {
+        int radix, inputs, outputs;
+        float scale;
+        bool back;
+        int whole;
+        bool quarter, halves;
+        int chunk = 0;
+    };
+    DEVICE void fill(int thread, int threads, const Stage& stage) const {
+        const int radix = stage.radix, input = thread % stage.inputs;
+        for (int output = thread / stage.inputs; output < stage.outputs; output += threads / stage.inputs) {
+            const int m = stage.back ? output : input, k = stage.back ? input : output;
+            auto root = [&](int of_m) { return root_of_unity((4 * k * (stage.whole / radix) + stage.quarter) * (32 * of_m + stage.chunk), 128 * stage.whole); };
+            const float kept = k < radix && m < (stage.halves ? radix / 2 : radix) ? stage.scale : 0.f;
+            const Complex first = root(m), second = stage.halves ? root(m + radix / 2) : Complex{-first.im, first.re};
+            const Entry there{first.re, second.re, first.im, second.im}, returned{first.re, -first.im, -second.re, second.im};
+            const Entry entry = stage.back ? returned : there;
+            set(input, output, {entry.first_of_first * kept, entry.second_of_first * kept, entry.first_of_second * kept, entry.second_of_second * kept});
         }
     }
 };
 
 // w_N^(c (k0 + 8 R i)) for the columns c of the innermost 256 points, as row twiddles, i = 0 to 3.
 template <class Team>
-DEVICE void fill_column_twiddles(const Team& team, uint4* vectors, int radix, int k0, int fft_size) {
+DEVICE void fill_column_twiddles(const Team& team, uint4* vectors, const LongParams& params, int k0) {
     const int s = team.warp % 2, t = team.warp / 2 % 2;
 #pragma unroll
     for (int i = team.warp / 4; i < 4; i += Team::kWarps / 4) {
         Complex root[2];
         for (int half = 0; half < 2; half++)
-            root[half] = root_of_unity((k0 + 8 * radix * i) * (16 * (team.lane % 4 + 4 * s + 8 * half) + 2 * (team.lane / 4) + t), fft_size);
+            root[half] = root_of_unity((4 * (k0 + 8 * params.radix * i) + params.folded) * (16 * (team.lane % 4 + 4 * s + 8 * half) + 2 * (team.lane / 4) + t), 4 * params.fft_size);
         reinterpret_cast<uint2*>(vectors + 64 * i + 32 * s + team.lane)[t] = make_uint2(pack(root[0].re, root[1].re), pack(root[0].im, root[1].im));
     }
 }

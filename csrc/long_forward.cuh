@@ -46,11 +46,12 @@ struct LongForward {
         const uint4* const tables = reinterpret_cast<const uint4*>(params.tables);
         for (int i = thread_index(); i < kInnerConstantVectors; i += block_size()) inner()[i] = tables[i];
         for (int i = thread_index(); i < Plan::kTwiddleVectors; i += block_size()) twiddles()[i] = tables[kInnerConstantVectors + 2 * Plan::kRowStageVectors + i];
-        MatrixOperand{row_stage(), 4, 1}.fill(thread_index(), block_size(), 32, 32, 32, scale_there(32));
+        MatrixOperand{row_stage(), 4, 1}.fill(thread_index(), block_size(), {32, 32, 32, scale_there(32), false, 32, false, false});
         if (params.has_middle()) {
             const int radix = params.outer_radix;
-            MatrixOperand{outer(), kSlots / 8, 1}.fill(thread_index(), block_size(), radix, kSlots, Plan::kMaxOuterRadix, scale_there(radix));
-            MatrixOperand{outer_back(), 1, kSlots / 8}.fill(thread_index(), block_size(), radix, Plan::kMaxOuterRadix, kSlots, scale_back(radix));
+            const bool folded = params.folded;
+            MatrixOperand{outer(), kSlots / 8, 1}.fill(thread_index(), block_size(), {radix, kSlots, Plan::kMaxOuterRadix, scale_there(radix), false, radix, folded, folded});
+            MatrixOperand{outer_back(), 1, kSlots / 8}.fill(thread_index(), block_size(), {radix, Plan::kMaxOuterRadix, kSlots, scale_back(radix), true, radix, folded, folded});
         }
         for (int i = thread_index(); i < Plan::root_count(params); i += block_size()) roots()[i] = root_of_unity(i, params.radix);
         block_barrier();
@@ -80,8 +81,10 @@ struct LongForward {
         const float scale = back ? 2.f * scale_back(radix) : scale_there(radix);
         const bool by_steps = back && !params.has_middle();
         const MatrixOperand matrix{stage(), by_steps ? 1 : inputs / 8, by_steps ? outputs / 8 : 1};
+        const bool folded = params.folded, halves = folded && !params.has_middle();
         for (int i = 0; i < tile.chunks(); i++)
-            MatrixOperand{matrix.vectors + i * kOuterVectors<kSlots>, matrix.pair_stride, matrix.step_stride}.fill(team.thread, Team::kThreads, radix, inputs, outputs, scale, tile.first_chunk() + i, back);
+            MatrixOperand{matrix.vectors + i * kOuterVectors<kSlots>, matrix.pair_stride, matrix.step_stride}.fill(
+                team.thread, Team::kThreads, {radix, inputs, outputs, scale, back, params.radix, folded, halves, tile.first_chunk() + i});
         if (!params.has_middle()) return;
         for (int i = team.thread; i < params.outer_radix; i += Team::kThreads) control().twists[i] = root_of_unity(i * tile.first_chunk(), 32 * params.radix);
     }
@@ -114,9 +117,14 @@ struct LongForward {
     template <class X, bool kAligned>
     DEVICE GlobalSequence<X, kAligned> sequence(TensorIndex tensor, int c, bool present = true) const {
         const TileHeader& header = control().header;
-        X* first = reinterpret_cast<X*>(header.first[tensor]) + c * (&params.u)[tensor].batch_stride;
+        X* first = reinterpret_cast<X*>(header.first[tensor]) + c * (params.folded ? params.fft_size / 2 : (&params.u)[tensor].batch_stride);
         forget(first);
-        return {first, present && (c == 0 || header.second) ? params.length : 0};
+        return {first, present && (c == 0 || header.second) ? length_of(c) : 0};
+    }
+    // Folded, the sequences of a pair are the halves of a row.
+    DEVICE int length_of(int c) const {
+        const int half = params.fft_size / 2, left = params.length - c * half;
+        return !params.folded ? params.length : left < half ? left : half;
     }
     // Calls function with a function that makes one of the two gated sequences.
     template <class Function>
@@ -147,7 +155,7 @@ struct LongForward {
 
     // The energies of a part of a pair. Who comes last finds its scales.
     DEVICE u32* scale_item(const LongItem& item, NextItem& next) const {
-        const int pair = pair_number(item), begin = item.part * kPartPositions, end = begin + kPartPositions < params.length ? begin + kPartPositions : params.length;
+        const int pair = pair_number(item), begin = item.part * kPartPositions;
         if (pair < 0) return item.part == 0 ? counters.done(item.group, kScale) : nullptr;
         fill_header(pair);
         next.take();
@@ -156,8 +164,9 @@ struct LongForward {
 #pragma unroll 1
             for (int c = 0; c < 2; c++) {
                 const auto sequence = sequence_of(c, true);
+                const int length = sequence.values.length, end = begin + kPartPositions < length ? begin + kPartPositions : length;
                 Energy energy;
-                if (sequence.values.length > 0) energy = part_energy(team, sequence, params.whole_units, begin, end, sums());
+                if (begin < end) energy = part_energy(team, sequence, params.whole_units, begin, end, sums());
                 if (team.thread == 0) energies(pair)[c * params.part_count + item.part] = {bits_from_float(energy.value), u32(energy.exponent)};
             }
         });
@@ -171,7 +180,7 @@ struct LongForward {
         team.barrier();
         if (!*last) return nullptr;
         if (team.warp == 0) {
-            const PairScales scales = scales_of_parts(energies(pair), params.part_count, params.length, params.transforms);
+            const PairScales scales = scales_of_parts(energies(pair), params);
             if (team.lane == 0) {
                 *scales_of(pair) = make_uint4(bits_from_float(scales.down[0]), bits_from_float(scales.down[1]), bits_from_float(scales.up[0]), bits_from_float(scales.up[1]));
                 if (params.transforms) params.pair_scales[pair] = larger_or_nan(scales.up[0], scales.up[1]);
@@ -222,7 +231,7 @@ struct LongForward {
             for (int j = 0; j < 8; j++) copy_async<16>(own + group * 8 + 4 * j * kRowUnits, points + group * 8 + 4 * j * kRowUnits);
         });
         copy_async_commit();
-        fill_column_twiddles(team, column_twiddles(), params.radix, k0, params.fft_size);
+        fill_column_twiddles(team, column_twiddles(), params, k0);
         copy_async_wait<0>();
         next.take();
         u32 x[8][4];
@@ -307,7 +316,7 @@ struct LongForward {
         return counters.done(item.group, kInverse);
     }
 
-    // Gates and stores results; the imaginary sequence has come out conjugated. Slots that are not there lie beyond the sequence. Where registers have
+    // Gates and stores results; the second sequence has come out negative. Slots that are not there lie beyond the sequence. Where registers have
     // room for them, the gates of a task are under way together, and before the results are there. One that is not there is ones.
     template <bool kAligned>
     struct GatedOutput {

@@ -17,32 +17,32 @@ private:
     DEVICE float lowered(int top) const { return top == exponent ? value : top - exponent > 60 ? value * 0.f : value * power_of_two(2 * (exponent - top)); }
 };
 
-// What brings the two sequences of a pair to a root mean square near one, and what undoes it. A sequence that is not finite goes in as zeros and
-// comes out as NaN.
+// What brings the two sequences of a pair to a root mean square near one, and what undoes it. One that is not finite goes in as zeros and comes out as NaN.
 struct PairScales {
     float down[2], up[2];
 };
 
-// A warp adds up the parts of both sequences in one and the same order. With `common` both get one scale, so that products of their spectra may be
-// added up.
-DEVICE PairScales scales_of_parts(const uint2* parts, int count, int length, bool common) {
+// A warp adds up the parts of both sequences in one and the same order. Folded, they are halves of a row, and have one scale. Where transforms are kept
+// they have, too, so that products of their spectra may be added up.
+DEVICE PairScales scales_of_parts(const uint2* parts, const LongParams& params) {
     PairScales scales;
-    bool finite[2];
+    Energy sums[2];
     for (int c = 0; c < 2; c++) {
-        Energy sum;
-        for (int i = thread_index() % 32; i < count; i += 32) {
-            const uint2 part = load_shared_by_blocks(parts + c * count + i);
-            sum = sum + Energy{float_from_bits(part.x), int(part.y)};
+        for (int i = thread_index() % 32; i < params.part_count; i += 32) {
+            const uint2 part = load_shared_by_blocks(parts + c * params.part_count + i);
+            sums[c] = sums[c] + Energy{float_from_bits(part.x), int(part.y)};
         }
-        for (int mask = 1; mask < 32; mask *= 2) sum = sum + Energy{shuffle_xor(sum.value, mask), shuffle_xor(sum.exponent, mask)};
-        finite[c] = sum.value == sum.value;
-        const BlockScale own = sum.value > 0.f ? BlockScale::of(sum.value, sum.exponent, length) : BlockScale{power_of_two(126), power_of_two(-126)};
+        for (int mask = 1; mask < 32; mask *= 2) sums[c] = sums[c] + Energy{shuffle_xor(sums[c].value, mask), shuffle_xor(sums[c].exponent, mask)};
+    }
+    if (params.folded) sums[0] = sums[1] = sums[0] + sums[1];
+    for (int c = 0; c < 2; c++) {
+        const BlockScale own = sums[c].value > 0.f ? BlockScale::of(sums[c].value, sums[c].exponent, params.length) : BlockScale{power_of_two(126), power_of_two(-126)};
         scales.down[c] = own.down, scales.up[c] = own.up;
     }
     const int larger = scales.up[0] > scales.up[1] ? 0 : 1;
     for (int c = 0; c < 2; c++) {
-        if (common) scales.down[c] = scales.down[larger], scales.up[c] = scales.up[larger];
-        if (!finite[c]) scales.down[c] = 0.f, scales.up[c] = float_from_bits(0x7fc00000u);
+        if (params.transforms) scales.down[c] = scales.down[larger], scales.up[c] = scales.up[larger];
+        if (!(sums[c].value == sums[c].value)) scales.down[c] = 0.f, scales.up[c] = float_from_bits(0x7fc00000u);
     }
     return scales;
 }

@@ -107,14 +107,10 @@ DEVICE void barrier_wait(TransactionBarrier* p, int parity) {
     CLUSTER_ASM("{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }"
                 :: "r"(shared_address(p)), "r"(parity) : "memory");
 }
-// Stores to another block, which count for its barrier.
-DEVICE void store_to_block(int rank, uint4* to, uint4 v, TransactionBarrier* p) {
-    CLUSTER_ASM("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
-                :: "r"(address_in_block(rank, to)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(address_in_block(rank, p)) : "memory");
-}
-DEVICE void store_to_block(int rank, uint2* to, uint2 v, TransactionBarrier* p) {
-    CLUSTER_ASM("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];"
-                :: "r"(address_in_block(rank, to)), "r"(v.x), "r"(v.y), "r"(address_in_block(rank, p)) : "memory");
+// A store to another block, which counts for its barrier.
+DEVICE void store_to_block(int rank, u32* to, u32 v, TransactionBarrier* p) {
+    CLUSTER_ASM("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
+                :: "r"(address_in_block(rank, to)), "r"(v), "r"(address_in_block(rank, p)) : "memory");
 }
 
 // The same to any block: to this one, `own`, nothing is counted.

@@ -1,6 +1,6 @@
 // Gradients of the taps of blocked sequences. With the transforms G of the blocks of pre_gate u and E of those of post_gate grad_output, window d of a
-// filter has S(d), the sum of conj(G(j - d)) E(j) over blocks j and pairs of sequences; its inverse transform holds, on a circle of two blocks, the
-// gradients at lags less than a block away from d blocks, as far as block pairs d apart contribute. So a tap gets its gradient from two windows.
+// filter has S(d), the sum of conj(G(j - d)) E(j) over blocks j and pairs; its inverse transform holds, folded, the gradients at lags less than a block
+// away from d blocks, as far as block pairs d apart contribute. So a tap gets its gradient from two windows.
 #pragma once
 #include "filter.cuh"
 #include "transform.cuh"
@@ -19,15 +19,16 @@ struct TapParams : fft_conv_tap_params {
     HOST_DEVICE int window_groups() const { return (windows - 1) / windows_at_once(several()) + 1; }
     HOST_DEVICE int64_t units() const { return int64_t(channels) * rows() * window_groups(); }
     DEVICE float4* window_sums(int64_t channel, int window) const { return reinterpret_cast<float4*>(sums) + (channel * windows + window) * splits * (fft_size / 2); }
-    // A tap of the whole filter, counted from a window's first or along the circle.
-    DEVICE void store(int channel, int tap, float gradient) const {
-        gradient *= factor;
+    // A point n of a window, from what the transform of the conjugate sums gives there: folded, the gradient of its own tap is the real part, and that of the
+    // tap N before it the imaginary one, of the inverse transform.
+    DEVICE void store(int channel, int window, int n, Complex transformed) const {
+        if (folded) transformed = transformed * unit_root(n, log_points + 2);
+        const int tap = window * fft_size + n, before = fft_size - 1 - n;
+        const float gradient = transformed.re * factor, gradient_before = folded ? -transformed.im * factor : gradient;
         if (tap < taps) grad_k[channel * k_stride + tap * k_tap_stride] = gradient;
         if (tap == 0 && grad_skip) grad_skip[channel] = gradient;
-        if (taps_rev > 0 && tap >= fft_size - taps_rev) grad_k_rev[channel * k_rev_stride + (fft_size - 1 - tap) * k_rev_tap_stride] = gradient;
+        if (before < taps_rev) grad_k_rev[channel * k_rev_stride + before * k_rev_tap_stride] = gradient_before;
     }
-    // Two neighbouring ones, conjugated.
-    DEVICE void store_pair(int channel, int tap, Complex gradients) const { store(channel, tap, gradients.re), store(channel, tap + 1, -gradients.im); }
 };
 
 // The sums of neighbouring windows, of one row of one channel: the work of a warp, each lane of which reads what it has written as a lane of

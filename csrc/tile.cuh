@@ -1,8 +1,8 @@
 // Geometry of a tile: what one thread block transforms at a time, and where its parts lie in shared memory.
 //
 // A transform of N = radix * 256 complex points has the points n = 256 n1 + p; a tile is `kRows` rows of 256 points: the `radix` rows of one
-// pair of sequences, or of kPairs of them where the radix is below 32. Two batch rows of a channel form a pair: real and imaginary part.
-// Of blocked sequences, a tile transforms one block of kPositions positions; the tiles of a pair follow each other.
+// pair of sequences, or of kPairs of them where the radix is below 32. The two sequences of a pair are two batch rows of a channel or, folded, the
+// halves of one (csrc/transform.cuh). Of blocked sequences, a tile transforms one block of kPositions positions; the tiles of a pair follow each other.
 // Where a cluster of kCluster thread blocks shares a transform, n = 256 (kCluster n1 + b) + p are the points of block b, and the radix is that of all.
 #pragma once
 #include "fft_conv.h"
@@ -12,16 +12,17 @@ constexpr int kColumns = 256;       // points of the inner transform, done by on
 constexpr int kRowUnits = 64;       // of 16 bytes, each of a row's points a, a + 1, a + 128 and a + 129
 constexpr int kSharedLimit = 232448;
 
-template <typename Element_, int kRows_, bool kHalf_, int kPairs_, bool kBlocked_ = false, int kCluster_ = 1>
+template <typename Element_, int kRows_, bool kFolded_, int kPairs_, bool kBlocked_ = false, int kCluster_ = 1>
 struct Tile {
     using Element = Element_;
     static constexpr int kRows = kRows_;
-    static constexpr int kSlots = kHalf_ ? kRows / 2 : kRows;    // rows of 256 positions that are read and written
-    static constexpr bool kHalf = kHalf_, kBlocked = kBlocked_;
+    static constexpr int kSlots = kFolded_ ? kRows / 2 : kRows;     // rows of 256 positions of all first sequences, and of all second ones
+    static constexpr bool kFolded = kFolded_, kBlocked = kBlocked_;
     static constexpr int kCluster = kCluster_, kOwnRows = kRows / kCluster;     // of each block, as rows pass through the cluster
     static constexpr int kWarps = 8, kThreads = 256;             // a group of eight warps covers the 256 columns
-    static constexpr int kPositions = kSlots * kColumns * kCluster;     // of a block of a sequence
     static constexpr int kPairs = kPairs_, kPairRows = kRows / kPairs, kPairSlots = kSlots / kPairs;     // the lanes of a warp know the sequences of a tile
+    static constexpr int kPositions = kPairRows * kColumns * kCluster;  // of a transform
+    static constexpr int kSecondStart = kFolded ? kPositions / 2 : 0;   // of second sequences
     static constexpr int kSegment = kColumns * int(sizeof(Element));
     static constexpr int kStageBytes = 2 * kSlots * kSegment;    // one tensor of a tile
     static constexpr int kRowBytes = kRows * kRowUnits * 16;
@@ -29,10 +30,19 @@ struct Tile {
     static_assert(kRows == 16 || kRows == 32, "rows of a tile");
     static_assert(kPairs >= 1 && kPairs <= 16 && kPairSlots * kPairs == kSlots, "pairs of a tile");
 
-    // Of a slot: its pair, and its first position in the pair's sequences.
-    DEVICE static int slot_pair(int slot) { return kPairs == 1 ? 0 : int(u32(slot) / kPairSlots); }
-    DEVICE static int slot_position(int slot) { return (kPairs == 1 ? slot : int(u32(slot) % kPairSlots)) * kCluster * kColumns; }
+    // Of a slot: its pair, and its first position in the pair's sequences. Neighbours belong to different pairs, so that the slots 4 n + q of a lane of the
+    // outer stage belong to kLanePairs pairs, in turn: to the i-th those with n = i + m kLanePairs, whose positions are lane_position(m) from the first on.
+    static constexpr int kLanePairs = kPairs > 4 ? kPairs / 4 : 1, kLaneSlots = kSlots / 4 / kLanePairs;
+    DEVICE static int slot_pair(int slot) { return int(u32(slot) % kPairs); }
+    DEVICE static int slot_position(int slot) { return int(u32(slot) / kPairs) * kCluster * kColumns; }
+    static constexpr int lane_position(int m) { return m * (4 * kLanePairs / kPairs) * kCluster * kColumns; }
+    // From the first sequence of a pair to the second.
+    DEVICE static int64_t second_offset(const fft_conv_tensor& tensor) { return kFolded ? kSecondStart : tensor.batch_stride; }
 };
+
+// Batch rows of a pair, and pairs of a channel.
+HOST_DEVICE int rows_of_pair(const fft_conv_params& params) { return params.folded ? 1 : 2; }
+HOST_DEVICE int pairs_of_channel(const fft_conv_params& params) { return (params.batch - 1) / rows_of_pair(params) + 1; }
 
 // Division by a number that is known at launch, exact for dividends below 2^31.
 struct Divider {
@@ -72,7 +82,7 @@ DEVICE WorkRange work_range(int tiles, int cluster = 1) {
 // Pairs run over the batch first, then over the channels; a tile holds consecutive ones.
 template <class T>
 HOST_DEVICE int tile_count(const LaunchParams& params) {
-    const int pairs = (params.batch + 1) / 2 * params.channels;
+    const int pairs = params.pairs.divisor * params.channels;
     return T::kBlocked ? pairs * params.blocks.divisor : (pairs + T::kPairs - 1) / T::kPairs;
 }
 
@@ -86,7 +96,7 @@ struct OwnPairs {
     DEVICE static int worker() { return block_index() / T::kCluster; }
     DEVICE static int workers() { return block_count() / T::kCluster; }
     DEVICE explicit OwnPairs(const LaunchParams& params) : list(nullptr) {
-        const int pairs = (params.batch + 1) / 2 * params.channels;
+        const int pairs = params.pairs.divisor * params.channels;
         count = worker() < pairs ? (pairs - 1 - worker()) / workers() + 1 : 0;
     }
     DEVICE OwnPairs(int count, const int* list) : count(count), list(list) {}
@@ -117,18 +127,33 @@ struct TilePlace {
 struct TileSequences {
     int row, channel;
     bool valid;
-    int start, length;      // the tile's first position, and how many follow in the sequence
+    int start, length;      // the first position of the tile's part, and how many follow in the row: none or less where it lies beyond
 
     // Consecutive pairs: over the batch first, then over the channels.
+    template <class T>
     DEVICE static TileSequences consecutive(const LaunchParams& params, int first_pair, int lane, int start = 0) {
         const int pair = first_pair + lane / 2, channel = params.pairs.divide(pair);
-        return TileSequences(params, channel, 2 * (pair - channel * params.pairs.divisor) + lane % 2, start);
+        return of_pair<T>(params, channel, pair - channel * params.pairs.divisor, lane, start);
     }
-    DEVICE TileSequences(const LaunchParams& params, int channel, int row, int start = 0)
+    // A pair of a channel.
+    template <class T>
+    DEVICE static TileSequences of_pair(const LaunchParams& params, int channel, int pair, int lane, int start = 0) {
+        return T::kFolded ? TileSequences(params, channel, pair, start + lane % 2 * T::kSecondStart) : TileSequences(params, channel, 2 * pair + lane % 2, start);
+    }
+    // A whole row: folded, that of a pair.
+    DEVICE static TileSequences whole(const LaunchParams& params, int pair) {
+        const int channel = params.pairs.divide(pair);
+        return TileSequences(params, channel, pair - channel * params.pairs.divisor, 0);
+    }
+    TileSequences() = default;
+    DEVICE TileSequences(const LaunchParams& params, int channel, int row, int start)
         : row(row), channel(channel), start(start), length(params.length - start) {
         valid = channel < params.channels && row < params.batch;
         if (!valid) this->row = this->channel = 0;
     }
+
+    // Of the sequence that lane `owner` knows; none where it is not there.
+    DEVICE int length_of(int owner) const { return shuffle(valid ? length : 0, owner); }
 
     // Where a tensor keeps the tile's part of the sequence that lane `owner` knows.
     template <class Element>
@@ -138,8 +163,7 @@ struct TileSequences {
     }
 };
 
-// A tile whose sequences lie at equal distances in every tensor: sequence c of pair p is batch row `row + p row_step + c` of channel
-// `channel + p channel_step`.
+// A tile whose sequences lie at equal distances in every tensor: pair p begins with batch row `row + p row_step` of channel `channel + p channel_step`.
 struct RegularSequences {
     int row, channel, row_step, channel_step;
     bool second;    // whether the second sequences of the pairs exist: all or none
@@ -151,9 +175,10 @@ struct RegularSequences {
         const int in_channel = params.pairs.divisor;
         const int channel = params.pairs.divide(first_pair), pair = first_pair - channel * in_channel;
         const bool across = in_channel == 1;
+        const int rows = rows_of_pair(params);
         const int last_pair = across ? 0 : pair + T::kPairs - 1, last_channel = across ? channel + T::kPairs - 1 : channel;
-        const bool second = 2 * last_pair + 1 < params.batch;
-        return {2 * pair, channel, across ? 0 : 2, across ? 1 : 0, second,
+        const bool second = rows * (last_pair + 1) <= params.batch;
+        return {rows * pair, channel, across ? 0 : rows, across ? 1 : 0, second,
                 last_pair < in_channel && last_channel < params.channels && (second || across || T::kPairs == 1)};
     }
 };

@@ -78,13 +78,13 @@ private:
 #pragma unroll
             for (int part = 0; part < kParts; part++) {
                 bytes[0][i][part] = T::slot_position(warp + i * T::kWarps) + at + part * 32 * kUnit < header.length ? 16 : 0;
-                bytes[1][i][part] = header.second ? bytes[0][i][part] : 0;
+                bytes[1][i][part] = header.second && T::slot_position(warp + i * T::kWarps) + at + part * 32 * kUnit < header.length - T::kSecondStart ? 16 : 0;
             }
         auto copy_tensor = [&](Stage<T> stage, TensorIndex index) {
             char* const to = address_of_thread(stage.at(0, warp / 4, warp % 4, at));
 #pragma unroll
             for (int sequence = 0; sequence < 2; sequence++) {
-                const char* const first = header.first[index] + (sequence * (&params.u)[index].batch_stride + at) * kSize;
+                const char* const first = header.first[index] + (sequence * T::second_offset((&params.u)[index]) + at) * kSize;
 #pragma unroll
                 for (int i = 0; i < kSteps; i++) {
                     const int slot = warp + i * T::kWarps;
@@ -114,9 +114,9 @@ private:
     DEVICE static void copy_parts(Stage<T> stage, const fft_conv_tensor& tensor, const TileSequences& sequences) {
 #pragma unroll 1
         for (int index = thread_index() / 32 % T::kWarps; index < 2 * T::kSlots; index += T::kWarps) {
-            const int slot = index % T::kSlots, owner = 2 * T::slot_pair(slot) + index / T::kSlots, left = sequences.length - T::slot_position(slot);
+            const int slot = index % T::kSlots, owner = 2 * T::slot_pair(slot) + index / T::kSlots, left = sequences.length_of(owner) - T::slot_position(slot);
             const char* from = sequences.address<const char>(tensor, owner, sizeof(Element)) + int64_t(T::slot_position(slot)) * int(sizeof(Element));
-            const int bytes = shuffle(int(sequences.valid), owner) && left > 0 ? (left < kColumns ? left : kColumns) * int(sizeof(Element)) : 0;
+            const int bytes = left > 0 ? (left < kColumns ? left : kColumns) * int(sizeof(Element)) : 0;
 #pragma unroll 1
             for (int at = thread_index() % 32 * kBytes; at < T::kSegment; at += 32 * kBytes) {
                 char* to = stage.at(index / T::kSlots, slot / 4, slot % 4, at / int(sizeof(Element)));
@@ -156,7 +156,7 @@ struct GlobalSequence {
     int length;     // zero if the sequence or the tensor is absent
 
     DEVICE GlobalSequence(const fft_conv_tensor& tensor, const LaunchParams& params, const TileSequences& sequences, int owner)
-        : data(sequences.address<Element>(tensor, owner)), length(shuffle(int(sequences.valid), owner) && tensor.data ? sequences.length : 0) {}
+        : data(sequences.address<Element>(tensor, owner)), length(tensor.data ? sequences.length_of(owner) : 0) {}
     DEVICE GlobalSequence(Element* data, int length) : data(data), length(length) {}
 
     // Without branches where it can be, so that many loads are under way at a time.
@@ -231,8 +231,8 @@ DEVICE void pack_product(u32 (&x)[T::kSlots / 4][4], const Source& u, const Sour
     }
 }
 
-// Scales every sequence of a tile by a power of two to a root mean square near one, so that half precision holds it whatever its size and
-// neither sequence of a pair drowns in the other's rounding. Values are packed as they are first; only if a sequence's energy is then outside
+// Scales every row of a tile by a power of two to a root mean square near one, so that half precision holds it whatever its size and neither of two rows
+// that share a transform drowns in the other's rounding. Values are packed as they are first; only if a sequence's energy is then outside
 // half precision's comfortable range are they packed again, from the largest magnitude. Called by the eight warps of a group.
 template <class T>
 struct SequenceScales {
@@ -242,28 +242,36 @@ struct SequenceScales {
     int root = 0;       // of its mean square as packed, which apply() makes near one
 
     DEVICE void publish(const u32 (&x)[T::kSlots / 4][4]) {
-        u32 sum = 0;
 #pragma unroll
-        for (int j = 0; j < T::kSlots / 4; j++) {
+        for (int i = 0; i < T::kLanePairs; i++) {
+            u32 sum = 0;
 #pragma unroll
-            for (int c = 0; c < 4; c++) sum = multiply_add2(x[j][c], x[j][c], sum);
-            if (T::kPairSlots > 4 && 4 * (j + 1) % T::kPairSlots != 0) continue;
-            float re = low_half(sum), im = high_half(sum);
-            for (int mask = 4; mask < 32; mask *= 2) re += shuffle_xor(re, mask), im += shuffle_xor(im, mask);
-            for (int mask = 1; mask < 4 && mask < T::kPairSlots; mask *= 2) re += shuffle_xor(re, mask), im += shuffle_xor(im, mask);
-            const int pair = T::slot_pair(4 * j + lane % 4);
-            if (lane < 4) energies[(2 * pair) * 8 + warp] = re, energies[(2 * pair + 1) * 8 + warp] = im;
-            sum = 0;
+            for (int n = i; n < T::kSlots / 4; n += T::kLanePairs)
+#pragma unroll
+                for (int c = 0; c < 4; c++) sum = multiply_add2(x[n][c], x[n][c], sum);
+            float first = low_half(sum), second = high_half(sum);
+            if (T::kFolded) first += second;
+            for (int mask = T::kPairs < 4 ? T::kPairs : 4; mask < 32; mask *= 2) {
+                first += shuffle_xor(first, mask);
+                if (!T::kFolded) second += shuffle_xor(second, mask);
+            }
+            // Worked out anew for each tile: it would be parked meanwhile.
+            const int pair = T::slot_pair(4 * i + fresh_thread_index() % 4);
+            if (lane < 4) {
+                energies[2 * pair * 8 + warp] = first;
+                if (!T::kFolded) energies[(2 * pair + 1) * 8 + warp] = second;
+            }
         }
         group_barrier(group);
     }
 
+    // Of this lane's sequence or, folded, of its row.
     DEVICE float mean_square() const {
-        constexpr int sequences = 2 * T::kPairs;
-        const float4* const sums = reinterpret_cast<const float4*>(energies) + 2 * (lane < sequences ? lane : 0);
+        constexpr int kSequences = 2 * T::kPairs, kValues = T::kPairSlots * kColumns * (T::kFolded ? 2 : 1);
+        const float4* const sums = reinterpret_cast<const float4*>(energies) + 2 * (lane < kSequences ? T::kFolded ? lane & ~1 : lane : 0);
         const float4 a = sums[0], b = sums[1];
         const float sum = ((a.x + a.y) + (a.z + a.w)) + ((b.x + b.y) + (b.z + b.w));
-        return lane < sequences ? sum / (T::kPairSlots * kColumns) : 1.f;
+        return lane < kSequences ? sum / kValues : 1.f;
     }
 
     // The factor that brings this lane's sequence to a largest magnitude near one; zero if the sequence is not finite.
@@ -285,14 +293,15 @@ struct SequenceScales {
                 atomic_maximum(largest + 2 * T::slot_pair(slot) + sequence, a > b ? a : b);
             }
         group_barrier(group);
-        const u32 bits = lane < 2 * T::kPairs ? largest[lane] : 0;
+        u32 bits = lane < 2 * T::kPairs ? largest[lane] : 0;
+        if (const u32 other = shuffle_xor(bits, 1); T::kFolded && other > bits) bits = other;
         const int exponent = int(bits >> 23);
         group_barrier(group);
         // So that zeros stay zeros, and what undoes any other scale is a normal number.
         return exponent == 255 ? 0.f : power_of_two(bits == 0 ? 126 : exponent < 13 ? 114 : 127 - exponent);
     }
 
-    // Packs a tile's inputs into x, which apply() then scales; `up` undoes both. If `common`, both sequences of a pair get one scale, so that
+    // Packs a tile's inputs into x, which apply() then scales; `up` undoes both. If `common`, both sequences of any pair get one scale, so that
     // products of their spectra may be added up, and one that leaves room for these: those of spectra of 2^17 points, unitary as they are, are below
     // 2^17 8 / 4^kLogRoom even if all is in one frequency.
     static constexpr int kLogRoom = 3;
@@ -327,12 +336,16 @@ struct SequenceScales {
 
     // Multiplies every packed sequence by the power of two whose exponent its lane holds.
     DEVICE void apply(u32 (&x)[T::kSlots / 4][4], int exponent) const {
+        const float own = power_of_two(exponent);
 #pragma unroll
-        for (int j = 0; j < T::kSlots / 4; j++) {
-            const int pair = T::slot_pair(4 * j + lane % 4);
-            const u32 scale = pack(power_of_two(shuffle(exponent, 2 * pair)), power_of_two(shuffle(exponent, 2 * pair + 1)));
+        for (int i = 0; i < T::kLanePairs; i++) {
+            const int pair = T::slot_pair(4 * i + fresh_thread_index() % 4);
+            const float first = shuffle(own, 2 * pair);
+            const u32 scale = pack(first, T::kFolded ? first : shuffle(own, 2 * pair + 1));
 #pragma unroll
-            for (int c = 0; c < 4; c++) x[j][c] = multiply2(x[j][c], scale);
+            for (int n = i; n < T::kSlots / 4; n += T::kLanePairs)
+#pragma unroll
+                for (int c = 0; c < 4; c++) x[n][c] = multiply2(x[n][c], scale);
         }
     }
 

@@ -11,7 +11,7 @@ struct TileStore {
     int warp, lane;
 
     // Gates and stores a tile. `stage` holds the gate if there is one and it is staged; `scale` undoes the scales of the sequence that a lane knows;
-    // the second sequence of a pair comes out conjugated. Where there is a second output, its gate is on its way to `second_stage` after
+    // the second sequence of a pair comes out negative. Where there is a second output, its gate is on its way to `second_stage` after
     // start_second_gate(). All warps of a group, which has passed its `barrier` at the end; sequences() tells of tiles that are not regular.
     template <class Start, class Sequences>
     DEVICE void store(const Result& result, const TileHeader& header, const Stage<T>& stage, const Stage<T>& second_stage, float scale, int barrier, Start start_second_gate,
@@ -40,33 +40,33 @@ private:
 
     template <bool kGated>
     DEVICE void store_regular(const Result& result, const TileHeader& header, TensorIndex output, const Stage<T>& stage, float scale) const {
-        // Not what the other output has found out: it would be parked until then.
-        const int thread = fresh_thread_index();
-        const int warp = kTwoOutputs ? thread / 32 : this->warp, lane = kTwoOutputs ? thread % 32 : this->lane;
+        // Not what the other output or another tile has found out: it would be parked until then.
+        const int warp = fresh_thread_index() / 32, lane = fresh_thread_index() % 32;
         const int column = outer_column(warp, lane), slot = lane % 4;
 #pragma unroll
-        for (int c = 0; c < 2; c++) {
-            if (c == 1 && !header.second) break;
-            const int64_t second = c * (&params.u)[output].batch_stride;
-            Element* to = reinterpret_cast<Element*>(header.first[output]) + second + column + (T::kPairs == 1 ? T::slot_position(slot) : 0);
-            float factor = shuffle(scale, c) * (c == 0 ? 1.f : -1.f);
+        for (int i = 0; i < T::kLanePairs; i++) {
+            const int pair = T::slot_pair(slot + 4 * i), first = T::slot_position(slot + 4 * i) + column;
+            Element* const to = reinterpret_cast<Element*>(header.first[output] + pair * header.pair_stride[output]) + first;
+            const float first_scale = shuffle(scale, 2 * pair);
 #pragma unroll
-            for (int n = 0; n < Result::kTiles; n++) {
-                const int at = T::slot_position(slot + 4 * n);
-                if (T::kPairs > 1) {
-                    factor = shuffle(scale, 2 * T::slot_pair(slot + 4 * n) + c) * (c == 0 ? 1.f : -1.f);
-                    to = reinterpret_cast<Element*>(header.first[output] + T::slot_pair(slot + 4 * n) * header.pair_stride[output]) + second + column + at;
-                }
+            for (int c = 0; c < 2; c++) {
+                const int length = header.length - c * T::kSecondStart;
+                if (c == 1 && !(header.second && length > 0)) break;
+                // Second sequences have come out negative.
+                const float factor = c == 0 ? first_scale : T::kFolded ? -first_scale : -shuffle(scale, 2 * pair + 1);
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    Pair y = result.columns(n, half, c);
-                    y = {y.x * factor, y.y * factor};
-                    if constexpr (kGated) {
-                        const Pair gate = stage.load(c, n, slot, column + 128 * half);
-                        y = {y.x * gate.x, y.y * gate.y};
+                for (int m = 0; m < T::kLaneSlots; m++)
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        const int n = i + m * T::kLanePairs, further = T::lane_position(m) + 128 * half;
+                        Pair y = result.columns(n, half, c);
+                        y = {y.x * factor, y.y * factor};
+                        if constexpr (kGated) {
+                            const Pair gate = stage.load(c, n, slot, column + 128 * half);
+                            y = {y.x * gate.x, y.y * gate.y};
+                        }
+                        narrow_two_if<T::kBlocked>(first + further < length, to + c * T::second_offset((&params.u)[output]) + further, y.x, y.y);
                     }
-                    narrow_two_if<T::kBlocked>(at + column + 128 * half < header.length, to + (T::kPairs == 1 ? T::slot_position(4 * n) : 0) + 128 * half, y.x, y.y);
-                }
             }
         }
     }
@@ -79,17 +79,17 @@ private:
 #pragma unroll
             for (int n = 0; n < Result::kTiles; n++) {
                 const int slot = 4 * n + lane % 4, owner = 2 * T::slot_pair(slot) + c;
-                const bool valid = shuffle(int(sequences.valid), owner);
+                const int length = sequences.length_of(owner);
                 const float factor = shuffle(scale, owner) * (c == 0 ? 1.f : -1.f);
                 Element* const to = sequences.address<Element>(output, owner);
                 const Element* const gates = sequences.address<const Element>(gate, owner);
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     const int at = column + 128 * half, position = T::slot_position(slot) + at;
-                    if (!valid || position >= sequences.length) continue;
+                    if (position >= length) continue;
                     Pair y = result.columns(n, half, c), by = {1.f, 1.f};
-                    if (gate.data) by = stage ? stage.load(c, n, lane % 4, at) : load_global(gates, position, sequences.length, params.pair_aligned);
-                    store_global(to, position, sequences.length, params.pair_aligned, y.x * factor * by.x, y.y * factor * by.y);
+                    if (gate.data) by = stage ? stage.load(c, n, lane % 4, at) : load_global(gates, position, length, params.pair_aligned);
+                    store_global(to, position, length, params.pair_aligned, y.x * factor * by.x, y.y * factor * by.y);
                 }
             }
     }

@@ -8,8 +8,18 @@
 // A contracts; there a pair is two outputs, and these are what the inverse stage with the data as B contracts.
 // Index maps of a lane with r = lane / 4, q = lane % 4 (i = half of a pair):
 //   n2, k3 = q + 4 s + 8 i  for fragment s;     k2, n3 = 2 row + t  for fragment t (row = r in A and D rows, 2 q + i in D columns)
-// All stages are unitary. An inverse transform is the forward one between two conjugations: the first is folded into the product with the
-// spectrum, the second is a sign at the output.
+// All stages are unitary. An inverse transform is the forward one between two conjugations: the first is a part of the product with the
+// spectrum, the second of the last stage, whose matrix gives second sequences with the opposite sign.
+//
+// Two sequences of N positions that share a transform are its real and its imaginary part, and are convolved on a circle of N points. Folded, one of N
+// positions has it alone: the transform is taken at the frequencies f + 1/4, where w^N = -i (w = w_N^(f + 1/4)). So the inverse of a product of transforms,
+//
+//   sum over n < 2 N of y[n] w^n = sum over n < N of (y[n] - i y[N + n]) w^n,
+//
+// has the first half of the linear convolution y of two such sequences as its real part; and a tap before the start, w^-n = i w^(N - n), is an imaginary
+// one at the end (the right-angle convolution of Crandall and Fagin, Discrete weighted transforms, 1994). A quarter costs nothing: it is a part of k1,
+// in the matrices of the outer stage and the twiddles of the rows. What these matrices take as real and imaginary parts are the halves of the sequence,
+// which are the first and the second sequence of a pair, too: all but the constants and the places of the sequences is the same.
 #pragma once
 #include "tile.cuh"
 
@@ -191,26 +201,6 @@ DEVICE void add_turned(RowFragment& sum, RowFragment& difference, const RowFragm
         for (int t = 0; t < 2; t++) add_turned(sum.value[s][t], difference.value[s][t], x.value[s][t], y.value[s][t], index);
 }
 
-// Conjugated, column p in the place of column 255 - p. All lanes of a warp.
-DEVICE RowFragment mirrored(const RowFragment& x) {
-    auto turned = [](u32 word) { return permute_bytes(shuffle_xor(word, 31), 0, 0x1032); };
-    RowFragment z;
-    for (int s = 0; s < 2; s++)
-        for (int t = 0; t < 2; t++) z.value[s][t] = {turned(x.value[1 - s][1 - t].re), negate2(turned(x.value[1 - s][1 - t].im))};
-    return z;
-}
-
-// From x and y to (x + y) / 2 and (x - y) / 2.
-DEVICE void split_halves(RowFragment& x, RowFragment& y) {
-    const u32 half = pack(0.5f, 0.5f);
-    auto split = [&](u32& a, u32& b) {
-        const u32 halved = multiply2(b, half);
-        b = multiply_add2(a, half, negate2(halved)), a = multiply_add2(a, half, halved);
-    };
-    for (int s = 0; s < 2; s++)
-        for (int t = 0; t < 2; t++) split(x.value[s][t].re, y.value[s][t].re), split(x.value[s][t].im, y.value[s][t].im);
-}
-
 DEVICE RowFragment conjugate_product(const RowFragment& x, const RowFragment& w) {
     RowFragment z;
     for (int s = 0; s < 2; s++)
@@ -353,12 +343,10 @@ struct OuterResult {
     }
 };
 
-// The row of all, k1, that is row `own` of a block in a cluster: each has kOwnRows of every kRows, and of those two by two one from the start and its
-// mirror image from the end.
+// The row of all, k1, that is row `own` of a block in a cluster: each has kOwnRows of every kRows.
 template <class T>
 DEVICE int cluster_row(int rank, int own) {
-    const int i = rank * T::kOwnRows + own % T::kOwnRows;
-    return (i % 2 == 0 ? i / 2 : T::kRows - 1 - i / 2) + own / T::kOwnRows * T::kRows;
+    return rank * T::kOwnRows + own % T::kOwnRows + own / T::kOwnRows * T::kRows;
 }
 
 // Where the constants of a transform lie: in shared memory, for all teams of a block. The row twiddles, as large as the transform itself, join

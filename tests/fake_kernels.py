@@ -23,7 +23,7 @@ class FakeLibrary:
         self.fft_conv_error_string = lambda code: b"out of luck"
         self.fft_conv_shared_bytes = lambda parameters, backward: 60_000 + 100_000 * backward
         self.fft_conv_shared_limit = lambda device: 232_448
-        self.fft_conv_largest_filter = lambda device: 32_768
+        self.fft_conv_largest_filter = lambda device: 16_384
         self.fft_conv_clusters = lambda parameters: 0
 
     def __getattr__(self, name: str) -> object:

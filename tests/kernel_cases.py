@@ -32,9 +32,9 @@ Arguments = dict[str, Tensor]
 
 def case(plan: Plan) -> dict[str, int]:
     """A length and numbers of taps that need this transform, odd wherever it is not the longest of its kind."""
-    size, half = plan[:2]
-    if half:
-        return {"length": size // 2 - 3, "taps": size // 2, "reverse_taps": size // 2 - 5}
+    size, folded = plan[:2]
+    if folded:
+        return {"length": size - 3, "taps": size, "reverse_taps": size - 5}
     return {"length": size // 2 + size // 4 + 1, "taps": size // 4 - 2, "reverse_taps": size // 8 + 1}
 
 
@@ -112,7 +112,7 @@ def check_against_emulator(arguments: Arguments, plan: Plan, causal: bool = True
     """The sharp check: hardly more error than the same algorithm in the same precision in plain PyTorch."""
     reference = oracle(arguments, causal)
     y = fft_conv(**arguments, causal=causal, backend="cuda")
-    emulated = fft_conv_emulated(**arguments, causal=causal, radices=(plan.fft_size // 256, 16, 16))
+    emulated = fft_conv_emulated(**arguments, causal=causal, radices=(plan.fft_size // 256, 16, 16), folded=plan.folded)
     size = reach(**arguments)
     whole = error(y, reference), error(emulated, reference)
     worst = row_errors(y, reference, size).max().item(), row_errors(emulated, reference, size).max().item()
@@ -145,17 +145,20 @@ def check_layouts(arguments: Arguments) -> None:
         assert all(torch.equal(grads[x], expected[x]) for x in arguments), name
 
 
-def check_not_finite(arguments: Arguments, name: str, value: float) -> None:
-    """A value in row (3, 1) of an argument or of the gradient `dy` reaches that row and that channel's filter alone."""
+def check_not_finite(arguments: Arguments, name: str, value: float, *, shared: bool) -> None:
+    """A value in row (3, 1) of an argument or of the gradient `dy` reaches that row and that channel's filter alone.
+
+    If `shared`, two rows share a transform.
+    """
     dy = torch.randn_like(arguments["u"].float()).to(arguments["u"].dtype)
     y, expected = gradients(arguments, dy)
     (dy if name == "dy" else arguments[name])[3, 1, 17] = value
     actual, grads = gradients(arguments, dy)
     reached = actual if name in ("u", "pre_gate") else grads["u"]
     assert not reached[3, 1].isfinite().any()
-    # The row that shares a transform with it is rounded differently now, all others have the same bits.
+    # A row that shares a transform with it is rounded differently now, all others have the same bits.
     others = torch.ones(y.shape[:2], dtype=torch.bool)
-    others[2:4, 1] = False
+    others[2 if shared else 3 : 4, 1] = False
     for changed, clean in ((actual, y), *((grads[x], expected[x]) for x in ("u", *GATES))):
         assert torch.equal(changed[others], clean[others])
         assert error(changed[2, 1], clean[2, 1].double()) < 4e-3

@@ -235,7 +235,7 @@ def compiled(build: ModuleType) -> tuple[Path, list[dict[str, str | int]]]:
     return library, build.kernel_resources(log)
 
 
-# Bytes of spill stores and loads that a hot kernel may have, by its mangled name: the half transforms, which serve
+# Bytes of spill stores and loads that a hot kernel may have, by its mangled name: the folded transforms, which serve
 # causal and bidirectional convolutions. Forward kernels run three groups of warps on 80 registers a thread, which is
 # faster than two groups with all that they ask for; what they park is read once a tile. Those of large clusters and of
 # blocks count what they hand to functions for tiles that are not regular; the others, whose groups have registers of

@@ -123,8 +123,8 @@ def test_what_is_served_and_why_the_rest_is_not(gpu: SimpleNamespace) -> None:
     assert why_not(torch.empty(2, 3, 100)) == "u is on the device cpu, not on a CUDA device"
     assert why_not(on_gpu(dtype=torch.float64)).startswith("u is torch.float64, and the kernels take torch.bfloat16, ")
     assert "the length is 100" in why_not(on_gpu(), causal=False)
-    assert "FFT of 33554432 points" in why_not(on_gpu(1 << 24), 1 << 24)
-    assert "pairs of sequences" in why_not(on_gpu(1, batch=1 << 20, channels=1 << 12), 1)
+    assert "FFT of 16777216 points" in why_not(on_gpu(1 << 24), 1 << 24)
+    assert "takes 2147483648 transforms" in why_not(on_gpu(1, batch=1 << 20, channels=1 << 12), 1)
     assert why_not(on_gpu(1, batch=1 << 20, channels=1 << 11), 1) is None
 
 
@@ -198,9 +198,9 @@ def test_what_does_not_fit_in_blocks_goes_in_several_passes(fake: FakeLibrary, g
     for limit, windows in ((232_448, 3), (101_376, 0)):
         cuda._lacks_memory.cache_clear()
         fake.fft_conv_shared_limit = lambda device, limit=limit: limit
-        u = on_gpu(length=9000)
-        assert why_not(u, taps=9000) is None
-        assert cuda.plan_of(u, torch.empty(3, 9000), None, True).windows == windows
+        u = on_gpu(length=18000)
+        assert why_not(u, taps=18000) is None
+        assert cuda.plan_of(u, torch.empty(3, 18000), None, True).windows == windows
 
 
 def test_a_missing_library_is_a_reason(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +232,7 @@ def test_other_errors_of_the_trial_are_not_remembered(gpu: SimpleNamespace, monk
 def test_constants_cannot_be_made_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(BackendError, match="make one before the capture"):
-        tables.device_tables(256, False, 1, False, torch.device("cuda", 3))
+        tables.device_tables(256, False, 1, torch.device("cuda", 3))
 
 
 def test_tables_do_not_follow_the_default_device() -> None:

@@ -34,7 +34,7 @@ from hf_flashfftconv.ops import cuda, extension, filters
 from hf_flashfftconv.ops.plan import Plan
 
 SIZES = [256, 512, 1024, 2048, 4096, 8192]
-PLANS = [Plan(size, half) for size in SIZES for half in (True, False) if size > 256 or not half]
+PLANS = [Plan(size, folded) for size in SIZES for folded in (True, False) if size > 256 or not folded]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,8 @@ def emulation(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_every_transform(plan: Plan) -> None:
     lengths = case(plan)
-    arguments = make(**lengths, options=ALL, channels=3 if plan.fft_size < 4096 else 1)
+    large = plan.fft_size >= 4096
+    arguments = make(**lengths, options=ALL, channels=1 if large else 3, batch=2 if large else 3)
     assert cuda.plan_of(arguments["u"], arguments["k"], arguments["k_rev"], True) == plan
     check(arguments)
 
@@ -140,7 +141,12 @@ def test_scales(scaled: str, dtype: torch.dtype, exponent: int) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["u", *GATES, "dy"])
 def test_not_finite_rows_keep_to_themselves(name: str, value: float) -> None:
-    check_not_finite(make(120, 120, GATES, batch=5, channels=3), name, value)
+    check_not_finite(make(120, 120, GATES, batch=5, channels=3), name, value, shared=True)
+
+
+@pytest.mark.parametrize("name", ["u", "pre_gate", "dy"])
+def test_not_finite_rows_of_folded_transforms_keep_to_themselves(name: str) -> None:
+    check_not_finite(make(300, 300, GATES, batch=5, channels=3), name, math.inf, shared=False)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -182,20 +188,29 @@ def in_natural_order(spectrum: filters.Spectrum) -> torch.Tensor:
     return torch.empty_like(values).index_copy_(1, frequency.flatten(), values)
 
 
+def spectrum_of_taps(taps: torch.Tensor, first_lag: int, size: int, folded: bool) -> torch.Tensor:
+    """Of real taps (H, up to size) at neighbouring lags, in float64."""
+    turns = torch.arange(taps.shape[1]).double() * (folded / 4 / size)
+    shifted = torch.fft.fft(torch.polar(taps.double(), -2 * math.pi * turns), n=size)
+    # By the shift theorem, to the first lag.
+    frequency = torch.arange(size).double() + folded / 4
+    return shifted * torch.polar(torch.ones(size).double(), -2 * math.pi * frequency * first_lag / size)
+
+
+@pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("size", [*SIZES, 16384, 32768, 1 << 18])
-def test_filter_spectra(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths = case(Plan(size, False))
+def test_filter_spectra(size: int, folded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan(size, folded)
+    lengths = case(plan)
     arguments = make(**lengths, options=("k_rev", "skip"), channels=3)
     k, skip, k_rev = (arguments[name] for name in ("k", "skip", "k_rev"))
-    taps = torch.zeros(3, size, dtype=torch.float64)
-    taps[:, : k.shape[1]] = k
-    taps[:, size - k_rev.shape[1] :] = k_rev.flip(1)
-    taps[:, 0] += skip
-    expected = torch.view_as_real(torch.fft.fft(taps))
     monkeypatch.setattr(filters, "WORKSPACE_BYTES", 8 * size)
-    spectrum = filters.prepare(k, skip, k_rev, lengths["length"], Plan(size, False), 0)
+    spectrum = filters.prepare(k, skip, k_rev, lengths["length"], plan, 0)
+    # At the frequencies f or f + 1/4, of taps at the lags 0, 1, ... and -1, -2, ...
+    expected = spectrum_of_taps(k[:, : lengths["length"]], 0, size, folded) + skip[:, None]
+    expected += spectrum_of_taps(k_rev.flip(1), -k_rev.shape[1], size, folded)
     # No more than rounding to half precision.
-    assert error(torch.view_as_real(in_natural_order(spectrum)), expected) < 2.5e-4
+    assert error(torch.view_as_real(in_natural_order(spectrum)), torch.view_as_real(expected)) < 2.5e-4
 
 
 @pytest.mark.parametrize("basis", [impulses, tones])

@@ -22,8 +22,8 @@ def planned(arguments: dict[str, torch.Tensor], causal: bool = True) -> Plan:
     return cuda.plan_of(arguments["u"], arguments["k"], arguments.get("k_rev"), causal, backward=True)
 
 
-def test_half() -> None:
-    arguments = make(8193, 8200, ALL, reverse_taps=8192, batch=3, channels=1)
+def test_folded() -> None:
+    arguments = make(16385, 16400, ALL, reverse_taps=16384, batch=2, channels=1)
     assert planned(arguments) == Plan(32768, True)
     check(arguments)
 
@@ -63,14 +63,14 @@ def test_sequences_that_share_a_transform_are_off_alike() -> None:
     assert 0.9 < first / second < 1.1
 
 
-@pytest.mark.parametrize("half", [False, True])
-def test_small_shared_memory_holds_eight_slots(half: bool) -> None:
+@pytest.mark.parametrize("folded", [False, True])
+def test_small_shared_memory_holds_eight_slots(folded: bool) -> None:
     """The 99 KiB of blocks of consumers' GPUs."""
-    for log in range(15 if half else 14, 25 if half else 24):
-        parameters = extension.Parameters(element=0, fft_size=1 << log, half=half)
-        parameters.outer_radix = long_plan.outer_radix(1 << log, half)
+    for log in range(14, 24):
+        parameters = extension.Parameters(element=0, fft_size=1 << log, folded=folded)
+        parameters.outer_radix = long_plan.outer_radix(1 << log, folded)
         needed = extension.call("fft_conv_shared_bytes", parameters, False)
-        assert needed <= (99 << 10 if parameters.outer_radix <= (16 if half else 8) else 163 << 10)
+        assert needed <= (99 << 10 if parameters.outer_radix <= (16 if folded else 8) else 163 << 10)
 
 
 @pytest.fixture
@@ -140,7 +140,8 @@ def test_scales_and_unequal_pairs(scaled: str, dtype: torch.dtype, exponent: int
 
 
 def test_not_finite_rows_keep_to_themselves() -> None:
-    check_not_finite(make(8500, 30, (*GATES, "k_rev"), reverse_taps=3, batch=4, channels=3), "pre_gate", math.inf)
+    arguments = make(8500, 30, (*GATES, "k_rev"), reverse_taps=3, batch=4, channels=3)
+    check_not_finite(arguments, "pre_gate", math.inf, shared=True)
 
 
 def test_zeros() -> None:

@@ -9,15 +9,15 @@ from hf_flashfftconv.ops.long_plan import ROW_POINTS, LongPlan, lay_out
 
 SCALE, OUTER, ROWS, INVERSE = range(4)
 
-# FFT size, half, length, batch, channels
+# FFT size, folded, length, batch, channels
 CASES = [
     (1 << 14, False, 16384, 4, 70),
-    (1 << 15, True, 16384, 64, 3),
+    (1 << 15, True, 32768, 32, 3),
     (1 << 18, False, 262144, 9, 2),
-    (1 << 19, True, 262143, 3, 4),
+    (1 << 19, True, 524287, 2, 4),
     (1 << 19, False, 524288, 2, 3),
-    (1 << 20, True, 524288, 5, 2),
-    (1 << 24, True, 1 << 23, 1, 2),
+    (1 << 20, True, 600000, 3, 2),
+    (1 << 23, True, 1 << 23, 1, 2),
 ]
 
 
@@ -63,10 +63,10 @@ class Launch:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_item_comes_once_and_after_what_it_needs(case: tuple[int, bool, int, int, int]) -> None:
-    fft_size, _, _, batch, channels = case
+    fft_size, folded, _, batch, channels = case
     plan = lay_out(*case)
     launch = Launch(fft_size, plan)
-    assert launch.groups * plan.group_pairs >= (batch + 1) // 2 * channels
+    assert launch.groups * plan.group_pairs >= (batch if folded else (batch + 1) // 2) * channels
     for ticket in range(plan.tickets):
         launch.run(ticket)
     assert len(launch.items) == launch.groups * plan.period and set(launch.items.values()) == {1}
@@ -77,7 +77,7 @@ def test_every_item_comes_once_and_after_what_it_needs(case: tuple[int, bool, in
 
 @pytest.mark.parametrize("log", range(14, 24))
 def test_memory_is_bounded(log: int) -> None:
-    length, fft_size = 1 << log - 1, 1 << log
+    length = fft_size = 1 << log
     output = 2 * 64 * 768 * length
     plan = lay_out(fft_size, True, length, 64, 768)
     assert plan.scratch_bytes <= max(40 << 20, 3 * 4 * fft_size)
@@ -86,13 +86,13 @@ def test_memory_is_bounded(log: int) -> None:
     assert alone.ring == alone.group_pairs == 1 and alone.scratch_bytes == 4 * fft_size
 
 
-@pytest.mark.parametrize("half", [False, True])
-def test_stages_fit_the_kernels(half: bool) -> None:
-    """What csrc/api.cu checks: a radix of 512 for eight slots, of 2,048 for 32."""
-    for log in range(15 if half else 14, 25 if half else 24):
-        radix, outer = (1 << log) // ROW_POINTS, long_plan.outer_radix(1 << log, half)
-        slots = outer // 2 if half else outer
+@pytest.mark.parametrize("folded", [False, True])
+def test_stages_fit_the_kernels(folded: bool) -> None:
+    """What csrc/api.cu checks: a radix of 512 for eight slots, of 1,024 for 32."""
+    for log in range(14, 24):
+        radix, outer = (1 << log) // ROW_POINTS, long_plan.outer_radix(1 << log, folded)
+        slots = outer // 2 if folded else outer
         assert outer >= 2 and radix // outer in (1, *long_plan.MIDDLE_RADICES)
-        assert slots <= 32 and radix <= (512 if slots <= 8 else 2048)
+        assert slots <= 32 and radix <= (512 if slots <= 8 else 1024)
         # Blocks with less shared memory than an H100's hold what eight slots take.
-        assert slots <= 8 or radix > (512 if half else 256)
+        assert slots <= 8 or radix > (512 if folded else 256)

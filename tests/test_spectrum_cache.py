@@ -179,7 +179,7 @@ def test_filters_of_a_pass_do_not_push_each_other_out(fake: FakeLibrary, monkeyp
         assert prepared(fake) == expected
     assert sum(x.spectrum.bytes for x in cuda._spectra._entries.values()) == 2 * ENTRY
     assert [cuda._spectra.keeps(k, None, None, PLAN) for k in layers] == [True, True, False]
-    assert not cuda._spectra.keeps(layers[0], None, None, PLAN._replace(half=True))
+    assert not cuda._spectra.keeps(layers[0], None, None, PLAN._replace(folded=True))
 
 
 def test_what_has_not_been_used_for_long_gives_way(fake: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +224,7 @@ def test_the_bound_is_that_of_the_device(fake: FakeLibrary, monkeypatch: pytest.
 def test_workspace_of_large_spectra(fake: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen, room = plan.Plan(65536, True, 0, 8), []
     fake.fft_conv_filter_spectrum = lambda parameters, _: room.append(parameters._obj.work_channels) or 0
-    for channels, workspace in ((50, 1), (50, 140), (50, 210), (5, 1)):
+    for channels, workspace in ((50, 1), (50, 280), (50, 420), (5, 1)):
         monkeypatch.setattr(filters, "WORKSPACE_BYTES", workspace * chosen.fft_size)
         filters.prepare(torch.randn(channels, 9), None, None, 20, chosen, 0)
     assert room == [16, 32, 50, 5]
@@ -234,10 +234,10 @@ def test_passes_are_for_what_a_block_cannot_hold_and_for_taps_by_position(fake: 
     passes: list[bool] = []
     fake.fft_conv_filter_spectrum = lambda parameters, _: passes.append(parameters._obj.work is not None) or 0
     by_channel, by_position = torch.randn(20, 9), torch.randn(9, 20).mT
-    for largest in (32768, 16384):
+    for largest in (16384, 8192):
         fake.fft_conv_largest_filter = lambda device, largest=largest: largest
         filters._largest_in_one_block.cache_clear()
-        for size in (8192, 16384, 32768, 65536):
+        for size in (4096, 8192, 16384, 32768):
             for k in (by_channel, by_position):
                 filters.prepare(k, None, None, 20, plan.Plan(size, True), 0)
     assert passes == 3 * [False] + [True, False] + 3 * [True] + 3 * [False] + 5 * [True]

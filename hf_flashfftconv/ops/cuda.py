@@ -11,8 +11,8 @@ from torch import Tensor
 from . import extension, filters, long_plan, plan, tables
 
 MIN_CAPABILITY = (8, 0)
-# The kernels count pairs of sequences in 32 bits, and look some tiles ahead.
-MAX_PAIRS = 2**31 - 2**20
+# The kernels count transforms in 32 bits, and look some tiles ahead.
+MAX_TRANSFORMS = 2**31 - 2**20
 
 # u, k, skip, pre_gate, post_gate, k_rev
 Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -22,11 +22,9 @@ ON_CHIP = plan.Plan(long_plan.ROW_POINTS, False)
 # Bound on the spectra of one launch for long sequences. Up to the other size they may outweigh the output: launches of
 # few channels leave a device idle.
 SPECTRUM_BYTES, SMALL_SPECTRUM_BYTES = 256 << 20, 64 << 20
-# Windows of filters of which neighbouring channels may share a transform: with more, roundings of their sums would take
-# outputs of these dtypes to their bounds.
-PAIR_WINDOWS = {torch.bfloat16: plan.MAX_WINDOWS, torch.float16: 5, torch.float32: 5}
 # Bound on the transforms of inputs that are kept for gradients of taps, and sums of their products.
 TRANSFORM_BYTES = 1 << 30
+ALL_CHANNELS = slice(None)
 _LAYOUT_FIELDS = tuple(x for x in long_plan.LongPlan._fields if not x.endswith("_bytes"))
 
 _spectra = filters.SpectrumCache()
@@ -43,12 +41,11 @@ def unsupported(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, backwa
         return f"u is {dtype}, and the kernels take {', '.join(map(str, extension.ELEMENTS))}"
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
         return "the kernels compute float32 with TF32 precision, which torch.backends.cuda.matmul does not allow"
-    batch, channels, _ = u.shape
-    if (batch + 1) // 2 * channels > MAX_PAIRS:
-        return f"u has the shape {tuple(u.shape)}, and the kernels take up to {MAX_PAIRS} pairs of sequences"
     chosen = plan_of(u, k, k_rev, causal, backward)
     if isinstance(chosen, str):
         return chosen
+    if (transforms := chosen.pairs(u.shape[0]) * u.shape[1]) > MAX_TRANSFORMS:
+        return f"u takes {transforms} transforms, and the kernels do up to {MAX_TRANSFORMS}"
     return _verdict(device) or _lacks_memory(device, chosen, dtype, backward)
 
 
@@ -71,11 +68,11 @@ def forward(
             _launch_forward(chosen, operands, y)
         else:
             for channels, part in channel_blocks(chosen, operands):
-                _launch_forward(chosen, part, y[:, channels])
+                _launch_forward(chosen, part, of_channels(y, channels))
     return y
 
 
-def _launch_forward(chosen: plan.Plan, operands: Operands, y: Tensor) -> None:
+def _launch_forward(chosen: plan.Plan, operands: Operands, y: Tensor | None) -> None:
     # With the call its spectra go, before the next ones are made.
     call = Call(chosen, *operands)
     call.operand("output", y)
@@ -97,8 +94,6 @@ class Call:
     ) -> None:
         self.u, self.plan, device = u, chosen, u.device
         batch, channels, length = u.shape
-        if chosen.channel_pairs:
-            batch, channels = 2, channels // 2
         self.stream = _current_stream(device)
         # A graph outlives the cache's entries, and its replays are to see what has become of the filter. Calls on the
         # default stream cannot be captured, and it costs a microsecond to ask.
@@ -108,7 +103,7 @@ class Call:
         constants = tables.device_tables(*_tables_key(ON_CHIP if chosen.is_long else chosen), device)
         self.parameters = parameters = extension.Parameters()
         parameters.set_constants(constants.data_ptr(), spectrum.words.data_ptr(), spectrum.scale.data_ptr())
-        parameters.set_sizes(batch, channels, length, chosen.fft_size, extension.ELEMENTS[u.dtype], chosen.half)
+        parameters.set_sizes(batch, channels, length, chosen.fft_size, extension.ELEMENTS[u.dtype], chosen.folded)
         # Memory that is given back before the launch may be given to another stream.
         self._alive: list[Any] = [spectrum, constants]
         self.operand("u", u)
@@ -119,7 +114,6 @@ class Call:
         if chosen.on_one_block:
             return
         parameters.windows, parameters.cluster = chosen.windows, chosen.cluster
-        parameters.channel_pairs = chosen.channel_pairs
         if chosen.is_long:
             self._lay_out()
         elif chosen.windows:
@@ -139,7 +133,7 @@ class Call:
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(
                 f"a convolution by FFTs of {self.plan.fft_size} points needs {layout.scratch_bytes} bytes of scratch "
-                f"memory beside its output, and {4 * self.plan.fft_size} for a single pair of sequences: {error}"
+                f"memory beside its output, and {4 * self.plan.fft_size} for a single transform: {error}"
             ) from error
 
     def operand(self, name: str, x: Tensor | None) -> None:
@@ -151,8 +145,6 @@ class Call:
             x = x.contiguous()
             batch_stride, channel_stride, _ = x.stride()
             self._alive.append(x)
-        if self.plan.channel_pairs:
-            batch_stride, channel_stride = channel_stride, 2 * channel_stride
         self.parameters.set_tensor(name, x.data_ptr(), batch_stride, channel_stride)
 
     def result(self, name: str) -> Tensor:
@@ -181,18 +173,15 @@ class Call:
         extension.launch(f"fft_conv_{kind}{name}", self.parameters, self.stream)
 
 
-def _tables_key(chosen: plan.Plan) -> tuple[int, bool, int, bool]:
-    return chosen.fft_size, chosen.half, max(1, chosen.cluster), chosen.channel_pairs
+def _tables_key(chosen: plan.Plan) -> tuple[int, bool, int]:
+    return chosen.fft_size, chosen.folded, max(1, chosen.cluster)
 
 
 def plan_of(u: Tensor, k: Tensor, k_rev: Tensor | None, causal: bool, backward: bool = False) -> Any:
     """The transform of a call or, if `backward`, of its gradients."""
-    batch, channels, length = u.shape
-    lengths = length, k.shape[1], 0 if k_rev is None else k_rev.shape[1], causal, backward
-    # Gradients of taps are made of the transforms of single channels.
-    alone = batch == 1 and channels % 2 == 0 and not backward
     # Arguments by name take a cache longer to look up.
-    chosen: Any = plan.choose(*lengths, True, True, PAIR_WINDOWS[u.dtype]) if alone else plan.choose(*lengths)
+    lengths = u.shape[2], k.shape[1], 0 if k_rev is None else k_rev.shape[1], causal, backward
+    chosen: Any = plan.choose(*lengths)
     if isinstance(chosen, str) or isinstance(extension.load(), str):
         return chosen
     if chosen.cluster and not _clusters(u.device, chosen, u.dtype):
@@ -211,24 +200,29 @@ def channel_blocks(chosen: plan.Plan, operands: Operands, backward: bool = False
     """
     u, k, skip, pre_gate, post_gate, k_rev = operands
     count = most = u.shape[1]
-    pairs = (u.shape[0] + 1) // 2
+    pairs = chosen.pairs(u.shape[0])
     if not chosen.on_one_block and not _spectra.keeps(k, skip, k_rev, chosen):
         output_bytes = u.numel() * u.element_size()
         most = min(SPECTRUM_BYTES, max(SMALL_SPECTRUM_BYTES, output_bytes)) // (4 * chosen.points)
     if not chosen.on_one_block and backward:
-        kept = 0 if chosen.has_turns else pairs * chosen.blocks(u.shape[2])
+        kept = 0 if chosen.has_backward else pairs * chosen.blocks(u.shape[2])
         channel_bytes = 4 * chosen.fft_size * 2 * (kept + max(1, chosen.windows))
         most = min(most, TRANSFORM_BYTES // channel_bytes)
     workers = _clusters(u.device, chosen, u.dtype) if chosen.cluster else 1
-    block = plan.channel_block(count, most, pairs, max(1, workers), chosen.channel_pairs)
+    block = plan.channel_block(count, most, pairs, max(1, workers))
     if block == count:
-        yield slice(None), operands
+        yield ALL_CHANNELS, operands
         return
     for start in range(0, count, block):
         part = slice(start, start + block)
         skip_part, rev_part = (None if x is None else x[part] for x in (skip, k_rev))
-        pre_part, post_part = (None if x is None else x[:, part] for x in (pre_gate, post_gate))
+        pre_part, post_part = (of_channels(x, part) for x in (pre_gate, post_gate))
         yield part, (u[:, part], k[part], skip_part, pre_part, post_part, rev_part)
+
+
+def of_channels(x: Tensor | None, channels: slice) -> Tensor | None:
+    """The part of a tensor (B, H, L) that has these channels."""
+    return x if x is None or channels == ALL_CHANNELS else x[:, channels]
 
 
 def _verdict(device: torch.device) -> str | None:
@@ -261,7 +255,7 @@ def _clusters(device: torch.device, chosen: plan.Plan, dtype: torch.dtype) -> in
 def _lacks_memory(device: torch.device, chosen: plan.Plan, dtype: torch.dtype, backward: bool) -> str | None:
     """Why a kernel does not fit the device, or None. Only the shared memory of GPUs for data centres holds all."""
     parameters = extension.Parameters(element=extension.ELEMENTS[dtype])
-    parameters.fft_size, parameters.half, parameters.windows, parameters.cluster, _ = chosen
+    parameters.fft_size, parameters.folded, parameters.windows, parameters.cluster = chosen
     if chosen.is_long:
         parameters.outer_radix = long_plan.outer_radix(*chosen[:2])
     # Gradients of all others take the forward kernel.

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import cuda, extension, filters, long_plan, plan, tables
 from .reference import Gradients
@@ -25,53 +25,15 @@ def backward(
 ) -> Gradients:
     """Gradients (du, dk, dskip, dpre, dpost, dk_rev) of a supported call, in the dtype and layout of the operands.
 
-    Of sequences that take more than a thread block, what is not in `needs` is None and costs no pass back.
+    What is not in `needs` is None and costs no pass back.
     """
     with cuda.device_guard(u.device):
         chosen = cuda.plan_of(u, k, k_rev, causal, backward=True)
-        operands = u, k, skip, pre_gate, post_gate, k_rev
-        if not chosen.on_one_block:
-            return _backward_in_parts(dy, operands, chosen, needs)
-        call = cuda.Call(chosen, *operands)
-        call.operand("grad_output", dy)
-        du = call.result("grad_u")
-        dpre = None if pre_gate is None else call.result("grad_pre_gate")
-        dpost = None if post_gate is None else call.result("grad_post_gate")
-        partial = _partial_sums(call, k, skip, k_rev)
-        call.launch("backward")
-        dk, dskip, dk_rev = map(_total, partial, (k, skip, k_rev))
-    return du, dk, dskip, dpre, dpost, dk_rev
-
-
-def _partial_sums(call: cuda.Call, k: Tensor, skip: Tensor | None, k_rev: Tensor | None) -> list[Tensor | None]:
-    """Of the gradients of taps and skip connections, (splits, ...): one for each part of the batch."""
-    splits, length = extension.call("fft_conv_backward_splits", call.parameters), call.u.shape[2]
-    taps, taps_rev = min(k.shape[1], length), 0 if k_rev is None else min(k_rev.shape[1], length - 1)
-    call.parameters.taps, call.parameters.taps_rev = taps, taps_rev
-
-    def memory(name: str, *shape: int) -> Tensor:
-        return call.buffer(name, (splits, *shape), torch.float32)
-
-    return [
-        memory("grad_filter", k.shape[0], taps),
-        None if skip is None else memory("grad_skip", skip.shape[0]),
-        None if k_rev is None else memory("grad_filter_rev", k_rev.shape[0], taps_rev),
-    ]
-
-
-def _total(partial: Tensor | None, operand: Tensor | None) -> Tensor | None:
-    """Of partial sums, in a fixed order: the same call gives the same bits. Taps that do not matter get zero."""
-    if partial is None or operand is None:
-        return None
-    total = partial[0] if len(partial) == 1 else partial.sum(0)
-    if total.shape != operand.shape:
-        total = nn.functional.pad(total, (0, operand.shape[1] - total.shape[1]))
-    total = total.to(operand.dtype)
-    return total if operand.is_contiguous() else torch.empty_like(operand).copy_(total)
+        return _backward_in_parts(dy, (u, k, skip, pre_gate, post_gate, k_rev), chosen, needs)
 
 
 def _backward_in_parts(dy: Tensor, operands: cuda.Operands, chosen: plan.Plan, needs: Sequence[bool]) -> Gradients:
-    """The same for longer sequences, some channels at a time."""
+    """The same, some channels at a time."""
     u, k, skip, pre_gate, post_gate, k_rev = operands
     dpost = _like(post_gate, needs[4])
     dpre = _like(pre_gate, needs[3])
@@ -79,14 +41,15 @@ def _backward_in_parts(dy: Tensor, operands: cuda.Operands, chosen: plan.Plan, n
     taps = filters.TapGradients(k, skip, k_rev, u.shape[2]) if needs[1] or needs[2] or needs[5] else None
     for channels, tensors in cuda.channel_blocks(chosen, operands, backward=True):
         call = cuda.Call(chosen, *tensors)
-        dy_part, *outputs = (None if x is None else x[:, channels] for x in (dy, du, dpre, dpost))
-        if chosen.has_turns:
-            sums = _turns(call, dy_part, outputs, taps is not None)
+        dy_part, *outputs = (cuda.of_channels(x, channels) for x in (dy, du, dpre, dpost))
+        if chosen.has_backward:
+            sums = _launch(call, dy_part, outputs, taps is not None)
         else:
             sums = _passes(call, dy_part, tensors, outputs, taps is not None)
         if taps is None or sums is None:
             continue
         sums.channels, sums.fft_size, sums.windows = tensors[0].shape[1], chosen.fft_size, max(1, chosen.windows)
+        sums.folded = chosen.folded
         sums.factor = 1 / (_transform_scale(chosen) ** 2 * chosen.fft_size)
         taps.pass_to(sums, channels)
         extension.launch("fft_conv_tap_gradient", sums, call.stream)
@@ -94,13 +57,14 @@ def _backward_in_parts(dy: Tensor, operands: cuda.Operands, chosen: plan.Plan, n
     return du if needs[0] else None, dk, dskip, dpre, dpost, dk_rev
 
 
-def _turns(
+def _launch(
     call: cuda.Call, dy: Tensor | None, outputs: Outputs, sums_wanted: bool
 ) -> extension.TapParameters | None:
-    """One launch, in which every pair has two turns. Returns the sums that gradients of taps are made of, if wanted."""
+    """One launch. Returns the sums that gradients of taps are made of, if wanted."""
     for name, x in zip(("grad_output", "grad_u", "grad_pre_gate", "grad_post_gate"), (dy, *outputs), strict=True):
         call.operand(name, x)
-    call.buffer("scratch", (extension.call("fft_conv_backward_scratch", call.parameters),), torch.uint8)
+    if call.plan.cluster:
+        call.buffer("scratch", (extension.call("fft_conv_backward_scratch", call.parameters),), torch.uint8)
     sums = extension.TapParameters() if sums_wanted else None
     if sums is not None:
         sums.splits = extension.call("fft_conv_backward_splits", call.parameters)
@@ -151,7 +115,7 @@ class _KeptTransforms:
 
     def __init__(self, call: cuda.Call) -> None:
         batch, channels, length = call.u.shape
-        pairs = channels * ((batch + 1) // 2)
+        pairs = channels * call.plan.pairs(batch)
         shape = pairs, call.plan.blocks(length), call.plan.fft_size
         self.words = call.memory(shape, torch.int32)
         self.scales = call.memory((pairs,), torch.float32)
@@ -173,7 +137,7 @@ def _sums_of_kept(call: cuda.Call, inputs: _KeptTransforms, gradients: _KeptTran
 def _transform_scale(chosen: plan.Plan) -> float:
     """Of the transforms, which are not quite unitary."""
     if chosen.is_long:
-        return long_plan.transform_scale(chosen.fft_size, chosen.half)
+        return long_plan.transform_scale(chosen.fft_size, chosen.folded)
     return tables.outer_scales(chosen.fft_size // tables.COLUMNS, max(1, chosen.cluster))[0] * tables.COLUMNS**-0.5
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import BackendError
 
 PATH = Path(__file__).parent.parent / "lib" / "libhf_flashfftconv.so"
-VERSION = 15
+VERSION = 16
 
 ELEMENTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -49,8 +49,6 @@ class Parameters(ctypes.Structure):
         ("spectrum", ctypes.c_void_p),
         ("spectrum_scale", ctypes.c_void_p),
         ("grad_filter", ctypes.c_void_p),
-        ("grad_filter_rev", ctypes.c_void_p),
-        ("grad_skip", ctypes.c_void_p),
         ("scratch", ctypes.c_void_p),
         ("counters", ctypes.c_void_p),
         ("energies", ctypes.c_void_p),
@@ -59,7 +57,7 @@ class Parameters(ctypes.Structure):
         ("length", ctypes.c_int32),
         ("fft_size", ctypes.c_int32),
         ("element", ctypes.c_int32),
-        ("half", ctypes.c_int32),
+        ("folded", ctypes.c_int32),
         ("outer_radix", ctypes.c_int32),
         ("group_pairs", ctypes.c_int32),
         ("ring", ctypes.c_int32),
@@ -73,9 +71,6 @@ class Parameters(ctypes.Structure):
         ("windows", ctypes.c_int32),
         ("reverse", ctypes.c_int32),
         ("cluster", ctypes.c_int32),
-        ("channel_pairs", ctypes.c_int32),
-        ("taps", ctypes.c_int32),
-        ("taps_rev", ctypes.c_int32),
         ("transforms", ctypes.c_void_p),
         ("pair_scales", ctypes.c_void_p),
     )
@@ -90,9 +85,9 @@ class Parameters(ctypes.Structure):
         """Assigns to the fields of these names."""
         _CONSTANTS.pack_into(self, _OFFSETS["tables"], tables, spectrum, spectrum_scale)
 
-    def set_sizes(self, batch: int, channels: int, length: int, fft_size: int, element: int, half: bool) -> None:
+    def set_sizes(self, batch: int, channels: int, length: int, fft_size: int, element: int, folded: bool) -> None:
         """Assigns to the fields of these names."""
-        _SIZES.pack_into(self, _OFFSETS["batch"], batch, channels, length, fft_size, element, half)
+        _SIZES.pack_into(self, _OFFSETS["batch"], batch, channels, length, fft_size, element, folded)
 
 
 _TENSOR, _CONSTANTS, _SIZES = struct.Struct("@Pqq"), struct.Struct("@PPP"), struct.Struct("@6i")
@@ -131,7 +126,7 @@ class FilterParameters(_TapView):
         ("fft_size", ctypes.c_int32),
         ("windows", ctypes.c_int32),
         ("work_channels", ctypes.c_int32),
-        ("channel_pairs", ctypes.c_int32),
+        ("folded", ctypes.c_int32),
     )
 
 
@@ -157,6 +152,7 @@ class TapParameters(_TapView):
         ("fft_size", ctypes.c_int32),
         ("taps", ctypes.c_int32),
         ("taps_rev", ctypes.c_int32),
+        ("folded", ctypes.c_int32),
         ("in_passes", ctypes.c_int32),
     )
 

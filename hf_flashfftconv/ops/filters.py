@@ -26,12 +26,12 @@ _PATIENCE = 16
 
 # Where taps of neighbouring channels, not neighbouring taps, lie together, as in filters that are generated a position
 # at a time, spectra are made faster in passes from this size on, which read taps of so many channels at a time.
-MIN_PASSES_FFT_SIZE, CHANNEL_GROUP = 16384, 16
+MIN_PASSES_FFT_SIZE, CHANNEL_GROUP = 8192, 16
 
 # Bound on what is alive between the passes that make larger ones, unless a group of filters takes more: their points,
 # and one partial sum of taps for so many of them.
 WORKSPACE_BYTES = 64 << 20
-SUMMED_POINTS = 32
+SUMMED_POINTS = 16
 
 
 class Spectrum(NamedTuple):
@@ -62,8 +62,7 @@ def prepare(
 ) -> Spectrum:
     """The spectra of the filters of [`fft_conv`] for a plan, on the given, current stream.
 
-    On a circle of `fft_size` points the causal taps lie at the start, the anticausal ones at the end. The skip
-    connection is one more weight of the tap at lag zero.
+    The skip connection is one more weight of the tap at lag zero.
 
     The kernels compute in single precision and round the result. Where one thread block cannot hold a filter they need
     memory between passes, and take a block of channels at a time, which bounds it.
@@ -74,8 +73,8 @@ def prepare(
     in_passes = _takes_passes(k, plan.fft_size)
     block = channels
     if in_passes:
-        work_points = plan.points + plan.points // SUMMED_POINTS
-        block = max(CHANNEL_GROUP, WORKSPACE_BYTES // (4 * work_points))
+        work_words = 2 * plan.points + plan.points // SUMMED_POINTS
+        block = max(CHANNEL_GROUP, WORKSPACE_BYTES // (4 * work_words))
         block = channels if block >= channels else block - block % CHANNEL_GROUP
     k = _taps(k, length, in_passes)
     k_rev = None if k_rev is None else _taps(k_rev, length - 1, in_passes)
@@ -83,15 +82,15 @@ def prepare(
     parameters = extension.FilterParameters()
     parameters.pass_taps(k, k_rev)
     parameters.channels, parameters.fft_size, parameters.windows = channels, plan.fft_size, plan.windows
-    parameters.channel_pairs = plan.channel_pairs
+    parameters.folded = plan.folded
     parameters.k = k.data_ptr()
     parameters.k_rev = None if k_rev is None else k_rev.data_ptr()
     parameters.skip = None if skip is None else skip.data_ptr()
     parameters.spectrum, parameters.scale = words.data_ptr(), scale.data_ptr()
     if in_passes:
-        work = torch.empty((block, work_points), dtype=torch.float32, device=device)
+        work = torch.empty((block, work_words), dtype=torch.float32, device=device)
         parameters.work, parameters.work_channels = work.data_ptr(), block
-        parameters.partial_sums = work.data_ptr() + 4 * block * plan.points
+        parameters.partial_sums = work.data_ptr() + 8 * block * plan.points
     extension.launch("fft_conv_filter_spectrum", parameters, stream)
     return Spectrum(words, scale)
 

@@ -41,7 +41,7 @@ class LongPlan(NamedTuple):
 
     Args:
         outer_radix (`int`): Radix of the first stage; the FFT has this times 8192 points, or 8 or 32 times as many.
-        group_pairs (`int`): Pairs of sequences that go through the passes together.
+        group_pairs (`int`): Pairs of sequences, or of halves of one, that go through the passes together.
         ring (`int`): Groups whose intermediates have a place in memory.
         part_count (`int`): Partial energies of a sequence.
         column_items (`int`): Items of an outer pass over a pair.
@@ -68,34 +68,35 @@ class LongPlan(NamedTuple):
     counter_bytes: int
 
 
-def outer_radix(fft_size: int, half: bool) -> int:
+def outer_radix(fft_size: int, folded: bool) -> int:
     """The radix of the outer pass's first stage: all beyond a row, if eight slots with data can take that.
 
     Else a second stage takes a radix of 8 or 32. Only the longest fill more slots, whose kernels need more shared
     memory than many GPUs have.
     """
-    radix, most = fft_size // ROW_POINTS, FEW_SLOTS * (2 if half else 1)
+    radix, most = fft_size // ROW_POINTS, FEW_SLOTS * (2 if folded else 1)
     if radix <= most:
         return radix
     small, large = MIDDLE_RADICES
     return radix // (small if radix <= small * most else large)
 
 
-def transform_scale(fft_size: int, half: bool) -> float:
+def transform_scale(fft_size: int, folded: bool) -> float:
     """What the forward transform of the passes is scaled by: each stage by a power of two near 1 / sqrt(radix)."""
-    outer = outer_radix(fft_size, half)
+    outer = outer_radix(fft_size, folded)
     stages = outer, fft_size // ROW_POINTS // outer, 32, 16, 16
     return 0.5 ** sum(stage.bit_length() // 2 for stage in stages)
 
 
 @lru_cache(maxsize=256)
-def lay_out(fft_size: int, half: bool, length: int, batch: int, channels: int) -> LongPlan:
+def lay_out(fft_size: int, folded: bool, length: int, batch: int, channels: int) -> LongPlan:
     """The layout for sequences (batch, channels, length)."""
-    pairs = (batch + 1) // 2 * channels
+    pairs = (batch if folded else (batch + 1) // 2) * channels
+    positions = min(length, fft_size // 2) if folded else length
     group_pairs = min(max(1, GROUP_BYTES // (4 * fft_size)), pairs)
     groups = -(-pairs // group_pairs)
-    parts, rows = -(-length // PART_POSITIONS), fft_size // ROW_POINTS
-    outer = outer_radix(fft_size, half)
+    parts, rows = -(-positions // PART_POSITIONS), fft_size // ROW_POINTS
+    outer = outer_radix(fft_size, folded)
     item_columns = ITEM_POINTS // rows
     if item_columns < LINE_COLUMNS:
         item_columns *= 2

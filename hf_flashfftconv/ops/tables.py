@@ -77,41 +77,38 @@ def outer_scales(radix: int, cluster: int) -> tuple[float, float]:
     return forward, 1 / (radix * forward)
 
 
-def _in_block(rows: int, cluster: int) -> Tensor:
-    """The frequencies of a block's outer stage in the order of its rows, in a cluster each beside its mirror image."""
-    row = torch.arange(rows)
-    return row if cluster == 1 else torch.where(row % 2 == 0, row // 2, rows - 1 - row // 2)
-
-
-def _outer(
-    radix: int, rows: int, half: bool, cluster: int = 1, rank: int = 0, between: bool = False
-) -> tuple[Tensor, Tensor]:
+def _outer(radix: int, rows: int, folded: bool, cluster: int, rank: int) -> tuple[Tensor, Tensor]:
     """B operands of the outer stage and of its inverse, block diagonal over the pairs of sequences in a tile."""
     in_block = radix // cluster
-    frequency = _in_block(in_block, cluster)
-    slots_per_pair = in_block // 2 if half else in_block
-    slots = rows // in_block * slots_per_pair
-
+    pairs = rows // in_block
+    slots = pairs * (in_block // 2 if folded else in_block)
     scales = outer_scales(radix, cluster)
 
-    def matrix(slot: Tensor, row: Tensor) -> Tensor:
-        same_pair = slot // slots_per_pair == row // in_block
-        position = cluster * (slot % slots_per_pair) + rank
-        return _root(position * (2 * frequency[row % in_block] + between), 2 * radix) * same_pair
-
-    def operand(value: Tensor) -> Tensor:
-        is_real = _R % 2 == 0
-        return words(torch.where(is_real, value.real, value.imag), torch.where(is_real, -value.imag, value.real))
+    def entries(slot: Tensor, row: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """What the first and the second sequence of a pair are multiplied by."""
+        kept = scale * (slot % pairs == row // in_block)
+        position = cluster * (slot // pairs) + rank
+        first = _root(position * _quarters(row % in_block, folded), 4 * radix)
+        second = _root((position + radix // 2) * _quarters(row % in_block, folded), 4 * radix) if folded else 1j * first
+        return first * kept, second * kept
 
     def fragments(contracted_tiles: int, output_tiles: int, forward: bool) -> list[list[Tensor]]:
         table = []
         for s in range(contracted_tiles):
             row_of_tiles = []
             for n in range(output_tiles):
-                inputs, output = [8 * s + _Q, 8 * s + 4 + _Q], 4 * n + _R // 2
-                pairs = [(x, output) if forward else (output, x) for x in inputs]
-                scale = scales[0 if forward else 1]
-                row_of_tiles.append(torch.stack([operand(matrix(*pair) * scale) for pair in pairs], -1))
+                operands = []
+                for x in (8 * s + _Q, 8 * s + 4 + _Q):
+                    output = 4 * n + _R // 2
+                    if forward:
+                        first, second = entries(x, output, scales[0])
+                        real, imaginary = words(first.real, second.real), words(first.imag, second.imag)
+                    else:
+                        # From the conjugate; the second sequence comes out negative.
+                        first, second = entries(output, x, scales[1])
+                        real, imaginary = words(first.real, -first.imag), words(-second.real, second.imag)
+                    operands.append(torch.where(_R % 2 == 0, real, imaginary))
+                row_of_tiles.append(torch.stack(operands, -1))
             table.append(row_of_tiles)
         return table
 
@@ -123,31 +120,33 @@ def _outer(
     return torch.stack(outer), torch.stack(back)
 
 
-def _row_twiddles(fft_size: int, cluster: int = 1, between: bool = False) -> Tensor:
+def _quarters(frequency: Tensor, folded: bool) -> Tensor:
+    """A frequency in quarters: folded transforms are taken a quarter beyond those of the FFT."""
+    return 4 * frequency + folded
+
+
+def _row_twiddles(fft_size: int, folded: bool, cluster: int) -> Tensor:
     """w_N^(k1 p) for every row k1 of a pair, in a cluster block after block, and every column p."""
     rows = fft_size // COLUMNS // cluster
     # A block has neighbours of the outer stage's frequencies, and of each those that lie `rows` apart.
-    own = _in_block(rows, cluster).view(cluster, 1, -1) + rows * torch.arange(cluster).view(1, -1, 1)
-    k1 = own.view(-1, 1)
+    own = torch.arange(rows).view(cluster, 1, -1) + rows * torch.arange(cluster).view(1, -1, 1)
+    k1 = _quarters(own.view(-1, 1), folded)
     table = []
     for s in (0, 1):
         values: list[Tensor] = []
         for t in (0, 1):
-            values += _pair([(2 * k1 + between) * (16 * n2 + 2 * _R + t) for n2 in _contracted(s)], 2 * fft_size)
+            values += _pair([k1 * (16 * n2 + 2 * _R + t) for n2 in _contracted(s)], 4 * fft_size)
         table.append(torch.stack(values, -1))
     return torch.stack(table, 1)
 
 
-def transform_tables(fft_size: int, half: bool, cluster: int = 1, between: bool = False) -> Tensor:
-    """All constants of one transform as int32 words on the CPU, in the order of `Tables` in csrc/transform.cuh.
-
-    If `between`, it has the frequencies half-way between those of the FFT.
-    """
+def transform_tables(fft_size: int, folded: bool, cluster: int = 1) -> Tensor:
+    """All constants of one transform as int32 words on the CPU, in the order of `Tables` in csrc/transform.cuh."""
     with torch.device("cpu"):
         rows = tile_rows(fft_size // cluster)
-        outer = [_outer(fft_size // COLUMNS, rows, half, cluster, rank, between) for rank in range(cluster)]
+        outer = [_outer(fft_size // COLUMNS, rows, folded, cluster, rank) for rank in range(cluster)]
         stages = [torch.stack(part) for part in zip(*outer, strict=True)]
-        return torch.cat([part.flatten() for part in (_inner(), *stages, _row_twiddles(fft_size, cluster, between))])
+        return torch.cat([part.flatten() for part in (_inner(), *stages, _row_twiddles(fft_size, folded, cluster))])
 
 
 def upload(constant: Tensor, device: torch.device) -> Tensor:
@@ -163,6 +162,6 @@ def upload(constant: Tensor, device: torch.device) -> Tensor:
 
 # Never dropped: captured graphs keep the addresses.
 @cache
-def device_tables(fft_size: int, half: bool, cluster: int, between: bool, device: torch.device) -> Tensor:
+def device_tables(fft_size: int, folded: bool, cluster: int, device: torch.device) -> Tensor:
     """The same as `transform_tables` on a device."""
-    return upload(transform_tables(fft_size, half, cluster, between), device)
+    return upload(transform_tables(fft_size, folded, cluster), device)
