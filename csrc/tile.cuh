@@ -145,7 +145,6 @@ struct TileSequences {
         const int channel = params.pairs.divide(pair);
         return TileSequences(params, channel, pair - channel * params.pairs.divisor, 0);
     }
-    TileSequences() = default;
     DEVICE TileSequences(const LaunchParams& params, int channel, int row, int start)
         : row(row), channel(channel), start(start), length(params.length - start) {
         valid = channel < params.channels && row < params.batch;

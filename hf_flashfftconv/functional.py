@@ -33,7 +33,7 @@ def fft_conv(
     one, a term that is left out as zero. All tensors have gradients; second derivatives raise a `RuntimeError`.
 
     Where filters are short against the sequence, torch.fft goes through it in overlapping blocks (overlap-save), and
-    the kernels, forward, in blocks of 4,096 positions: work a position and memory are then those of transforms of a few
+    the kernels, forward, in blocks of 8,192 positions: work a position and memory are then those of transforms of a few
     K points, however long the sequence is.
 
     The backward pass needs nothing but the inputs, which it transforms again; where torch.fft serves a whole sequence

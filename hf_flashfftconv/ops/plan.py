@@ -12,13 +12,15 @@ MAX_WINDOWS = 16
 # The smallest transform that may be folded.
 MIN_FOLDED_FFT_SIZE = 2 * COLUMNS
 # Or a cluster of thread blocks shares a transform, each holding so many points: its work does not grow with the filter,
-# but the larger the cluster, the more passes between the blocks. It is slower, as measured, than so many windows.
+# but the larger the cluster, the more passes between the blocks. It is slower, as measured, than so many windows forward;
+# gradients, which would have to keep the transforms of blocks, gain by it always.
 CLUSTER_POINTS = 8192
-CLUSTERS = {2: 0, 4: 1, 8: 2, 16: 4}
-# Blocks of longer sequences are those of one thread block (0) or of a cluster, for filters of up to so many windows,
-# forward and backward; the first that fit are the fastest, as measured. More windows leave the L2 cache, and would cost
-# float16 outputs more than their bound.
-BLOCKED = ((0, 5, 5), (8, 5, 5), (16, 10, 12), (0, MAX_WINDOWS, MAX_WINDOWS))
+CLUSTERS = {2: 0, 4: 1, 8: 1, 16: 3}
+# Blocks of longer sequences are those of one thread block (0) or of a cluster, for filters of up to so many windows; the
+# first that fit are the fastest, as measured. More windows leave the L2 cache, and would cost float16 outputs more than
+# their bound.
+BLOCKED_FORWARD = ((0, 5), (8, 5), (16, 10), (0, MAX_WINDOWS))
+BLOCKED_BACKWARD = ((8, 5), (16, 12), (0, MAX_WINDOWS))
 # So many windows that reach over a whole FFT are slower, as measured, than that FFT in several passes.
 FULL_WINDOWS = 8
 # Channels that go at a time, where the spectra of all would need too much memory, are a multiple of this.
@@ -103,13 +105,13 @@ def choose(
         blocked = in_blocks and reverse_taps == 0
         windows = windows_of(length, taps) if blocked else MAX_WINDOWS + 1
         cluster = size // CLUSTER_POINTS
-        if in_clusters and folded and windows > CLUSTERS.get(cluster, windows):
+        if in_clusters and folded and cluster in CLUSTERS and (backward or windows > CLUSTERS[cluster]):
             return Plan(size, folded, 0, cluster)
-        for cluster, *most in BLOCKED if blocked else ():
+        for cluster, most in (BLOCKED_BACKWARD if backward else BLOCKED_FORWARD) if blocked else ():
             block = BLOCK_POSITIONS * max(1, cluster)
             windows = windows_of(length, taps, block)
             full = windows >= FULL_WINDOWS and windows * block >= size and cluster > 0
-            wanted = _wants_blocks(cluster, length, size, backward) and windows <= most[backward] and not full
+            wanted = _wants_blocks(cluster, length, size, backward) and windows <= most and not full
             if wanted and (in_clusters or not cluster):
                 return Plan(block, True, windows, cluster)
     else:
