@@ -57,9 +57,7 @@ def _backward_in_parts(dy: Tensor, operands: cuda.Operands, chosen: plan.Plan, n
     return du if needs[0] else None, dk, dskip, dpre, dpost, dk_rev
 
 
-def _launch(
-    call: cuda.Call, dy: Tensor | None, outputs: Outputs, sums_wanted: bool
-) -> extension.TapParameters | None:
+def _launch(call: cuda.Call, dy: Tensor | None, outputs: Outputs, sums_wanted: bool) -> extension.TapParameters | None:
     """One launch. Returns the sums that gradients of taps are made of, if wanted."""
     for name, x in zip(("grad_output", "grad_u", "grad_pre_gate", "grad_post_gate"), (dy, *outputs), strict=True):
         call.operand(name, x)

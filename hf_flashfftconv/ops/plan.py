@@ -5,20 +5,20 @@ from typing import NamedTuple
 
 from .tables import COLUMNS
 
-# What one thread block transforms in shared memory, whole sequences or, where filters are short against them, their
-# blocks: the work on the transforms of earlier blocks grows with the filter's windows.
+# What one thread block transforms in shared memory: whole sequences or, where filters are short against them, their
+# blocks. The work on the transforms of earlier blocks grows with the filter's windows.
 MAX_TILE_FFT_SIZE = BLOCK_POSITIONS = 8192
 MAX_WINDOWS = 16
 # The smallest transform that may be folded.
 MIN_FOLDED_FFT_SIZE = 2 * COLUMNS
 # Or a cluster of thread blocks shares a transform, each holding so many points: its work does not grow with the filter,
-# but the larger the cluster, the more passes between the blocks. It is slower, as measured, than so many windows forward;
-# gradients, which would have to keep the transforms of blocks, gain by it always.
+# but the larger the cluster, the more passes between the blocks. Forward it is slower, as measured, than so many
+# windows; gradients, which would have to keep the transforms of blocks, gain by it always.
 CLUSTER_POINTS = 8192
 CLUSTERS = {2: 0, 4: 1, 8: 1, 16: 3}
-# Blocks of longer sequences are those of one thread block (0) or of a cluster, for filters of up to so many windows; the
-# first that fit are the fastest, as measured. More windows leave the L2 cache, and would cost float16 outputs more than
-# their bound.
+# Blocks of longer sequences are those of one thread block (0) or of a cluster, for filters of up to so many windows:
+# the first that fit are the fastest, as measured. More windows leave the L2 cache, and would cost float16 outputs more
+# than their bound.
 BLOCKED_FORWARD = ((0, 5), (8, 5), (16, 10), (0, MAX_WINDOWS))
 BLOCKED_BACKWARD = ((8, 5), (16, 12), (0, MAX_WINDOWS))
 # So many windows that reach over a whole FFT are slower, as measured, than that FFT in several passes.
