@@ -44,7 +44,6 @@ struct Complex {
 DEVICE Complex operator+(Complex x, Complex y) { return {x.re + y.re, x.im + y.im}; }
 DEVICE Complex operator-(Complex x, Complex y) { return {x.re - y.re, x.im - y.im}; }
 DEVICE Complex operator*(Complex x, Complex y) { return {x.re * y.re - x.im * y.im, x.re * y.im + x.im * y.re}; }
-DEVICE Complex conjugate(Complex x) { return {x.re, -x.im}; }
 
 // exp(-2 pi i index / order) for a power of two up to 2^25. Its error is that of single precision, absolute: nothing beside half precision's.
 DEVICE Complex root_of_unity(int index, int order) {

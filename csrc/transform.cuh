@@ -189,13 +189,6 @@ DEVICE RowFragment operator+(const RowFragment& x, const RowFragment& y) {
     return z;
 }
 
-DEVICE RowFragment operator-(const RowFragment& x, const RowFragment& y) {
-    RowFragment z;
-    for (int s = 0; s < 2; s++)
-        for (int t = 0; t < 2; t++) z.value[s][t] = x.value[s][t] - y.value[s][t];
-    return z;
-}
-
 DEVICE void add_turned(RowFragment& sum, RowFragment& difference, const RowFragment& x, const RowFragment& y, int index) {
     for (int s = 0; s < 2; s++)
         for (int t = 0; t < 2; t++) add_turned(sum.value[s][t], difference.value[s][t], x.value[s][t], y.value[s][t], index);
