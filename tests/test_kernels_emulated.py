@@ -226,3 +226,12 @@ def test_same_bits_every_time() -> None:
     y, expected = gradients(arguments, dy)
     actual, grads = gradients(arguments, dy)
     assert torch.equal(actual, y) and all(torch.equal(grads[name], expected[name]) for name in arguments)
+
+
+@pytest.mark.parametrize("length", [300, 1500])
+def test_a_row_has_the_same_bits_in_any_batch(length: int) -> None:
+    arguments = make(length, length, ALL, reverse_taps=200, batch=5)
+    y = fft_conv(**arguments, backend="cuda")
+    for row in range(5):
+        alone = {name: x[row : row + 1] if x.dim() == 3 else x for name, x in arguments.items()}
+        assert torch.equal(fft_conv(**alone, backend="cuda")[0], y[row])
